@@ -1,0 +1,68 @@
+# Two commands are enough: `make serve` and `make test`. Everything is installed into .venv.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+PORT ?= 8000
+ENGINE ?= huggingface
+MODEL ?=
+ARTIFACT ?=
+DEVICE ?=
+DTYPE ?=
+STEERING ?=
+
+UV := $(or $(shell command -v uv),.tools/bin/uv)
+RUN := .venv/bin/python
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
+unexport VIRTUAL_ENV
+
+.PHONY: help serve demo test lint miniature evidence-quick setup setup-dev clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+serve: setup ## run the service on 127.0.0.1 [PORT= ENGINE= MODEL= ARTIFACT= DEVICE= DTYPE= STEERING=off]
+	@exec $(RUN) -m service --port $(PORT) --engine $(ENGINE) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) \
+		$(if $(DEVICE),--device $(DEVICE)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(STEERING),--steering $(STEERING))
+
+demo: setup ## start it, ask about held-out scenes with steering off and on, stop it
+	@$(RUN) -m training.miniature.demo
+
+test: setup-dev lint ## everything that CI runs: lint, types, import rules, all tests
+	@$(RUN) .ci/run_suites.py
+
+lint: setup-dev ## ruff, pyright, import-linter
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	.venv/bin/lint-imports
+
+miniature: setup-dev ## rebuild the bundled miniature from its seed (CLIP, LLaVA, artifact; under 45 min on two cores)
+	$(RUN) -m training.miniature
+
+setup: .venv/.ready
+setup-dev: .venv/.ready-dev
+
+.tools/bin/uv:
+	@echo "== bringing uv"
+	@$(PYTHON) -m venv .tools && .tools/bin/pip install -q --disable-pip-version-check uv
+
+.venv/bin/python: | $(filter .tools/bin/uv,$(UV))
+	@$(UV) venv -q --python $(PYTHON) .venv
+
+.venv/.ready: requirements.txt pyproject.toml | .venv/bin/python
+	@echo "== installing the service's dependencies (about 6 GB)"
+	@$(UV) pip install -q --python $(RUN) -r requirements.txt
+	@$(UV) pip install -q --python $(RUN) --no-deps -e .
+	@touch $@
+
+.venv/.ready-dev: requirements-dev.txt .venv/.ready
+	@echo "== installing what training and tests need besides"
+	@$(UV) pip install -q --python $(RUN) -r requirements-dev.txt
+	@touch $@
+
+clean: ## remove the environment and everything built
+	rm -rf .venv .tools build *.egg-info .pytest_cache .ruff_cache

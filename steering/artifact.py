@@ -1,0 +1,239 @@
+"""The folder that training hands to serving: its schema, its fingerprint, reading and writing (design, section 3).
+
+Knows files, not engines: whether the canary agrees with the model is for the engine to find out (`canary.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
+from steering.errors import BadArtifact
+from steering.resolution import Preset
+from steering.sparse_autoencoder import VisionLanguageSAE
+
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE, CONCEPTS_FILE, CANARY_FOLDER = "config.json", "model.safetensors", "concepts.jsonl", "canary"
+CONTROL_KEY = "control.image_representations"
+INFERENCE_KEYS = (
+    "format_version", "hook_layer", "intervention_point", "pooling", "hidden_size", "num_layers", "family",
+    "shared_size", "num_concepts", "active_concepts", "min_text_tokens", "default_preset", "presets",
+)  # fmt: skip
+"""Keys of config.json that change what comes out of an engine, and so enter the fingerprint."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class BaseModelInfo(_Strict):
+    """Which LVLM the artifact was trained on."""
+
+    name: str
+    revision: str | None = None
+
+
+class ArtifactConfig(_Strict):
+    """`config.json` of an artifact."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    fingerprint: str = ""
+    """sha256 over weights, concepts and the inference-relevant keys; written by `save_artifact`."""
+    base_model: BaseModelInfo
+    family: str
+    """`model_type` of the LVLM ('llava')."""
+    hidden_size: int = Field(gt=0)
+    """D of the LVLM's language model."""
+    num_layers: int = Field(gt=0)
+    """Decoder layers of the LVLM."""
+    hook_layer: int = Field(ge=0)
+    """Zero-based decoder layer whose output is read and changed."""
+    collection_point: Literal["output", "input"] = "output"
+    """Side of the hook layer the training representations were read at; a record."""
+    intervention_point: Literal["output"] = "output"
+    pooling: Literal["text_after_last_image", "non_special_text"] = "text_after_last_image"
+    shared_size: int = Field(gt=0)
+    """S."""
+    num_concepts: int = Field(gt=0)
+    """K."""
+    active_concepts: int = Field(gt=0)
+    """k."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """What the contrastive loss compared with; matters in training only."""
+    min_text_tokens: int = Field(default=1, ge=1)
+    """Positions are steered once this many text tokens are in the mean."""
+    default_preset: str = "captions"
+    """Preset of a request that names none."""
+    presets: dict[str, Preset] = Field(default_factory=dict)
+    form_presets: dict[str, Preset] = Field(default_factory=dict)
+    """The best setting of each form on dev scenes, for comparisons; not served by name."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Data, number of pairs, metrics, versions."""
+    alignment: dict[str, float] = Field(default_factory=dict)
+    """Alignment gate: paired_overlap, shuffled_overlap, recall_at_1 (cross-modal)."""
+    card: dict[str, Any] = Field(default_factory=dict)
+    """Data, language, licence, where it hurts, memory price."""
+    canary_synthetic: bool = False
+    """True where the canary was not read from the model (imported weights)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """A few prompts with the pooled states that the trained-on model gives for them."""
+
+    images: tuple[Image.Image, ...]
+    """RGB, one per prompt."""
+    token_ids: tuple[tuple[int, ...], ...]
+    """Prompts with one image token each."""
+    image_ND: Tensor
+    """Pooled v [N, D] float32."""
+    text_ND: Tensor
+    """Pooled t [N, D] float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A VL-SAE with everything needed to serve it."""
+
+    config: ArtifactConfig
+    auxiliary: AuxiliaryAutoencoder
+    sae: VisionLanguageSAE
+    canary: Canary
+    control_image_MD: Tensor
+    """Pooled image states [M, D] of scenes foreign to any request, for the `other_image` control."""
+    concepts: tuple[dict[str, Any], ...] = field(default=())
+    """Per concept: id, label, mean_activation, texts, images."""
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    """Read an artifact folder. Raises BadArtifact, naming the file at fault, if anything in it is wrong."""
+    folder = Path(path)
+    config = read_config(folder)
+    expected = compute_fingerprint(folder, config)
+    if config.fingerprint != expected:
+        raise BadArtifact(
+            f"{folder / CONFIG_FILE} records fingerprint {config.fingerprint[:12]}, its files give {expected[:12]}: "
+            "the artifact was changed or damaged; copy it again from where it was made",
+            field="artifact",
+        )
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    auxiliary = AuxiliaryAutoencoder(config.hidden_size, config.shared_size)
+    sae = VisionLanguageSAE(config.shared_size, config.num_concepts, config.active_concepts)
+    _load_into(auxiliary, tensors, "auxiliary.", folder)
+    _load_into(sae, tensors, "sae.", folder)
+    control_MD = tensors.get(CONTROL_KEY, torch.zeros(0, config.hidden_size)).float()
+    return Artifact(
+        config=config,
+        auxiliary=auxiliary.eval(),
+        sae=sae.eval(),
+        canary=_read_canary(folder / CANARY_FOLDER),
+        control_image_MD=control_MD,
+        concepts=_read_concepts(folder / CONCEPTS_FILE),
+    )
+
+
+def save_artifact(path: str | Path, artifact: Artifact, *, dtype: torch.dtype = torch.float32) -> ArtifactConfig:
+    """Write an artifact folder, replacing one that is there. Returns the config with its fingerprint."""
+    folder = Path(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    (folder / CANARY_FOLDER).mkdir(parents=True)
+    tensors = {f"auxiliary.{name}": value for name, value in artifact.auxiliary.state_dict().items()}
+    tensors |= {f"sae.{name}": value for name, value in artifact.sae.state_dict().items()}
+    tensors[CONTROL_KEY] = artifact.control_image_MD
+    save_file({name: value.to(dtype).contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE)
+    lines = [json.dumps(concept, ensure_ascii=False) for concept in artifact.concepts]
+    (folder / CONCEPTS_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    _write_canary(folder / CANARY_FOLDER, artifact.canary)
+    return write_config(folder, artifact.config)
+
+
+def read_config(folder: Path) -> ArtifactConfig:
+    """`config.json` alone. Raises BadArtifact."""
+    file = folder / CONFIG_FILE
+    try:
+        return ArtifactConfig.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadArtifact(f"{file} does not exist; an artifact has one", field="artifact") from None
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
+        raise BadArtifact(f"{file} is not a valid artifact configuration: {error}", field="artifact") from error
+
+
+def write_config(folder: Path, config: ArtifactConfig) -> ArtifactConfig:
+    """Write `config.json` with the fingerprint that the folder's files and this config now have."""
+    config = config.model_copy(update={"fingerprint": compute_fingerprint(folder, config)})
+    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def compute_fingerprint(folder: Path, config: ArtifactConfig) -> str:
+    """sha256 (hex) over the weights' and concepts' bytes and the inference-relevant keys as canonical JSON."""
+    relevant = config.model_dump(include=set(INFERENCE_KEYS))
+    for preset in relevant["presets"].values():
+        preset.pop("dev_scores")
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, separators=(",", ":")).encode())
+    for name in (WEIGHTS_FILE, CONCEPTS_FILE):
+        try:
+            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+        except OSError as error:
+            raise BadArtifact(f"{folder / name} cannot be read: {error.strerror}", field="artifact") from error
+    return digest.hexdigest()
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BadArtifact(f"{file} is not a readable safetensors file: {error}", field="artifact") from error
+
+
+def _load_into(module: torch.nn.Module, tensors: dict[str, Tensor], prefix: str, folder: Path) -> None:
+    state = {name.removeprefix(prefix): value.float() for name, value in tensors.items() if name.startswith(prefix)}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise BadArtifact(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}", field="artifact") from error
+
+
+def _read_concepts(file: Path) -> tuple[dict[str, Any], ...]:
+    try:
+        return tuple(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line)
+    except (ValueError, OSError) as error:
+        raise BadArtifact(f"{file} is not readable JSON lines: {error}", field="artifact") from error
+
+
+def _write_canary(folder: Path, canary: Canary) -> None:
+    for index, image in enumerate(canary.images):
+        image.save(folder / f"image_{index}.png")
+    (folder / "prompts.json").write_text(json.dumps({"token_ids": canary.token_ids}) + "\n", encoding="utf-8")
+    save_file(
+        {"image": canary.image_ND.float().contiguous(), "text": canary.text_ND.float().contiguous()},
+        folder / "pooled.safetensors",
+    )
+
+
+def _read_canary(folder: Path) -> Canary:
+    pooled = _read_tensors(folder / "pooled.safetensors")
+    try:
+        token_ids = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))["token_ids"]
+        images = tuple(Image.open(folder / f"image_{index}.png").convert("RGB") for index in range(len(token_ids)))
+        return Canary(
+            images=images,
+            token_ids=tuple(tuple(ids) for ids in token_ids),
+            image_ND=pooled["image"],
+            text_ND=pooled["text"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadArtifact(f"{folder} is not a readable canary: {error}", field="artifact") from error

@@ -1,0 +1,136 @@
+"""Runs a steered model over a batch: layers up to the hook once, the tail once or twice. Knows no text, no sampling.
+
+Shapes: B batch rows, T tokens of this pass, J visible tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor, nn
+
+from steering.decoder_layers import Decoder, embed_prompt
+from steering.engines.kv_cache import SlotCache
+from steering.engines.sampling import blend_branches
+from steering.engines.sequence import Sequence
+from steering.intervention import Intervention, Pass
+
+
+class BatchRunner:
+    """One model with its caches. Slot i of the caches belongs to sequence i of the caller's running list."""
+
+    def __init__(self, model: nn.Module, decoder: Decoder, intervention: Intervention | None, hook_layer: int) -> None:
+        self.model, self.decoder, self.intervention = model, decoder, intervention
+        self.device = next(model.parameters()).device
+        self._front = range(hook_layer + 1)
+        self._tail = range(hook_layer + 1, len(decoder.layers))
+        self._cache = SlotCache()
+        self._base_cache = SlotCache()
+        """Tail layers of the base branch, for sequences of two branches."""
+
+    def prefill(self, new: Rows[Sequence], first_slot: int) -> Tensor:
+        """Run the prompts of new sequences into slots from `first_slot` on; next-token logits [B, V] float32."""
+        lengths = [len(sequence.tokens) for sequence in new]
+        tokens_BT = torch.zeros(len(new), max(lengths), dtype=torch.long)
+        image_BT, text_BT = torch.zeros_like(tokens_BT, dtype=torch.bool), torch.zeros_like(tokens_BT, dtype=torch.bool)
+        for index, (sequence, length) in enumerate(zip(new, lengths, strict=True)):
+            spans = sequence.request.spans
+            tokens_BT[index, :length] = torch.tensor(sequence.tokens)
+            image_BT[index, list(spans.image_positions)] = True
+            if spans.text_start is not None:
+                text_BT[index, spans.text_start : length] = True
+        pixels = [sequence.request.pixel_values for sequence in new if sequence.request.pixel_values is not None]
+        image_BT = image_BT.to(self.device)
+        embeds_BTD = embed_prompt(
+            self.model, tokens_BT.to(self.device), image_BT, torch.cat(pixels).to(self.device) if pixels else None
+        )
+        positions_BT = torch.arange(max(lengths), device=self.device).expand(len(new), -1)
+        rows = list(range(first_slot, first_slot + len(new)))
+        hidden_BTD, base_BTD = self._run_front(new, rows, embeds_BTD, positions_BT, image_BT, text_BT.to(self.device))
+        last_B = torch.tensor(lengths, device=self.device) - 1
+        steered_BV = self._run_tail(self._cache, rows, hidden_BTD, positions_BT, last_B)
+        return self._blend(new, rows, steered_BV, base_BTD, positions_BT, last_B)
+
+    def decode(self, running: Rows[Sequence]) -> Tensor:
+        """One step for all running sequences, each from its last token; next-token logits [B, V] float32."""
+        rows = list(range(len(running)))
+        tokens_B1 = torch.tensor([[sequence.tokens[-1]] for sequence in running], device=self.device)
+        positions_B1 = torch.tensor([[len(sequence.tokens) - 1] for sequence in running], device=self.device)
+        text_B1 = torch.tensor([[sequence.request.spans.has_image] for sequence in running], device=self.device)
+        embeds_B1D = embed_prompt(self.model, tokens_B1, text_B1, None)
+        image_B1 = torch.zeros_like(text_B1)
+        hidden_B1D, base_B1D = self._run_front(running, rows, embeds_B1D, positions_B1, image_B1, text_B1)
+        last_B = torch.zeros(len(running), dtype=torch.long, device=self.device)
+        steered_BV = self._run_tail_by_mode(running, rows, hidden_B1D, positions_B1, last_B)
+        return self._blend(running, rows, steered_BV, base_B1D, positions_B1, last_B)
+
+    def move(self, source: int, target: int) -> None:
+        """Move a sequence's cache to another slot."""
+        self._cache.move(source, target)
+        self._base_cache.move(source, target)
+
+    def clear(self) -> None:
+        """Give the caches' memory back; only when nothing runs."""
+        self._cache.clear()
+        self._base_cache.clear()
+
+    def _run_front(
+        self, sequences: Rows[Sequence], rows: list[int], embeds: Tensor, positions: Tensor, image: Tensor, text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """States [B, T, D] after the hook layer: steered, and as they were (the same where no hook is attached)."""
+        if self.intervention is not None:
+            states = [sequence.steering for sequence in sequences]
+            self.intervention.prepare(Pass(rows=states, image_BT=image, text_BT=text))
+        hidden_BTD = self._run(self._front, self._cache, rows, embeds, positions)
+        base_BTD = self.intervention.base_BTD if self.intervention is not None else None
+        return hidden_BTD, hidden_BTD if base_BTD is None else base_BTD
+
+    def _run_tail(self, cache: SlotCache, rows: list[int], hidden: Tensor, positions: Tensor, last_B: Tensor) -> Tensor:
+        """Logits [B, V] at each row's last token."""
+        hidden_BTD = self._run(self._tail, cache, rows, hidden, positions)
+        return self.decoder.logits(hidden_BTD[torch.arange(len(rows), device=self.device), last_B])
+
+    def _run_tail_by_mode(
+        self, running: Rows[Sequence], rows: list[int], hidden: Tensor, positions: Tensor, last_B: Tensor
+    ) -> Tensor:
+        """'causal' rows run their new token; 'exact' rows run their whole text span again."""
+        spans = {row: running[row].steering.exact_span() for row in rows if running[row].steering.exact}
+        exact = [row for row in rows if spans.get(row) is not None]
+        causal = [row for row in rows if row not in exact]
+        if not exact:
+            return self._run_tail(self._cache, rows, hidden, positions, last_B)
+        exact_BV = self._run_spans(running, exact, [spans[row] for row in exact])
+        logits_BV = exact_BV.new_empty(len(rows), exact_BV.shape[1])
+        logits_BV[exact] = exact_BV
+        if causal:
+            logits_BV[causal] = self._run_tail(self._cache, causal, hidden[causal], positions[causal], last_B[causal])
+        return logits_BV
+
+    def _run_spans(self, running: Rows[Sequence], exact: list[int], spans: list[Tensor]) -> Tensor:
+        hidden_BTD = nn.utils.rnn.pad_sequence(spans, batch_first=True)
+        starts_B = torch.tensor([running[row].request.spans.text_start for row in exact], device=self.device)
+        positions_BT = starts_B[:, None] + torch.arange(hidden_BTD.shape[1], device=self.device)
+        last_B = torch.tensor([len(span) - 1 for span in spans], device=self.device)
+        return self._run_tail(self._cache, exact, hidden_BTD, positions_BT, last_B)
+
+    def _blend(
+        self, sequences: Rows[Sequence], rows: list[int], steered: Tensor, base: Tensor, positions: Tensor, last: Tensor
+    ) -> Tensor:
+        """Second branch for the rows that have one; the others' logits are left alone."""
+        settings = [sequence.request.settings for sequence in sequences]
+        two = [index for index, chosen in enumerate(settings) if chosen.active and chosen.branches == 2]
+        if not two:
+            return steered
+        slots = [rows[index] for index in two]
+        base_BV = self._run_tail(self._base_cache, slots, base[two], positions[two], last[two])
+        for index, base_V in zip(two, base_BV, strict=True):
+            chosen = settings[index]
+            steered[index] = blend_branches(base_V, steered[index], chosen.gamma, chosen.plausibility)
+        return steered
+
+    def _run(self, layers: range, cache: SlotCache, rows: list[int], hidden: Tensor, positions: Tensor) -> Tensor:
+        visible = int(positions.max()) + 1
+        cache.select(rows, positions, visible)
+        mask_B1TJ = (positions[..., None] >= torch.arange(visible, device=self.device))[:, None]
+        return self.decoder.run(layers, hidden, positions, mask_B1TJ, cache)

@@ -1,0 +1,134 @@
+"""One choice of one request while it runs: its tokens, its text, its steering state. Plain bookkeeping, no model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from steering.engines.base import FinishReason, GenerationEnd, Receipt, SampledToken, TextDelta
+from steering.engines.sampling import Sampler
+from steering.engines.text_stream import TextStream
+from steering.intervention import SequenceSteering
+from steering.resolution import Reason, ResolvedSteering
+from steering.token_spans import TokenSpans
+
+Emit = Callable[[TextDelta | GenerationEnd | Exception], None]
+
+
+@dataclass(kw_only=True)
+class Sequence:
+    """One choice. Its slot is its place in the engine's running list."""
+
+    request: RunningRequest
+    choice: int
+    sampler: Sampler
+    text: TextStream
+    steering: SequenceSteering
+    tokens: list[int]
+    """Prompt (image tokens expanded) and everything generated."""
+    finish_reason: FinishReason | None = None
+    completion_tokens: int = 0
+    _unsent_tokens: list[int] = field(default_factory=list)
+    _unsent_logprobs: list[SampledToken] = field(default_factory=list)
+
+    def append(self, token: int, logprobs: SampledToken | None, end_tokens: frozenset[int]) -> None:
+        """Take the token just sampled, send the text it completes, and finish where it ends the choice."""
+        self.completion_tokens += 1
+        if token in end_tokens:
+            self._finish("stop", self.text.finish())
+            return
+        self.tokens.append(token)
+        self._unsent_tokens.append(token)
+        if logprobs is not None:
+            self._unsent_logprobs.append(logprobs)
+        text = self.text.push(token)
+        if self.text.stopped:
+            self._finish("stop", text)
+        elif self.completion_tokens >= self.sampler.sampling.max_tokens:
+            rest = self.text.finish()
+            self._finish("stop" if self.text.stopped else "length", text + rest)
+        elif text:
+            self._send(text)
+
+    def _finish(self, reason: FinishReason, text: str) -> None:
+        self.finish_reason = reason
+        self._send(text)
+        self.request.choice_finished()
+
+    def _send(self, text: str) -> None:
+        self.request.emit(
+            TextDelta(
+                choice=self.choice,
+                text=text,
+                token_ids=tuple(self._unsent_tokens),
+                logprobs=tuple(self._unsent_logprobs),
+                finish_reason=self.finish_reason,
+            )
+        )
+        self._unsent_tokens, self._unsent_logprobs = [], []
+
+
+@dataclass(kw_only=True)
+class RunningRequest:
+    """What the choices of a request share."""
+
+    request_id: str
+    prompt_length: int
+    spans: TokenSpans
+    pixel_values: Tensor | None
+    """[images, 3, height, width] as the checkpoint's image processor made them."""
+    settings: ResolvedSteering
+    artifact: str | None
+    """Fingerprint of the artifact."""
+    layer: int | None
+    """Hook layer."""
+    emit: Emit
+    sequences: list[Sequence] = field(default_factory=list)
+    submitted: float = field(default_factory=time.monotonic)
+
+    def choice_finished(self) -> None:
+        """Send the receipt once the last choice is done."""
+        if all(sequence.finish_reason for sequence in self.sequences):
+            self.emit(
+                GenerationEnd(
+                    prompt_tokens=self.prompt_length,
+                    completion_tokens=[sequence.completion_tokens for sequence in self.sequences],
+                    receipt=self._receipt(),
+                )
+            )
+
+    def _receipt(self) -> Receipt:
+        settings, states = self.settings, [sequence.steering for sequence in self.sequences]
+        positions = [state.positions for state in states]
+        applied = any(positions)
+        known = settings.preset is not None
+        return Receipt(
+            applied=applied,
+            reason=None if applied else self._why_not(states),
+            artifact=self.artifact,
+            layer=self.layer,
+            preset=settings.preset,
+            form=settings.form if known else None,
+            mode=settings.mode if known else None,
+            branches=settings.branches if settings.active else 1,
+            strength=settings.strength,
+            alpha=settings.alpha if known else None,
+            beta_up=settings.beta_up if known else None,
+            beta_down=settings.beta_down if known else None,
+            gamma=settings.gamma if known else None,
+            plausibility=settings.plausibility if known else None,
+            control=None if settings.control == "none" else settings.control,
+            positions=positions,
+            relative_shift=[state.relative_shift() for state in states],
+            arm=settings.arm,
+        )
+
+    def _why_not(self, states: list[SequenceSteering]) -> Reason:
+        if self.settings.reason is not None:
+            return self.settings.reason
+        if not any(state.visited for state in states):
+            return "hook_detached"
+        return "alpha_0" if self.settings.alpha == 0 else "no_text_position"

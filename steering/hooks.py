@@ -1,0 +1,121 @@
+"""Context managers that put steering on a model and always take it off again.
+
+`steer` is the library on its own: three lines steer one's own `model.generate`. Engines use `output_hook`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from steering.artifact import Artifact
+from steering.decoder_layers import find_decoder
+from steering.errors import BadArtifact, InvalidSteering
+from steering.intervention import Intervention, Pass, SequenceSteering
+from steering.realignment import Realignment
+from steering.request import SteeringRequest, merge_sources
+from steering.resolution import ResolvedSteering, resolve
+from steering.token_spans import find_spans
+
+
+@contextmanager
+def output_hook(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace what a decoder layer returns, [B, T, D], by `change` of it."""
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_fits(artifact: Artifact, *, family: str, hidden_size: int, num_layers: int) -> None:
+    """Raise BadArtifact unless the artifact was made for a model of this family and shape."""
+    config = artifact.config
+    of_artifact = {"family": config.family, "hidden_size": config.hidden_size, "num_layers": config.num_layers}
+    of_model = {"family": family, "hidden_size": hidden_size, "num_layers": num_layers}
+    if of_artifact != of_model:
+        raise BadArtifact(
+            f"the artifact was made for another model ({config.base_model.name}: {of_artifact}), "
+            f"this one has {of_model}; use the artifact trained on this model",
+            field="artifact",
+        )
+    if config.hook_layer >= num_layers - 1:
+        raise BadArtifact(f"hook_layer {config.hook_layer} leaves no tail layer after it", field="hook_layer")
+    if config.pooling != "text_after_last_image":
+        raise BadArtifact(f"pooling {config.pooling!r} is not supported by this engine", field="pooling")
+
+
+class GenerationSteering:
+    """Follows the forward passes of a transformers `generate` and keeps each row's steering state."""
+
+    def __init__(self, intervention: Intervention, settings: ResolvedSteering, image_token_id: int) -> None:
+        self.rows: list[SequenceSteering] = []
+        """State of each batch row of the latest `generate`; counts positions and shift."""
+        self._intervention = intervention
+        self._settings = settings
+        self._image_token_id = image_token_id
+
+    def before_forward(self, _model: nn.Module, _args: tuple, kwargs: dict) -> None:
+        """Read the token ids of a pass; a pass without cached tokens begins new sequences."""
+        token_ids_BT = kwargs.get("input_ids")
+        if token_ids_BT is None:
+            raise InvalidSteering("steer() finds its positions from input_ids; pass them", field="input_ids")
+        past = kwargs.get("past_key_values")
+        if past is None or past.get_seq_length() == 0:
+            self._intervention.prepare(self._begin(token_ids_BT, kwargs.get("attention_mask")))
+            return
+        if token_ids_BT.shape != (len(self.rows), 1):
+            raise InvalidSteering(
+                "steer() follows one token per row and step; beams are not supported", field="num_beams"
+            )
+        text_BT = torch.ones_like(token_ids_BT, dtype=torch.bool)
+        self._intervention.prepare(Pass(rows=self.rows, image_BT=~text_BT, text_BT=text_BT))
+
+    def _begin(self, token_ids_BT: Tensor, attention_BT: Tensor | None) -> Pass:
+        spans = [find_spans(row, self._image_token_id) for row in token_ids_BT.tolist()]
+        if not all(span.has_image for span in spans):
+            raise InvalidSteering("steer() needs an image in every row to realign to", field="input_ids")
+        self.rows = [SequenceSteering(settings=self._settings) for _ in spans]
+        positions_T = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+        text_BT = torch.stack([positions_T >= span.text_start for span in spans])
+        if attention_BT is not None:
+            text_BT &= attention_BT[:, : text_BT.shape[1]].bool()
+        return Pass(rows=self.rows, image_BT=token_ids_BT == self._image_token_id, text_BT=text_BT)
+
+
+@contextmanager
+def steer(model: nn.Module, artifact: Artifact, request: SteeringRequest | None = None) -> Iterator[GenerationSteering]:
+    """Steer a transformers LVLM inside the `with`; `model.generate(**inputs)` as usual, without beam search.
+
+    One branch, mode 'causal'. Raises BadArtifact if the artifact is another model's, InvalidSteering for settings
+    that need an engine (two branches, mode 'exact').
+    """
+    decoder = find_decoder(model)
+    check_fits(artifact, family=decoder.family, hidden_size=decoder.hidden_size, num_layers=len(decoder.layers))
+    settings = resolve(
+        merge_sources(request or SteeringRequest()),
+        presets=artifact.config.presets,
+        default_preset=artifact.config.default_preset,
+        has_image=True,
+    )
+    if settings.mode == "exact" or settings.branches == 2:
+        raise InvalidSteering(
+            "steer() runs one branch in mode 'causal'; use an engine for mode 'exact', gamma below 1 or plausibility",
+            field="steering",
+        )
+    device = next(model.parameters()).device
+    intervention = Intervention(
+        Realignment(artifact.auxiliary, artifact.sae).to(device),
+        min_text_tokens=artifact.config.min_text_tokens,
+        control_image_MD=artifact.control_image_MD.to(device),
+    )
+    follower = GenerationSteering(intervention, settings, model.config.image_token_id)
+    handle = model.register_forward_pre_hook(follower.before_forward, with_kwargs=True)
+    try:
+        with output_hook(decoder.layers[artifact.config.hook_layer], intervention):
+            yield follower
+    finally:
+        handle.remove()

@@ -1,0 +1,83 @@
+"""What one caller may ask of steering, and how several sources of it merge. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Form = Literal["published", "difference", "union"]
+Mode = Literal["causal", "exact"]
+Control = Literal["none", "reversed", "random", "other_image"]
+
+
+class SteeringRequest(BaseModel):
+    """The `steering` object of a request (design, section 6). A field left out is decided by a lower source."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    enabled: bool | None = None
+    """False switches steering off for this request; True makes a request that cannot be steered an error."""
+    preset: str | None = Field(default=None, max_length=64)
+    """Name of a preset in the artifact ('captions', 'questions', 'off', 'paper_pope', 'paper_chair')."""
+    strength: float | None = Field(default=None, ge=0, le=1)
+    """The dial: scales every delta. 0 is exactly the plain model."""
+    form: Form | None = None
+    """Which equation turns two codes into a delta (design, section 1)."""
+    alpha: float | None = Field(default=None, ge=0, le=4)
+    """Step size at strength 1."""
+    beta_up: float | None = Field(default=None, ge=0, le=1)
+    """Share of what the image has more of than the text that is added to the text's code."""
+    beta_down: float | None = Field(default=None, ge=0, le=1)
+    """Share of what the text has more of than the image that is taken from the text's code."""
+    gamma: float | None = Field(default=None, ge=0, le=1)
+    """Weight of the steered branch in the logits; 1 = the base branch decides nothing."""
+    plausibility: float | None = Field(default=None, ge=0, le=1)
+    """Tokens below this share of the base branch's most likely token are dropped; 0 = none is."""
+    mode: Mode | None = None
+    """'causal' steers each position once; 'exact' recomputes the tail over all text at every step."""
+    concepts: dict[str, dict[str, float]] | None = None
+    """Reserved for concept editing; refused until then."""
+    explain: bool | None = None
+    """Reserved for explanations; refused until then."""
+    control: Control | None = None
+    """Replaces the delta by an experimental control; for evaluation only."""
+    control_seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    """Seeds 'random' (its direction) and 'other_image' (which image)."""
+
+    def asks_for_steering(self) -> bool:
+        """True where this source explicitly wants the answer steered (design, section 6)."""
+        if self.enabled is False:
+            return False
+        return bool(self.enabled or (self.strength or 0) > 0 or self.concepts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestedSteering:
+    """All sources merged: what an engine is asked to do, and whether somebody insisted."""
+
+    settings: SteeringRequest
+    """The merged fields; those still None take the preset's value."""
+    explicit: bool = False
+    """True when the caller asked for steering: then 'impossible' is an error, not a note in the receipt."""
+    arm: str | None = None
+    """Name of the A/B arm that this request fell into, for the receipt."""
+
+
+def merge_sources(
+    *caller: SteeringRequest, server: tuple[SteeringRequest, ...] = (), arm: str | None = None
+) -> RequestedSteering:
+    """Merge field by field, the earlier source wins: `caller` is body, header, alias; `server` is arm, default.
+
+    A source that asks for strength above 0 thereby switches steering on against any lower source.
+    """
+    merged: dict[str, object] = {}
+    for source in (*caller, *server):
+        fields = source.model_dump(exclude_none=True)
+        if source.asks_for_steering():
+            fields.setdefault("enabled", True)
+        merged = {**fields, **merged}
+    settings = SteeringRequest.model_validate(merged)
+    explicit = settings.enabled is not False and any(source.asks_for_steering() for source in caller)
+    return RequestedSteering(settings=settings, explicit=explicit, arm=arm)

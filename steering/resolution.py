@@ -1,0 +1,106 @@
+"""From what was asked to what will be done: presets filled in, the impossible refused or reported. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from steering.errors import InvalidSteering
+from steering.request import Control, Form, Mode, RequestedSteering
+
+Reason = Literal[
+    "disabled", "no_artifact", "no_image", "preset_off", "strength_0", "alpha_0", "no_text_position", "hook_detached"
+]
+
+
+class Preset(BaseModel):
+    """A named setting of the realignment, as an artifact carries it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    strength: float = Field(default=1.0, ge=0, le=1)
+    """The dial; 0 makes the preset 'off'."""
+    form: Form = "difference"
+    mode: Mode = "causal"
+    alpha: float = Field(default=1.0, ge=0, le=4)
+    beta_up: float = Field(default=0.9, ge=0, le=1)
+    beta_down: float = Field(default=0.9, ge=0, le=1)
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    plausibility: float = Field(default=0.0, ge=0, le=1)
+    dev_scores: dict[str, float] = Field(default_factory=dict)
+    """What it scored on the scenes it was chosen on; says nothing about others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSteering:
+    """Everything an engine needs to know; with `reason` set it leaves the request alone."""
+
+    reason: Reason | None
+    """Why this request is not steered, or None if it is to be."""
+    preset: str | None = None
+    form: Form = "difference"
+    mode: Mode = "causal"
+    strength: float = 0.0
+    alpha: float = 0.0
+    beta_up: float = 0.0
+    beta_down: float = 0.0
+    gamma: float = 1.0
+    plausibility: float = 0.0
+    control: Control = "none"
+    control_seed: int = 0
+    arm: str | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.reason is None
+
+    @property
+    def branches(self) -> int:
+        """2 where the base branch has a say in the logits (design, section 1)."""
+        return 1 if self.gamma == 1 and self.plausibility == 0 else 2
+
+
+def resolve(
+    requested: RequestedSteering,
+    *,
+    presets: Mapping[str, Preset] | None,
+    default_preset: str,
+    has_image: bool,
+) -> ResolvedSteering:
+    """Fill in the preset and decide. `presets` is None where no artifact is loaded.
+
+    Raises InvalidSteering, naming the field, for an unknown preset, a feature that does not exist yet, and for
+    steering that was explicitly asked for and is impossible.
+    """
+    asked = requested.settings
+    for name in ("concepts", "explain"):
+        if getattr(asked, name):
+            raise InvalidSteering(f"steering.{name} is not supported yet; leave it out", field=f"steering.{name}")
+    if asked.enabled is False:
+        return ResolvedSteering(reason="disabled", arm=requested.arm)
+    if presets is None:
+        return _impossible(requested, "no_artifact", "steering was asked for, but the server has no artifact loaded")
+    name = asked.preset or default_preset
+    if name not in presets:
+        raise InvalidSteering(f"steering.preset {name!r} is unknown; known: {sorted(presets)}", field="steering.preset")
+    preset = presets[name]
+    settings = preset.model_dump(exclude={"dev_scores"})
+    settings |= asked.model_dump(exclude_none=True, exclude={"enabled", "preset", "concepts", "explain"})
+    resolved = ResolvedSteering(reason=None, preset=name, arm=requested.arm, **settings)
+    if resolved.strength == 0:
+        reason = "strength_0" if asked.strength == 0 else "preset_off"
+        return ResolvedSteering(reason=reason, preset=name, arm=requested.arm, **settings)
+    if not has_image:
+        return _impossible(
+            requested, "no_image", "steering was asked for, but the conversation has no image to realign to; add one"
+        )
+    return resolved
+
+
+def _impossible(requested: RequestedSteering, reason: Reason, message: str) -> ResolvedSteering:
+    if requested.explicit:
+        raise InvalidSteering(f"{message}, or leave steering out", field="steering")
+    return ResolvedSteering(reason=reason, arm=requested.arm)

@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests; everything runs offline."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import save_tiny_artifact, save_tiny_llava
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("tiny_llava"))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_artifact(tmp_path_factory.mktemp("tiny") / "artifact", tiny_llava)

@@ -1,0 +1,91 @@
+"""An independent implementation to compare with: whole sequences, no KV cache, dense codes, straight from the
+equations (design, section 1). It shares no code with `steering/` but the two autoencoder modules' parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _dense_code(sae, shared_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """z [N, K] and the dense activations a [N, K]."""
+    x = shared_NS / shared_NS.norm(dim=-1, keepdim=True)
+    w = sae.encoder / sae.encoder.norm(dim=-1, keepdim=True)
+    a = 2 - torch.cdist(x.double(), w.double()).float()
+    kth = a.sort(dim=-1, descending=True).values[:, sae.active_concepts - 1 : sae.active_concepts]
+    return torch.where(a >= kth, a, 0.0), a
+
+
+def _decode_text(artifact, z: Tensor) -> Tensor:
+    return artifact.auxiliary.text_decoder(artifact.sae.text_decoder(z))
+
+
+def _delta(artifact, settings, image_D: Tensor, text_D: Tensor) -> Tensor:
+    z_v, a_v = _dense_code(artifact.sae, artifact.auxiliary.vision_projection(image_D[None]))
+    z_t, a_t = _dense_code(artifact.sae, artifact.auxiliary.text_projection(text_D[None]))
+
+    def mix(image: Tensor, text: Tensor) -> Tensor:
+        up, down = (image - text).clamp(min=0), (text - image).clamp(min=0)
+        return text + settings.beta_up * up - settings.beta_down * down
+
+    zero = torch.zeros_like(z_t)
+    if settings.form == "published":
+        change = _decode_text(artifact, mix(z_v, z_t)) - text_D
+    elif settings.form == "difference":
+        change = _decode_text(artifact, mix(z_v, z_t) - z_t) - _decode_text(artifact, zero)
+    else:
+        support = (z_v > 0) | (z_t > 0)
+        change = _decode_text(artifact, torch.where(support, mix(a_v, a_t) - a_t, 0.0)) - _decode_text(artifact, zero)
+    delta_D = settings.strength * settings.alpha * change[0]
+    return -delta_D if settings.control == "reversed" else delta_D
+
+
+def _with_output(model, layer: int, inputs: dict, replacement: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits [T, V] and the layer's output [T, D] of a whole forward pass, the output optionally replaced."""
+    seen = {}
+
+    def hook(_module, _inputs, output):
+        seen["hidden"] = output
+        return output if replacement is None else replacement[None]
+
+    handle = model.model.language_model.layers[layer].register_forward_hook(hook)
+    try:
+        logits = model(**inputs, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
+    return logits, seen["hidden"][0]
+
+
+@torch.no_grad()
+def next_token_logprobs(
+    model, artifact, settings, prompt: list[int], generated: list[int], pixel_values: Tensor, min_text_tokens: int
+) -> Tensor:
+    """Logprobs [V] of the token after prompt (image tokens expanded) and generated ones, blended and masked."""
+    layer = artifact.config.hook_layer
+    token_ids = torch.tensor([*prompt, *generated])
+    is_image = token_ids == model.config.image_token_id
+    is_image[len(prompt) :] = False
+    embeds_TD = model.get_input_embeddings()(token_ids)
+    features = model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+    embeds_TD[is_image] = torch.cat(list(features))
+    inputs = {"inputs_embeds": embeds_TD[None]}
+    base_TV, hidden_TD = _with_output(model, layer, inputs, None)
+    start = int(is_image.nonzero().max()) + 1
+    image_D = hidden_TD[is_image].mean(0)
+    steered_TD = hidden_TD.clone()
+    length = len(token_ids)
+    if settings.mode == "exact":
+        if length - start >= min_text_tokens:
+            steered_TD[start:] += _delta(artifact, settings, image_D, hidden_TD[start:].mean(0))
+    else:
+        for position in range(start + min_text_tokens - 1, length):
+            text_D = hidden_TD[start : position + 1].mean(0)
+            steered_TD[position] += _delta(artifact, settings, image_D, text_D)
+    steered_TV, _ = _with_output(model, layer, inputs, steered_TD)
+    base, steered = base_TV[-1], steered_TV[-1]
+    blended = (1 - settings.gamma) * base + settings.gamma * steered
+    if settings.plausibility > 0:
+        floor = torch.log(torch.tensor(settings.plausibility)) + base.max()
+        blended[base < floor] = float("-inf")
+    return blended.log_softmax(-1)

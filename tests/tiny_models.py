@@ -1,0 +1,141 @@
+"""Tiny real checkpoints and artifacts: random weights, true classes, true processors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, save_artifact
+from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
+from steering.decoder_layers import find_decoder
+from steering.engines.canary import pool_prompt
+from steering.resolution import Preset
+from steering.sparse_autoencoder import VisionLanguageSAE
+from steering.token_spans import expand_image_tokens
+
+SPECIAL_TOKENS = ["<s>", "</s>", "<unk>", "<pad>", "<image>"]
+LLAVA_CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and LLaVA's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+
+
+def save_tiny_llava(folder: Path, *, num_kv_heads: int = 4, seed: int = 0) -> Path:
+    """A random LLaVA of 5 layers, D 32, 4 image tokens; weights large enough that tokens depend on everything."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=num_kv_heads, max_position_embeddings=256, initializer_range=0.2,
+        bos_token_id=256, eos_token_id=257, pad_token_id=259,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=260, vision_feature_layer=-2)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 257
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=LLAVA_CHAT_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def drawn_image(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
+    """Noise, reproducibly."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def tiny_presets() -> dict[str, Preset]:
+    """One preset per thing a test wants to vary from; 'captions' is the default."""
+    return {
+        "captions": Preset(form="difference", alpha=2.0),
+        "questions": Preset(form="difference", alpha=1.0, beta_up=0.0, beta_down=1.0),
+        "off": Preset(strength=0.0),
+        "paper_pope": Preset(form="published", alpha=0.8, gamma=0.6, plausibility=0.8),
+        "paper_chair": Preset(form="published", alpha=0.7, gamma=0.6, plausibility=0.8),
+    }
+
+
+def save_tiny_artifact(folder: Path, model_folder: Path, *, seed: int = 0, min_text_tokens: int = 1) -> Path:
+    """Random VL-SAE for a checkpoint, at layer num_layers - 2, with a canary read from the model."""
+    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    processor = AutoProcessor.from_pretrained(model_folder)
+    decoder = find_decoder(model)
+    torch.manual_seed(seed)
+    hidden, layers, shared, concepts, active = decoder.hidden_size, len(decoder.layers), 24, 96, 8
+    auxiliary = AuxiliaryAutoencoder(hidden, shared)
+    torch.nn.init.orthogonal_(auxiliary.vision_projection.weight)
+    auxiliary.text_projection.load_state_dict(auxiliary.vision_projection.state_dict())
+    sae = VisionLanguageSAE(shared, concepts, active)
+    images = [drawn_image(index) for index in range(4)]
+    prompt = processor.tokenizer("USER: <image>\nscene ASSISTANT:", add_special_tokens=False)["input_ids"]
+    pooled = []
+    for image in images:
+        counts = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1]]).num_image_tokens
+        expanded = expand_image_tokens(prompt, model.config.image_token_id, counts)
+        pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        pooled.append(pool_prompt(model, decoder, expanded, pixels, layers - 2))
+    config = ArtifactConfig(
+        base_model=BaseModelInfo(name="tiny"), family="llava", hidden_size=hidden, num_layers=layers,
+        hook_layer=layers - 2, shared_size=shared, num_concepts=concepts, active_concepts=active,
+        min_text_tokens=min_text_tokens, presets=tiny_presets(), canary_synthetic=False,
+        alignment={"paired_overlap": 0.5, "shuffled_overlap": 0.2, "recall_at_1": 0.3},
+    )  # fmt: skip
+    with torch.no_grad():
+        _centre_on(auxiliary, sae, pooled)
+    artifact = Artifact(
+        config=config, auxiliary=auxiliary, sae=sae,
+        canary=Canary(
+            images=tuple(images), token_ids=(tuple(prompt),) * 4,
+            image_ND=torch.stack([v for v, _ in pooled]), text_ND=torch.stack([t for _, t in pooled]),
+        ),
+        control_image_MD=torch.randn(8, hidden, generator=torch.Generator().manual_seed(5)),
+        concepts=tuple({"id": index, "label": f"concept {index}"} for index in range(concepts)),
+    )  # fmt: skip
+    save_artifact(folder, artifact)
+    return folder
+
+
+def _centre_on(auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE, pooled: list) -> None:
+    """Biases that give the canary's mean back: random decoders would fail the reconstruction check."""
+    for decoder in (sae.vision_decoder, sae.text_decoder, auxiliary.vision_decoder, auxiliary.text_decoder):
+        torch.nn.init.normal_(decoder.weight, std=0.2)
+    image_ND, text_ND = (torch.stack(states) for states in zip(*pooled, strict=True))
+    again_v, again_t = auxiliary.reconstruct(*sae(*auxiliary(image_ND, text_ND)))
+    auxiliary.vision_decoder.bias += (image_ND - again_v).mean(0)
+    auxiliary.text_decoder.bias += (text_ND - again_t).mean(0)
