@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Decoder:
         return self.head(self.norm(hidden_ND)).float()
 
 
-def _llava_decoder(model: nn.Module) -> Decoder:
+def _llava_decoder(model: Any) -> Decoder:
     text = model.model.language_model
     return Decoder(
         family="llava",
@@ -57,11 +58,11 @@ def _llava_decoder(model: nn.Module) -> Decoder:
     )
 
 
-_DECODERS: dict[str, Callable[[nn.Module], Decoder]] = {"llava": _llava_decoder}
+_DECODERS: dict[str, Callable[[Any], Decoder]] = {"llava": _llava_decoder}
 """By the checkpoint's `model_type`."""
 
 
-def find_decoder(model: nn.Module) -> Decoder:
+def find_decoder(model: Any) -> Decoder:
     """The decoder of a loaded LVLM. Raises BadArtifact for a family that is not in the table."""
     family = model.config.model_type
     if family not in _DECODERS:
@@ -69,7 +70,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     return _DECODERS[family](model)
 
 
-def embed_prompt(model: nn.Module, token_ids_BT: Tensor, image_mask_BT: Tensor, pixel_values: Tensor | None) -> Tensor:
+def embed_prompt(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, pixel_values: Tensor | None) -> Tensor:
     """Input embeddings [B, T, D] with the image features at the image positions, row by row in order."""
     embeds_BTD = model.get_input_embeddings()(token_ids_BT)
     if pixel_values is None:

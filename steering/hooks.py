@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,11 @@ from steering.token_spans import find_spans
 @contextmanager
 def output_hook(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace what a decoder layer returns, [B, T, D], by `change` of it."""
-    handle = layer.register_forward_hook(lambda _module, _inputs, output: change(output))
+
+    def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return change(output)
+
+    handle = layer.register_forward_hook(replace)
     try:
         yield
     finally:
@@ -58,7 +63,7 @@ class GenerationSteering:
         self._settings = settings
         self._image_token_id = image_token_id
 
-    def before_forward(self, _model: nn.Module, _args: tuple, kwargs: dict) -> None:
+    def before_forward(self, _model: nn.Module, _args: Any, kwargs: Any) -> None:
         """Read the token ids of a pass; a pass without cached tokens begins new sequences."""
         token_ids_BT = kwargs.get("input_ids")
         if token_ids_BT is None:
@@ -80,14 +85,14 @@ class GenerationSteering:
             raise InvalidSteering("steer() needs an image in every row to realign to", field="input_ids")
         self.rows = [SequenceSteering(settings=self._settings) for _ in spans]
         positions_T = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
-        text_BT = torch.stack([positions_T >= span.text_start for span in spans])
+        text_BT = torch.stack([positions_T >= (span.text_start or 0) for span in spans])
         if attention_BT is not None:
             text_BT &= attention_BT[:, : text_BT.shape[1]].bool()
         return Pass(rows=self.rows, image_BT=token_ids_BT == self._image_token_id, text_BT=text_BT)
 
 
 @contextmanager
-def steer(model: nn.Module, artifact: Artifact, request: SteeringRequest | None = None) -> Iterator[GenerationSteering]:
+def steer(model: Any, artifact: Artifact, request: SteeringRequest | None = None) -> Iterator[GenerationSteering]:
     """Steer a transformers LVLM inside the `with`; `model.generate(**inputs)` as usual, without beam search.
 
     One branch, mode 'causal'. Raises BadArtifact if the artifact is another model's, InvalidSteering for settings
@@ -106,7 +111,7 @@ def steer(model: nn.Module, artifact: Artifact, request: SteeringRequest | None 
             "steer() runs one branch in mode 'causal'; use an engine for mode 'exact', gamma below 1 or plausibility",
             field="steering",
         )
-    device = next(model.parameters()).device
+    device = model.device
     intervention = Intervention(
         Realignment(artifact.auxiliary, artifact.sae).to(device),
         min_text_tokens=artifact.config.min_text_tokens,

@@ -8,11 +8,13 @@ Shapes: B batch rows, T tokens of this pass, D hidden size, N steered positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from steering.realignment import ImageCode, MixParameters, Realignment
+from steering.request import Form
 from steering.resolution import ResolvedSteering
 
 
@@ -149,18 +151,19 @@ class Intervention:
             batch_N = torch.tensor(active, device=place_N.device)[place_N]
             moved_ND = hidden_aTD[place_N, position_N] + delta_ND
             steered_BTD[batch_N, position_N] = moved_ND.to(hidden_BTD.dtype)
-        for place, row in enumerate(rows):
+        for index, row in zip(active, rows, strict=True):
             if row.exact:
-                index, text_T = active[place], current.text_BT[active[place]]
+                text_T = current.text_BT[index]
                 self._steer_span(row, hidden_BTD[index][text_T])
-                if row.span_delta_D is not None:
-                    steered_BTD[index, text_T] = row.exact_span()[-int(text_T.sum()) :]
+                span_TD = row.exact_span()
+                if span_TD is not None:
+                    steered_BTD[index, text_T] = span_TD[-int(text_T.sum()) :]
         return steered_BTD
 
     def _steer_span(self, row: SequenceSteering, added_TD: Tensor) -> None:
         """'exact': one delta, from the mean over all text so far, for all of it."""
         row.span.append(added_TD)
-        if row.text_count < self.min_text_tokens or not row.text_count:
+        if row.text_sum_D is None or row.text_count < self.min_text_tokens:
             return
         mean_1D = row.text_sum_D[None] / row.text_count
         place_1 = torch.zeros(1, dtype=torch.long, device=mean_1D.device)
@@ -171,7 +174,7 @@ class Intervention:
 
     def _delta(self, rows: list[SequenceSteering], place_N: Tensor, mean_ND: Tensor) -> Tensor:
         """Deltas [N, D]; rows of one form are computed together."""
-        forms = sorted({row.settings.form for row in rows})
+        forms: list[Form] = list(dict.fromkeys(row.settings.form for row in rows))
         delta_ND = torch.zeros_like(mean_ND)
         for form in forms:
             of_form = torch.tensor([row.settings.form == form for row in rows], device=place_N.device)
@@ -180,8 +183,9 @@ class Intervention:
                 delta_ND[chosen] = self._delta_of_form(rows, place_N[chosen], mean_ND[chosen], form)
         return _apply_controls(rows, place_N, delta_ND)
 
-    def _delta_of_form(self, rows: list[SequenceSteering], place_N: Tensor, mean_ND: Tensor, form: str) -> Tensor:
-        codes = ImageCode(*(torch.cat(parts) for parts in zip(*(row.image for row in rows), strict=True)))
+    def _delta_of_form(self, rows: list[SequenceSteering], place_N: Tensor, mean_ND: Tensor, form: Form) -> Tensor:
+        images = [cast(ImageCode, row.image) for row in rows]
+        codes = ImageCode(*(torch.cat(parts) for parts in zip(*images, strict=True)))
         settings = [(row.settings.beta_up, row.settings.beta_down, row.scale) for row in rows]
         mix = MixParameters(*torch.tensor(settings, device=mean_ND.device).T[:, place_N])
         return self.realignment.delta(mean_ND, codes, place_N, mix, form)
@@ -206,10 +210,9 @@ def _random_direction(like_D: Tensor, seed: int) -> Tensor:
 def _apply_controls(rows: list[SequenceSteering], place_N: Tensor, delta_ND: Tensor) -> Tensor:
     """`reversed` flips the sign; `random` keeps the length and takes the sequence's own isotropic direction."""
     for place, row in enumerate(rows):
-        if row.settings.control in ("reversed", "random"):
-            mine_N = place_N == place
-            if row.settings.control == "reversed":
-                delta_ND[mine_N] = -delta_ND[mine_N]
-            else:
-                delta_ND[mine_N] = delta_ND[mine_N].norm(dim=-1, keepdim=True) * row.direction_D
+        mine_N = place_N == place
+        if row.settings.control == "reversed":
+            delta_ND[mine_N] = -delta_ND[mine_N]
+        elif row.direction_D is not None:
+            delta_ND[mine_N] = delta_ND[mine_N].norm(dim=-1, keepdim=True) * row.direction_D
     return delta_ND

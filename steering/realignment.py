@@ -54,6 +54,13 @@ class Realignment(nn.Module):
     that a delta is a gather of at most 2k of its columns.
     """
 
+    directions_KS: Tensor
+    """Concept vectors at unit length."""
+    table_KD: Tensor
+    """W transposed: what one unit of each concept adds to a text state."""
+    bias_D: Tensor
+    """c."""
+
     def __init__(self, auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE) -> None:
         super().__init__()
         self.active_concepts = sae.active_concepts

@@ -137,5 +137,5 @@ def _centre_on(auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE, pooled: 
         torch.nn.init.normal_(decoder.weight, std=0.2)
     image_ND, text_ND = (torch.stack(states) for states in zip(*pooled, strict=True))
     again_v, again_t = auxiliary.reconstruct(*sae(*auxiliary(image_ND, text_ND)))
-    auxiliary.vision_decoder.bias += (image_ND - again_v).mean(0)
-    auxiliary.text_decoder.bias += (text_ND - again_t).mean(0)
+    auxiliary.vision_decoder.bias.add_((image_ND - again_v).mean(0))
+    auxiliary.text_decoder.bias.add_((text_ND - again_t).mean(0))

@@ -6,6 +6,7 @@ Shapes: B batch rows, T tokens of this pass, J visible tokens, D hidden size, V 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from steering.intervention import Intervention, Pass
 class BatchRunner:
     """One model with its caches. Slot i of the caches belongs to sequence i of the caller's running list."""
 
-    def __init__(self, model: nn.Module, decoder: Decoder, intervention: Intervention | None, hook_layer: int) -> None:
+    def __init__(self, model: Any, decoder: Decoder, intervention: Intervention | None, hook_layer: int) -> None:
         self.model, self.decoder, self.intervention = model, decoder, intervention
         self.device = next(model.parameters()).device
         self._front = range(hook_layer + 1)
@@ -96,11 +97,11 @@ class BatchRunner:
     ) -> Tensor:
         """'causal' rows run their new token; 'exact' rows run their whole text span again."""
         spans = {row: running[row].steering.exact_span() for row in rows if running[row].steering.exact}
-        exact = [row for row in rows if spans.get(row) is not None]
-        causal = [row for row in rows if row not in exact]
-        if not exact:
+        spans = {row: span for row, span in spans.items() if span is not None}
+        if not spans:
             return self._run_tail(self._cache, rows, hidden, positions, last_B)
-        exact_BV = self._run_spans(running, exact, [spans[row] for row in exact])
+        exact, causal = list(spans), [row for row in rows if row not in spans]
+        exact_BV = self._run_spans(running, exact, list(spans.values()))
         logits_BV = exact_BV.new_empty(len(rows), exact_BV.shape[1])
         logits_BV[exact] = exact_BV
         if causal:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ MIN_COSINE_HALF = 0.99
 
 @torch.inference_mode()
 def pool_prompt(
-    model: torch.nn.Module, decoder: Decoder, token_ids: list[int], pixel_values: Tensor, hook_layer: int
+    model: Any, decoder: Decoder, token_ids: list[int], pixel_values: Tensor, hook_layer: int
 ) -> tuple[Tensor, Tensor]:
     """Pooled v and t, [D] float32 each, of one prompt whose image tokens are expanded."""
     image_token = model.config.image_token_id
@@ -32,7 +34,7 @@ def pool_prompt(
     return hidden_1TD[image_1T].mean(0), hidden_1TD[0, text_start:].mean(0)
 
 
-def check_canary(artifact: Artifact, model: torch.nn.Module, decoder: Decoder, processor: object) -> dict[str, float]:
+def check_canary(artifact: Artifact, model: Any, decoder: Decoder, processor: Any) -> dict[str, float]:
     """Recompute the canary; returns its smallest cosine and largest unexplained share, for the start-up report.
 
     Raises BadArtifact when the model gives other states than the artifact records, or the autoencoder does not

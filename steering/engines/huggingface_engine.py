@@ -14,14 +14,13 @@ from collections import deque
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Rows
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from steering.artifact import Artifact, load_artifact
-from steering.decoder_layers import Decoder, find_decoder
 from steering.engines.base import (
     Capabilities,
     GenerationEnd,
@@ -32,16 +31,13 @@ from steering.engines.base import (
     TokenLogprob,
 )
 from steering.engines.batch_runner import BatchRunner
-from steering.engines.canary import check_canary
-from steering.engines.sampling import Sampler, top_logprobs
+from steering.engines.loaded_model import load_model, make_intervention
+from steering.engines.preparation import expand_prompt, prepare
+from steering.engines.sampling import top_logprobs
 from steering.engines.sequence import RunningRequest, Sequence
-from steering.engines.text_stream import TextStream, TokenBytes
-from steering.errors import BadArtifact, EngineUnavailable, InvalidSteering
-from steering.hooks import check_fits, output_hook
-from steering.intervention import Intervention, SequenceSteering
-from steering.realignment import Realignment
-from steering.resolution import ResolvedSteering, resolve
-from steering.token_spans import expand_image_tokens, find_spans
+from steering.engines.text_stream import TokenBytes
+from steering.errors import EngineUnavailable
+from steering.hooks import output_hook
 
 log = logging.getLogger(__name__)
 MAX_PREFILL_BATCH = 8
@@ -95,56 +91,31 @@ class HuggingFaceEngine:
         self._hook.close()
 
     def _load(self) -> None:
-        torch.set_float32_matmul_precision("highest")
-        try:
-            self._processor = AutoProcessor.from_pretrained(self._model_path)
-            model = AutoModelForImageTextToText.from_pretrained(
-                self._model_path, dtype=getattr(torch, self._dtype, self._dtype), attn_implementation="sdpa"
-            )
-        except (OSError, ValueError) as error:
-            raise BadArtifact(f"no model could be loaded from {self._model_path}: {error}", field="model") from error
-        self._model = model.to(self._device).eval()
-        self._decoder: Decoder = find_decoder(self._model)
-        self.artifact: Artifact | None = None
-        intervention, hook_layer = None, len(self._decoder.layers) - 1
-        if self._artifact_path is not None:
-            self.artifact = self._load_artifact()
-            intervention, hook_layer = self._make_intervention(self.artifact), self.artifact.config.hook_layer
-            self._hook.enter_context(output_hook(self._decoder.layers[hook_layer], intervention))
-        self._runner = BatchRunner(self._model, self._decoder, intervention, hook_layer)
-        self._token_bytes = TokenBytes(self._processor.tokenizer)
-        self._end_tokens = _end_tokens(self._model)
-        limit = self._max_context_tokens or self._decoder.context_tokens
-        self._context_tokens = min(limit, self._decoder.context_tokens)
-
-    def _load_artifact(self) -> Artifact:
-        artifact = load_artifact(self._artifact_path)
-        decoder = self._decoder
-        check_fits(artifact, family=decoder.family, hidden_size=decoder.hidden_size, num_layers=len(decoder.layers))
-        report = check_canary(artifact, self._model, decoder, self._processor)
-        log.info("artifact %s fits the model: canary %s", artifact.config.fingerprint[:12], report)
-        return artifact
-
-    def _make_intervention(self, artifact: Artifact) -> Intervention:
-        return Intervention(
-            Realignment(artifact.auxiliary, artifact.sae).to(self._device),
-            min_text_tokens=artifact.config.min_text_tokens,
-            control_image_MD=artifact.control_image_MD.to(self._device),
+        self._loaded = loaded = load_model(
+            self._model_path, self._artifact_path, self._device, self._dtype, self._max_context_tokens
         )
+        intervention, hook_layer = None, len(loaded.decoder.layers) - 1
+        if loaded.artifact is not None:
+            hook_layer = loaded.artifact.config.hook_layer
+            intervention = make_intervention(loaded.artifact, loaded.model.device)
+            self._hook.enter_context(output_hook(loaded.decoder.layers[hook_layer], intervention))
+        self._runner = BatchRunner(loaded.model, loaded.decoder, intervention, hook_layer)
+        self._token_bytes = TokenBytes(loaded.processor.tokenizer)
 
     # -- what callers see ----------------------------------------------------------------------------------------
 
     @property
     def processor(self):
         """The checkpoint's processor: its tokenizer, image processor and chat template."""
-        return self._processor
+        return self._loaded.processor
 
     def capabilities(self) -> Capabilities:
-        config = self.artifact.config if self.artifact else None
+        loaded = self._loaded
+        config = loaded.artifact.config if loaded.artifact else None
         return Capabilities(
             engine="huggingface",
-            model_family=self._decoder.family,
-            context_tokens=self._context_tokens,
+            model_family=loaded.decoder.family,
+            context_tokens=loaded.context_tokens,
             forms=("published", "difference", "union"),
             modes=("causal", "exact"),
             branches=(1, 2),
@@ -164,16 +135,16 @@ class HuggingFaceEngine:
                 seconds_since_progress=time.monotonic() - self._last_progress if busy else 0.0,
             )
 
-    def count_prompt_tokens(self, images: Rows, token_ids: Rows[int]) -> int:
+    def count_prompt_tokens(self, images: Rows[Image], token_ids: Rows[int]) -> int:
         """Length of a prompt with its image tokens expanded."""
-        return len(self._expand(images, token_ids))
+        return len(expand_prompt(self._loaded, images, token_ids))
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TextDelta | GenerationEnd]:
         """See `Engine`. Closing the iterator cancels the request."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception] = asyncio.Queue()
-        prepared = await asyncio.to_thread(self._prepare, request)
-        prepared.emit = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
+        emit = partial(loop.call_soon_threadsafe, events.put_nowait)
+        prepared = await asyncio.to_thread(prepare, self._loaded, request, emit)
         try:
             self._submit(prepared)
             while True:
@@ -197,69 +168,7 @@ class HuggingFaceEngine:
             self._cancelled.extend(requests)
             self._wake.notify()
 
-    # -- from a request to sequences -----------------------------------------------------------------------------
-
-    def _prepare(self, request: GenerationRequest) -> RunningRequest:
-        tokens = self._expand(request.images, request.prompt_token_ids)
-        self._check_length(len(tokens), request.sampling.max_tokens)
-        spans = find_spans(tokens, self._model.config.image_token_id)
-        settings = self._resolve(request, has_image=spans.has_image)
-        pixels = None
-        if request.images:
-            pixels = self._processor.image_processor(images=list(request.images), return_tensors="pt")["pixel_values"]
-        running = RunningRequest(
-            request_id=request.request_id,
-            prompt_length=len(tokens),
-            spans=spans,
-            pixel_values=pixels,
-            settings=settings,
-            artifact=self.artifact.config.fingerprint if self.artifact else None,
-            layer=self.artifact.config.hook_layer if self.artifact else None,
-            emit=lambda _event: None,
-        )
-        running.sequences = [
-            Sequence(
-                request=running,
-                choice=choice,
-                sampler=Sampler(request.sampling, choice),
-                text=TextStream(tokenizer=self._processor.tokenizer, stop=request.sampling.stop),
-                steering=SequenceSteering(settings=settings),
-                tokens=list(tokens),
-            )
-            for choice in range(request.sampling.n)
-        ]
-        return running
-
-    def _expand(self, images: Rows, token_ids: Rows[int]) -> list[int]:
-        sizes = [(image.height, image.width) for image in images]
-        counts = self._processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
-        return expand_image_tokens(token_ids, self._model.config.image_token_id, counts)
-
-    def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
-        if prompt_tokens >= self._context_tokens:
-            raise InvalidSteering(
-                f"the prompt has {prompt_tokens} tokens, images included; the model's context is "
-                f"{self._context_tokens}: shorten it",
-                field="messages",
-            )
-        if prompt_tokens + max_tokens > self._context_tokens:
-            raise InvalidSteering(
-                f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}; together they may be at most "
-                f"{self._context_tokens}: ask for at most {self._context_tokens - prompt_tokens}",
-                field="max_tokens",
-            )
-
-    def _resolve(self, request: GenerationRequest, *, has_image: bool) -> ResolvedSteering:
-        config = self.artifact.config if self.artifact else None
-        settings = resolve(
-            request.steering,
-            presets=config.presets if config else None,
-            default_preset=config.default_preset if config else "",
-            has_image=has_image,
-        )
-        if settings.active and settings.control == "other_image" and not len(self.artifact.control_image_MD):
-            raise InvalidSteering("the artifact has no images for control 'other_image'", field="steering.control")
-        return settings
+    # -- the loop ------------------------------------------------------------------------------------------------
 
     def _submit(self, prepared: RunningRequest) -> None:
         with self._wake:
@@ -268,8 +177,6 @@ class HuggingFaceEngine:
             self._waiting.extend(prepared.sequences)
             self._last_progress = time.monotonic() if not self._running else self._last_progress
             self._wake.notify()
-
-    # -- the loop ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _loop(self) -> None:
@@ -318,7 +225,7 @@ class HuggingFaceEngine:
             token = best if sampler.is_plain_greedy else sampler.sample(logits_V)
             wanted = sampler.sampling.top_logprobs
             logprobs = None if wanted is None else self._logprobs(logits_V, token, wanted)
-            sequence.append(token, logprobs, self._end_tokens)
+            sequence.append(token, logprobs, self._loaded.end_tokens)
         with self._wake:
             for sequence in [one for one in sequences if one.finish_reason]:
                 self._remove(sequence)
@@ -349,10 +256,3 @@ class HuggingFaceEngine:
             self._runner.clear()
         for request in requests.values():
             request.emit(error)
-
-
-def _end_tokens(model: torch.nn.Module) -> frozenset[int]:
-    end = model.generation_config.eos_token_id
-    if end is None:
-        end = model.config.get_text_config().eos_token_id
-    return frozenset([end] if isinstance(end, int) else end or [])

@@ -15,7 +15,7 @@ from steering.intervention import SequenceSteering
 from steering.resolution import Reason, ResolvedSteering
 from steering.token_spans import TokenSpans
 
-Emit = Callable[[TextDelta | GenerationEnd | Exception], None]
+Emit = Callable[[TextDelta | GenerationEnd | Exception], object]
 
 
 @dataclass(kw_only=True)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-class Detokenizer(Protocol):
-    """The part of a transformers tokenizer that is needed here."""
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str: ...
 
 
 @dataclass(kw_only=True)
 class TextStream:
     """Text of one choice."""
 
-    tokenizer: Detokenizer
+    tokenizer: Any
+    """A transformers tokenizer."""
     stop: tuple[str, ...] = ()
     stopped: bool = False
     """A stop string was met; what follows it is gone."""

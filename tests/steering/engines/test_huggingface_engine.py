@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -123,7 +124,9 @@ async def test_strength_0_is_plain_transformers_generate(tmp_path, num_kv_heads)
     answer = await send(engine, request)
     off = await ask(engine, steering={"enabled": False}, max_tokens=20, top_logprobs=VOCABULARY)
     await engine.stop()
-    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
     tokens, pixels = expanded_inputs((model, AutoProcessor.from_pretrained(model_folder)), request)
     made = model.generate(
         input_ids=torch.tensor([tokens]), pixel_values=pixels, attention_mask=torch.ones(1, len(tokens)),

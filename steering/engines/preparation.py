@@ -1,0 +1,85 @@
+"""From a request to the sequences that will run: tokens expanded, length checked, steering resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+from PIL.Image import Image
+
+from steering.engines.base import GenerationRequest
+from steering.engines.loaded_model import LoadedModel
+from steering.engines.sampling import Sampler
+from steering.engines.sequence import Emit, RunningRequest, Sequence
+from steering.engines.text_stream import TextStream
+from steering.errors import InvalidSteering
+from steering.intervention import SequenceSteering
+from steering.resolution import ResolvedSteering, resolve
+from steering.token_spans import expand_image_tokens, find_spans
+
+
+def prepare(loaded: LoadedModel, request: GenerationRequest, emit: Emit) -> RunningRequest:
+    """Everything that can be decided before the first step. Raises InvalidSteering naming the field."""
+    tokens = expand_prompt(loaded, request.images, request.prompt_token_ids)
+    _check_length(len(tokens), request.sampling.max_tokens, loaded.context_tokens)
+    spans = find_spans(tokens, loaded.image_token_id)
+    settings = _resolve(loaded, request, has_image=spans.has_image)
+    pixels = None
+    if request.images:
+        pixels = loaded.processor.image_processor(images=list(request.images), return_tensors="pt")["pixel_values"]
+    running = RunningRequest(
+        request_id=request.request_id,
+        prompt_length=len(tokens),
+        spans=spans,
+        pixel_values=pixels,
+        settings=settings,
+        artifact=loaded.artifact.config.fingerprint if loaded.artifact else None,
+        layer=loaded.artifact.config.hook_layer if loaded.artifact else None,
+        emit=emit,
+    )
+    running.sequences = [
+        Sequence(
+            request=running,
+            choice=choice,
+            sampler=Sampler(request.sampling, choice),
+            text=TextStream(tokenizer=loaded.processor.tokenizer, stop=request.sampling.stop),
+            steering=SequenceSteering(settings=settings),
+            tokens=list(tokens),
+        )
+        for choice in range(request.sampling.n)
+    ]
+    return running
+
+
+def expand_prompt(loaded: LoadedModel, images: Rows[Image], token_ids: Rows[int]) -> list[int]:
+    """The prompt with as many image tokens as the checkpoint's processor gives each image."""
+    sizes = [(image.height, image.width) for image in images]
+    counts = loaded.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
+    return expand_image_tokens(token_ids, loaded.image_token_id, counts)
+
+
+def _check_length(prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
+    if prompt_tokens >= context_tokens:
+        raise InvalidSteering(
+            f"the prompt has {prompt_tokens} tokens, images included; the model's context is {context_tokens}: "
+            "shorten it",
+            field="messages",
+        )
+    if prompt_tokens + max_tokens > context_tokens:
+        raise InvalidSteering(
+            f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}; together they may be at most "
+            f"{context_tokens}: ask for at most {context_tokens - prompt_tokens}",
+            field="max_tokens",
+        )
+
+
+def _resolve(loaded: LoadedModel, request: GenerationRequest, *, has_image: bool) -> ResolvedSteering:
+    artifact = loaded.artifact
+    settings = resolve(
+        request.steering,
+        presets=artifact.config.presets if artifact else None,
+        default_preset=artifact.config.default_preset if artifact else "",
+        has_image=has_image,
+    )
+    if settings.active and settings.control == "other_image" and artifact and not len(artifact.control_image_MD):
+        raise InvalidSteering("the artifact has no images for control 'other_image'", field="steering.control")
+    return settings

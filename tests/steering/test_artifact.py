@@ -1,0 +1,87 @@
+"""What an artifact folder promises, and what is said when it is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from steering.artifact import load_artifact, read_config, save_artifact, write_config
+from steering.errors import BadArtifact
+
+
+@pytest.fixture
+def folder(tiny_artifact, tmp_path):
+    return shutil.copytree(tiny_artifact, tmp_path / "artifact")
+
+
+def test_what_is_written_is_read_back(folder, tmp_path):
+    first = load_artifact(folder)
+    save_artifact(tmp_path / "again", first)
+    again = load_artifact(tmp_path / "again")
+    assert again.config == first.config
+    assert again.concepts == first.concepts
+    for ours, theirs in zip(first.sae.parameters(), again.sae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [image.tobytes() for image in again.canary.images] == [image.tobytes() for image in first.canary.images]
+
+
+def test_the_fingerprint_follows_weights_concepts_and_presets_but_not_records(folder):
+    config = read_config(folder)
+    before = config.fingerprint
+    assert write_config(folder, config.model_copy(update={"card": {"data": "other"}})).fingerprint == before
+    preset = config.presets["captions"]
+    scored = {**config.presets, "captions": preset.model_copy(update={"dev_scores": {"chair_s": 0.1}})}
+    assert write_config(folder, config.model_copy(update={"presets": scored})).fingerprint == before
+    stronger = {**config.presets, "captions": preset.model_copy(update={"alpha": 3.0})}
+    assert write_config(folder, config.model_copy(update={"presets": stronger})).fingerprint != before
+
+
+def _flip_byte(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def _drop_tensor(file):
+    tensors = load_file(file)
+    del tensors["sae.encoder"]
+    save_file(tensors, file)
+
+
+def _edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+BREAKAGES = {
+    "a flipped byte in the weights": (lambda f: _flip_byte(f / "model.safetensors"), "changed or damaged"),
+    "a missing tensor": (lambda f: _drop_tensor(f / "model.safetensors"), "changed or damaged"),
+    "truncated weights": (lambda f: (f / "model.safetensors").write_bytes(b"short"), "changed or damaged"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "not a valid artifact configuration"),
+    "an unknown key": (lambda f: _edit(f / "config.json", surprise=1), "surprise"),
+    "another format": (lambda f: _edit(f / "config.json", format_version=2), "format_version"),
+    "another layer": (lambda f: _edit(f / "config.json", hook_layer=1), "changed or damaged"),
+    "changed concepts": (lambda f: (f / "concepts.jsonl").write_text("{}\n"), "changed or damaged"),
+    "no canary": (lambda f: (f / "canary" / "pooled.safetensors").unlink(), "pooled.safetensors"),
+    "a canary image less": (lambda f: (f / "canary" / "image_2.png").unlink(), "not a readable canary"),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_broken_artifact_is_refused_and_the_file_named(folder, breakage):
+    break_it, message = BREAKAGES[breakage]
+    break_it(folder)
+    with pytest.raises(BadArtifact, match=message):
+        load_artifact(folder)
+
+
+def test_weights_that_do_not_fit_the_configuration_are_refused(folder):
+    config = read_config(folder)
+    write_config(folder, config.model_copy(update={"num_concepts": 95}))
+    with pytest.raises(BadArtifact, match="does not fit"):
+        load_artifact(folder)

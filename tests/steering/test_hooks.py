@@ -1,0 +1,105 @@
+"""The library alone: steering one's own `model.generate`, and letting go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from steering.artifact import load_artifact
+from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.errors import BadArtifact, InvalidSteering
+from steering.hooks import steer
+from steering.request import SteeringRequest
+from tests.steering.engines.driving import ask
+from tests.tiny_models import drawn_image, save_tiny_artifact, save_tiny_llava
+
+PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
+STRONG = SteeringRequest(strength=1.0, form="published", alpha=1.5)
+
+
+@pytest.fixture(scope="module")
+def own_model(tiny_llava) -> tuple[Any, Any]:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(tiny_llava)
+
+
+def generate(own_model, seeds=(3,)):
+    model, processor = own_model
+    inputs = processor(
+        text=[PROMPT] * len(seeds), images=[drawn_image(seed) for seed in seeds], return_tensors="pt", padding=True
+    )
+    made = model.generate(
+        **inputs, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    return made.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(made.logits, dim=1)
+
+
+@pytest_asyncio.fixture
+async def engine(tiny_llava, tiny_artifact):
+    engine = HuggingFaceEngine(tiny_llava, tiny_artifact)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+async def test_it_gives_the_engine_s_tokens_and_leaves_the_model_as_it_was(own_model, tiny_artifact, engine):
+    before, before_logits = generate(own_model)
+    with steer(own_model[0], load_artifact(tiny_artifact), STRONG) as steering:
+        steered, steered_logits = generate(own_model)
+    after, after_logits = generate(own_model)
+    asked = STRONG.model_dump(exclude_none=True)
+    answer = await ask(engine, "what is this?", (3,), asked, max_tokens=10, top_logprobs=3)
+    assert [token for token in steered[0].tolist() if token != 257] == answer.tokens()
+    assert steering.rows[0].positions == answer.end.receipt.positions[0]
+    assert steering.rows[0].relative_shift() == pytest.approx(answer.end.receipt.relative_shift[0], rel=1e-4)
+    assert not torch.allclose(steered_logits[:, 0], before_logits[:, 0], atol=1e-2)
+    assert torch.equal(before, after)
+    assert torch.equal(before_logits, after_logits)
+
+
+def test_a_batch_of_rows_is_steered_row_by_row(own_model, tiny_artifact):
+    with steer(own_model[0], load_artifact(tiny_artifact), STRONG):
+        together, together_logits = generate(own_model, (3, 4))
+        _, alone_logits = generate(own_model, (4,))
+    torch.testing.assert_close(together_logits[1, 0], alone_logits[0, 0], atol=1e-4, rtol=0)
+    assert together.shape[0] == 2
+
+
+def test_the_hook_goes_away_when_generation_fails(own_model, tiny_artifact):
+    before, _ = generate(own_model)
+    with pytest.raises(RuntimeError, match="boom"), steer(own_model[0], load_artifact(tiny_artifact), STRONG):
+        raise RuntimeError("boom")
+    assert torch.equal(generate(own_model)[0], before)
+
+
+@pytest.mark.parametrize("asked", [{"mode": "exact"}, {"gamma": 0.5}, {"preset": "paper_pope"}])
+def test_what_needs_an_engine_is_refused(own_model, tiny_artifact, asked):
+    with pytest.raises(InvalidSteering), steer(own_model[0], load_artifact(tiny_artifact), SteeringRequest(**asked)):
+        pass
+
+
+def test_a_prompt_without_image_is_refused(own_model, tiny_artifact):
+    model, processor = own_model
+    inputs = processor.tokenizer("no image", return_tensors="pt")
+    with pytest.raises(InvalidSteering, match="image"), steer(model, load_artifact(tiny_artifact), STRONG):
+        model.generate(input_ids=inputs["input_ids"], max_new_tokens=1)
+
+
+def test_an_artifact_of_another_width_is_refused(tiny_artifact, tmp_path):
+    artifact = load_artifact(tiny_artifact)
+    artifact.config.hidden_size = 48
+    model = AutoModelForImageTextToText.from_pretrained(save_tiny_llava(tmp_path / "model"), dtype=torch.float32)
+    with pytest.raises(BadArtifact, match="made for another model"), steer(model, artifact, STRONG):
+        pass
+
+
+def test_the_last_layer_cannot_be_the_hook_layer(tiny_llava, tmp_path):
+    artifact = load_artifact(save_tiny_artifact(tmp_path / "artifact", tiny_llava))
+    artifact.config.hook_layer = 4
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32)
+    with pytest.raises(BadArtifact, match="no tail layer"), steer(model, artifact, STRONG):
+        pass
