@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import save_tiny_artifact, save_tiny_llava
+from tests.tiny_models import save_published_llava, save_tiny_artifact, save_tiny_llava
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +21,13 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_artifact(tmp_path_factory.mktemp("tiny") / "artifact", tiny_llava)
+
+
+@pytest.fixture(scope="session")
+def published_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_published_llava(tmp_path_factory.mktemp("published") / "llava-1.5-tiny-hf")
+
+
+@pytest.fixture(scope="session")
+def published_artifact(published_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_artifact(tmp_path_factory.mktemp("published") / "artifact", published_llava)

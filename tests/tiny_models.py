@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -139,3 +141,83 @@ def _centre_on(auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE, pooled: 
     again_v, again_t = auxiliary.reconstruct(*sae(*auxiliary(image_ND, text_ND)))
     auxiliary.vision_decoder.bias.add_((image_ND - again_v).mean(0))
     auxiliary.text_decoder.bias.add_((text_ND - again_t).mean(0))
+
+
+def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama's vocabulary layout: specials 0-2, bytes 3-258, then pieces with U+2581; <image> 32000, <pad> 32001."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += [chr(code) for code in range(33, 127)]
+    pieces += [f"<unused_{index}>" for index in range(32000 - len(pieces))]
+    backend = Tokenizer(
+        models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], unk_token="<unk>",
+                   fuse_unk=True, byte_fallback=True)
+    )  # fmt: skip
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    for token in ("<unk>", "<s>", "</s>", "<image>", "<pad>"):
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+
+
+def save_published_llava(folder: Path, *, seed: int = 0) -> Path:
+    """A tiny random checkpoint in llava-1.5-7b-hf's published layout.
+
+    Its key names, several shards with an index, float16, 336 px in patches of 14 (576 image tokens), vocabulary
+    32064 with <image> at 32000, context 4096 and its chat template.
+    """
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14,
+        projection_dim=16,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=32064, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=4096, initializer_range=0.2, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2, image_seq_length=576
+    )
+    model = LlavaForConditionalGeneration(config).half()
+    folder.mkdir(parents=True)
+    _save_shards(folder, {_published_name(name): value for name, value in model.state_dict().items()})
+    description = config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"], "dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(description, default=str))
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+        tokenizer=sentencepiece_like_tokenizer(), patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=LLAVA_CHAT_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def _published_name(name: str) -> str:
+    """Parameter names of the class to those of the published files."""
+    for ours, published in (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ):
+        if name.startswith(ours):
+            return published + name.removeprefix(ours).removeprefix("vision_model.")
+    raise ValueError(f"no published name is known for {name}")
+
+
+def _save_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 3) -> None:
+    names, index = sorted(tensors), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        mine = names[shard::shards]
+        save_file({name: tensors[name].contiguous() for name in mine}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(mine, file)
+    size = sum(value.nbytes for value in tensors.values())
+    description = {"metadata": {"total_size": size}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(description))
