@@ -30,12 +30,9 @@ async def test_it_is_served_with_576_image_tokens(published_llava, published_art
     await engine.start()
     steered = await ask(engine, "what is this?", steering={"strength": 1.0}, max_tokens=5, top_logprobs=5)
     plain = await ask(engine, "what is this?", steering={"strength": 0.0}, max_tokens=5, top_logprobs=5)
-    text_tokens = len(engine.processor.tokenizer("what is this? ASSISTANT:", add_special_tokens=False)["input_ids"])
-    prompt = engine.processor.tokenizer("USER: <image>\nwhat is this? ASSISTANT:", add_special_tokens=False)[
-        "input_ids"
-    ]
+    prompt = make_request(engine, "what is this?").prompt_token_ids
     await engine.stop()
     assert steered.end.prompt_tokens == len(prompt) - 1 + 576
     assert steered.end.receipt.applied
-    assert steered.end.receipt.positions[0] >= text_tokens
+    assert steered.end.receipt.positions[0] >= len(prompt) - prompt.index(32000) - 1
     assert steered.logprobs()[0] != plain.logprobs()[0]
