@@ -95,17 +95,15 @@ class BatchRunner:
     def _run_tail_by_mode(
         self, running: Rows[Sequence], rows: list[int], hidden: Tensor, positions: Tensor, last_B: Tensor
     ) -> Tensor:
-        """'causal' rows run their new token; 'exact' rows run their whole text span again."""
+        """All rows run their new token; 'exact' rows then run their whole text span again, over what that gave.
+
+        So the tail sees the same batch whatever its rows' modes are: a row's logits do not depend on its neighbours'.
+        """
+        logits_BV = self._run_tail(self._cache, rows, hidden, positions, last_B)
         spans = {row: running[row].steering.exact_span() for row in rows if running[row].steering.exact}
         spans = {row: span for row, span in spans.items() if span is not None}
-        if not spans:
-            return self._run_tail(self._cache, rows, hidden, positions, last_B)
-        exact, causal = list(spans), [row for row in rows if row not in spans]
-        exact_BV = self._run_spans(running, exact, list(spans.values()))
-        logits_BV = exact_BV.new_empty(len(rows), exact_BV.shape[1])
-        logits_BV[exact] = exact_BV
-        if causal:
-            logits_BV[causal] = self._run_tail(self._cache, causal, hidden[causal], positions[causal], last_B[causal])
+        if spans:
+            logits_BV[list(spans)] = self._run_spans(running, list(spans), list(spans.values()))
         return logits_BV
 
     def _run_spans(self, running: Rows[Sequence], exact: list[int], spans: list[Tensor]) -> Tensor:
