@@ -1,0 +1,3 @@
+"""The HTTP front: OpenAI's chat API over one steered LVLM. Start reading in `app.py`."""
+
+VERSION = "0.1.0"

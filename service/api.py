@@ -1,0 +1,111 @@
+"""The routes. `build_api` needs a model and a decoder and knows nothing of Ray: tests run it in process."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from openai.types import Model
+from starlette.exceptions import HTTPException
+
+from service import VERSION
+from service.chat import ChatAnswer, ChatService
+from service.chat_request import ALIASES, find_alias
+from service.errors import ApiError
+from service.guard import RequestGuard
+from service.images import ImageDecoder
+from service.metrics import Metrics
+from service.model_client import ModelClient
+from service.settings import Settings
+
+OWNER = "vl-sae-steering"
+BUSY_WINDOW_S = 5.0
+"""A token that is not older says that the model lives, though all its places are taken."""
+
+
+def build_api(settings: Settings, model: ModelClient, decoder: ImageDecoder) -> FastAPI:
+    """The whole HTTP side."""
+    metrics = Metrics()
+    chat = ChatService(settings=settings, model=model, decoder=decoder, metrics=metrics)
+    started = int(time.time())
+    api = FastAPI(title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None)
+    api.add_middleware(RequestGuard)
+    api.add_exception_handler(ApiError, _answer_api_error)
+    api.add_exception_handler(HTTPException, _answer_http_error)
+
+    @api.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return ChatAnswer(chat, request)
+
+    @api.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model(settings.model_name + alias) for alias in ALIASES]})
+
+    @api.get("/v1/models/{model_id:path}")
+    async def one_model(model_id: str) -> Response:
+        find_alias(model_id, settings.model_name)
+        return JSONResponse(_model(model_id))
+
+    def _model(model_id: str) -> dict:
+        return Model(id=model_id, created=started, object="model", owned_by=OWNER).model_dump()
+
+    @api.get("/healthz")
+    async def alive() -> Response:
+        return JSONResponse({"status": "alive"})
+
+    @api.get("/readyz")
+    async def ready() -> Response:
+        return await _readiness(settings, model)
+
+    @api.get("/version")
+    async def version() -> Response:
+        status = await model.status()
+        able = status.capabilities
+        return JSONResponse(
+            {
+                "version": VERSION,
+                "model": settings.model_name,
+                "model_family": able.model_family,
+                "engine": able.engine,
+                "context_tokens": able.context_tokens,
+                "system_fingerprint": status.system_fingerprint,
+                "artifact": able.artifact,
+                "presets": list(able.presets),
+                "alignment": able.alignment,
+            }
+        )
+
+    @api.get("/metrics")
+    async def exposition() -> Response:
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return api
+
+
+async def _readiness(settings: Settings, model: ModelClient) -> Response:
+    """200 while the engine makes progress. A model too busy to be asked is ready as long as its tokens arrive."""
+    try:
+        health = (await model.status()).health
+    except ApiError as error:
+        if model.seconds_since_event() <= BUSY_WINDOW_S:
+            return JSONResponse({"status": "ready"})
+        return error.response()
+    if not health.alive or health.seconds_since_progress > settings.stall_timeout_s:
+        return ApiError("engine_unavailable", "the model makes no progress; try again later").response()
+    return JSONResponse({"status": "ready", "running": health.running, "waiting": health.waiting})
+
+
+async def _answer_api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Routes and methods that do not exist."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        answer = ApiError("method_not_allowed", f"{request.method} is not allowed on this path")
+    else:
+        answer = ApiError("route_not_found", "there is no such path")
+    return answer.response(dict(error.headers or {}))

@@ -1,0 +1,81 @@
+"""The Ray Serve application: start reading here.
+
+    client -> Serve's HTTP proxy -> Ingress (validation, images; no torch) -> Model (tokenising, one engine)
+
+`python -m service` runs it on a Ray of its own; a cluster runs `service.app:build_application` with settings as args.
+"""
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from service.api import build_api
+from service.images import DecoderLimits, ImageDecoder
+from service.model_client import RayModelClient
+from service.model_replica import ModelReplica
+from service.settings import Settings
+
+APPLICATION = "vl-sae-steering"
+HEALTH_CHECK_PERIOD_S = 10
+HEALTH_CHECK_TIMEOUT_S = 30
+
+
+@serve.deployment(name="Model")
+class Model(ModelReplica):
+    """One engine per replica; ready when it has loaded."""
+
+    async def __init__(self, settings: Settings) -> None:
+        ModelReplica.__init__(self, settings)
+        await self.start()
+
+    async def __del__(self) -> None:
+        await self.stop()
+
+
+@serve.deployment(name="Ingress")
+@serve.ingress()
+class Ingress:
+    """HTTP, validation and image decoding."""
+
+    def __init__(self, settings: Settings, model: DeploymentHandle) -> None:
+        self._settings, self._model = settings, RayModelClient(model)
+        limits = DecoderLimits(
+            memory_bytes=settings.image_memory_bytes,
+            timeout_s=settings.image_timeout_s,
+            max_side=settings.max_image_side,
+        )
+        self._decoder = ImageDecoder(workers=settings.image_workers, limits=limits)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._settings, self._model, self._decoder)
+
+    def __del__(self) -> None:
+        self._decoder.close()
+
+
+def build_application(settings: Settings) -> Application:
+    """Ingress over model. Tokens are not batched on their way: every yield of the engine is its own message.
+
+    Ray Serve reads the annotation to make Settings of a cluster's args; as a string it would be overlooked. What
+    'auto' means is settled here, so that the GPU asked of Ray is the one that the replica uses.
+    """
+    settings = settings.model_copy(update={"device": settings.resolved_device(), "dtype": settings.resolved_dtype()})
+    gpus = 1 if settings.resolved_device().startswith("cuda") else 0
+    model = Model.options(
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        max_ongoing_requests=settings.max_ongoing_requests,
+        max_queued_requests=settings.max_queued_requests,
+        max_constructor_retry_count=1,  # a damaged artifact does not heal
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.2,
+    ).bind(settings)
+    return Ingress.options(
+        ray_actor_options={"num_cpus": 1},
+        # Above our own limit, so that it is our 503 a client sees, and health and metrics always get through.
+        max_ongoing_requests=settings.max_concurrent_requests + 64,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.2,
+    ).bind(settings, model)

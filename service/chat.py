@@ -1,0 +1,163 @@
+"""One chat request from its first byte to its last: admitted, read, checked, answered, measured."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+from fastapi import Request, Response
+from pydantic import ValidationError
+from starlette.types import Receive, Scope, Send
+
+from service.chat_request import STRENGTH_HEADER, make_job
+from service.errors import ApiError, from_validation_error
+from service.images import ImageDecoder
+from service.metrics import Meter, Metrics
+from service.model_client import ModelClient
+from service.model_replica import AnswerStart
+from service.schemas import ChatCompletionRequest
+from service.settings import Settings
+from service.streaming import AnswerHead, Event, completion_json, error_event, event_stream
+
+log = logging.getLogger("ray.serve")
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+@dataclass(kw_only=True)
+class ChatService:
+    """What all requests share."""
+
+    settings: Settings
+    model: ModelClient
+    decoder: ImageDecoder
+    metrics: Metrics
+    in_progress: int = 0
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place among the requests being worked on, or 503 before a byte of the body is read."""
+        if self.in_progress >= self.settings.max_concurrent_requests:
+            raise ApiError("overloaded", "too many requests at once; try again later")
+        self.in_progress += 1
+        self.metrics.in_progress.set(self.in_progress)
+        try:
+            yield
+        finally:
+            self.in_progress -= 1
+            self.metrics.in_progress.set(self.in_progress)
+
+
+class ChatAnswer(Response):
+    """Does all its work while it is being sent, in one coroutine: whatever ends it, everything is given back."""
+
+    def __init__(self, service: ChatService, request: Request) -> None:
+        super().__init__()
+        self._service, self._request = service, request
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        meter = Meter(self._service.metrics, arrived=time.monotonic())
+        failure: str | None = "cancelled"
+        try:
+            with self._service.admitted():
+                await self._answer_in_time(meter, scope, receive, send)
+            failure = None
+        except ApiError as error:
+            failure = error.code
+            await self._fail(error, scope, receive, send)
+        except Exception:
+            log.exception("a chat request failed in a way nobody foresaw")
+            failure = "internal_error"
+            await self._fail(ApiError(failure, "the server failed on this request"), scope, receive, send)
+        finally:
+            meter.finished(failure)
+
+    async def _answer_in_time(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self._service.settings.request_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                await self._answer(meter, scope, receive, send)
+        except TimeoutError:
+            raise ApiError("request_timeout", f"a request may take {limit:g} s; ask for less, or later") from None
+
+    async def _answer(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
+        service, request = self._service, self._request
+        chat = parse_chat(await read_body(request, service.settings.max_body_bytes))
+        job = await make_job(
+            chat,
+            request_id=f"chatcmpl-{uuid.uuid4().hex}",
+            strength_header=request.headers.get(STRENGTH_HEADER),
+            settings=service.settings,
+            decoder=service.decoder,
+        )
+        for image in job.images:
+            meter.count_image(image.width * image.height)
+        async with aclosing(service.model.generate(job)) as answer:
+            start = await anext(answer)
+            assert isinstance(start, AnswerStart)
+            head = AnswerHead(
+                id=job.request_id,
+                created=int(time.time()),
+                model=chat.model,
+                system_fingerprint=start.system_fingerprint,
+            )
+            events = _measured(answer, meter)
+            n, logprobs = job.sampling.n, bool(chat.logprobs)
+            if not chat.stream:
+                body = await completion_json(head, events, n=n, logprobs=logprobs)
+                await Response(body, media_type="application/json")(scope, receive, send)
+                return
+            include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+            async for chunk in event_stream(head, events, n=n, logprobs=logprobs, include_usage=include_usage):
+                await self._send(send, chunk)
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _send(self, send: Send, chunk: bytes) -> None:
+        """The status line waits for the first chunk: until then an error can still have a status of its own."""
+        if not self._started:
+            self._started = True
+            headers = {"content-type": "text/event-stream; charset=utf-8", **STREAM_HEADERS}
+            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._started:
+            await send({"type": "http.response.body", "body": error_event(error)})
+        else:
+            await error.response()(scope, receive, send)
+
+
+async def _measured(answer: AsyncIterator, meter: Meter) -> AsyncIterator[Event]:
+    async for event in answer:
+        meter.observe(event)
+        yield event
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, refused as soon as it is known to be too large or not JSON."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError("unsupported_media_type", "content-type: must be application/json", param="content-type")
+    too_large = ApiError("request_too_large", f"the body may have at most {max_bytes} bytes")
+    if int(request.headers.get("content-length", "0")) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+def parse_chat(body: bytes) -> ChatCompletionRequest:
+    """Raises ApiError naming the first field at fault."""
+    try:
+        return ChatCompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation_error(error) from None

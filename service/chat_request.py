@@ -1,0 +1,152 @@
+"""From a validated body to a ChatJob: limits, model aliases, steering sources, images. No Ray, no HTTP responses."""
+
+from __future__ import annotations
+
+import re
+
+from service.chat_job import ChatJob, Turn
+from service.errors import ApiError
+from service.images import ImageDecoder, RgbImage, decode_data_url
+from service.schemas import ChatCompletionRequest, ImagePart
+from service.settings import Settings
+from steering.engines.base import Sampling
+from steering.request import RequestedSteering, SteeringRequest, merge_sources
+
+STRENGTH_HEADER = "x-steering-strength"
+ALIASES = {"": SteeringRequest(), ":off": SteeringRequest(enabled=False), ":steered": SteeringRequest(enabled=True)}
+"""Suffix of the model id to what it asks for."""
+DECIMAL = re.compile(r"\d{1,3}(\.\d{1,9})?|\.\d{1,9}")
+
+
+async def make_job(
+    request: ChatCompletionRequest,
+    *,
+    request_id: str,
+    strength_header: str | None,
+    settings: Settings,
+    decoder: ImageDecoder,
+) -> ChatJob:
+    """Everything is checked before the first image is decoded."""
+    alias = find_alias(request.model, settings.model_name)
+    steering = merge_steering(request.steering, strength_header, alias, settings)
+    check_limits(request, settings)
+    return ChatJob(
+        request_id=request_id,
+        turns=turns_of(request),
+        images=await decode_images(request, settings, decoder),
+        max_tokens=request.max_completion_tokens or request.max_tokens,
+        sampling=sampling_of(request),
+        steering=steering,
+    )
+
+
+def find_alias(model: str, served: str) -> str:
+    """The suffix of a known model id; anything else is a 404."""
+    for alias in ALIASES:
+        if model == served + alias:
+            return alias
+    known = ", ".join(repr(served + alias) for alias in ALIASES)
+    raise ApiError("model_not_found", f"model: there is no model {model[:200]!r}; there are {known}", param="model")
+
+
+def merge_steering(
+    body: SteeringRequest | None, strength_header: str | None, alias: str, settings: Settings
+) -> RequestedSteering:
+    """Body, header and alias over the server's default (design, section 6)."""
+    body = body or SteeringRequest()
+    for name in ("concepts", "explain"):
+        if getattr(body, name):
+            raise ApiError(
+                "unsupported_value", f"steering.{name}: not supported yet; leave it out", param=f"steering.{name}"
+            )
+    if body.control not in (None, "none") and not settings.allow_controls:
+        raise ApiError(
+            "unsupported_value",
+            "steering.control: controls are for evaluation; this server was not started with --allow-controls on",
+            param="steering.control",
+        )
+    default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
+    if body.preset is not None:
+        default = SteeringRequest()  # a default strength belongs to the default preset
+    return merge_sources(body, _from_header(strength_header), ALIASES[alias], server=(default,))
+
+
+def _from_header(value: str | None) -> SteeringRequest:
+    if value is None:
+        return SteeringRequest()
+    if not DECIMAL.fullmatch(value.strip()) or not 0 <= float(value) <= 1:
+        raise ApiError(
+            "invalid_header", f"{STRENGTH_HEADER}: must be a number from 0 to 1, such as 0.5", param=STRENGTH_HEADER
+        )
+    return SteeringRequest(strength=float(value))
+
+
+def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
+    """What settings bound."""
+    if (request.n or 1) > settings.max_choices:
+        raise ApiError("invalid_value", f"n: at most {settings.max_choices} choices are allowed", param="n")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (getattr(request, name) or 0) > settings.max_tokens_limit:
+            raise ApiError("invalid_value", f"{name}: at most {settings.max_tokens_limit} are allowed", param=name)
+    if len(_image_parts(request)) > settings.max_images:
+        raise ApiError("invalid_value", f"messages: at most {settings.max_images} images are allowed", param="messages")
+
+
+def sampling_of(request: ChatCompletionRequest) -> Sampling:
+    """How tokens are chosen, OpenAI's defaults filled in."""
+    top_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return Sampling(
+        max_tokens=1,  # a placeholder: the model replica knows what fits
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=max(request.top_k or 0, 0),
+        seed=request.seed,
+        stop=tuple(request.stop or ()),
+        n=request.n or 1,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+        top_logprobs=top_logprobs,
+    )
+
+
+def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
+    """The conversation without its pixels."""
+    turns = []
+    for message in request.messages:
+        role = "system" if message.role == "developer" else message.role
+        content = message.content
+        parts = (
+            (content,)
+            if isinstance(content, str)
+            else tuple(None if isinstance(part, ImagePart) else part.text for part in content)
+        )
+        turns.append(Turn(role, parts))
+    return tuple(turns)
+
+
+async def decode_images(
+    request: ChatCompletionRequest, settings: Settings, decoder: ImageDecoder
+) -> tuple[RgbImage, ...]:
+    """All images in the order of the conversation; base64 of all is checked before the first is decoded."""
+    encoded = [
+        (field, decode_data_url(url, field=field, max_bytes=settings.max_image_bytes))
+        for field, url in _image_parts(request)
+    ]
+    images, pixels_left = [], settings.max_request_pixels
+    for field, data in encoded:
+        image = await decoder.decode(data, field=field, max_pixels=min(settings.max_image_pixels, pixels_left))
+        pixels_left -= image.width * image.height
+        images.append(image)
+    return tuple(images)
+
+
+def _image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:
+    """(path of the field, URL) of every image."""
+    return [
+        (f"messages[{message_index}].content[{part_index}].image_url.url", part.image_url.url)
+        for message_index, message in enumerate(request.messages)
+        if not isinstance(message.content, str)
+        for part_index, part in enumerate(message.content)
+        if isinstance(part, ImagePart)
+    ]

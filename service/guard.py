@@ -1,0 +1,59 @@
+"""What every request passes first: headers that are not for clients are refused, and no exception gets out."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ApiError
+
+log = logging.getLogger("ray.serve")
+REQUEST_ID_HEADER = "x-request-id"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
+"""Ray Serve's proxy obeys these: with them a client could keep a generation running after it has gone."""
+
+
+class RequestGuard:
+    """ASGI middleware. Serve's proxy makes the request id where there is none, and returns it as a header."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            check_headers(Headers(scope=scope))
+            await self._app(scope, receive, watched_send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+        except Exception:
+            log.exception("a request failed in a way nobody foresaw")
+            if not started:
+                await ApiError("internal_error", "the server failed on this request").response()(scope, receive, send)
+
+
+def check_headers(headers: Headers) -> None:
+    """Raises ApiError for what a client may not send."""
+    request_id = headers.get(REQUEST_ID_HEADER)
+    if request_id is not None and not REQUEST_ID.fullmatch(request_id):
+        raise ApiError(
+            "invalid_header",
+            f"{REQUEST_ID_HEADER}: at most 128 letters, digits and . _ : - are allowed",
+            param=REQUEST_ID_HEADER,
+        )
+    for name in PROXY_HEADERS:
+        if name in headers:
+            raise ApiError("invalid_header", f"{name}: this header is not accepted", param=name)

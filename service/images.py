@@ -1,0 +1,164 @@
+"""`data:` URLs to RGB pixels, decoded by processes of their own. This side never parses an image.
+
+A decoder that dies or hangs costs the one request it worked for. Knows nothing of requests, models or Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from service import image_worker as worker
+from service.errors import ApiError
+
+DATA_URL = re.compile(r"data:image/(?:jpe?g|png|webp);base64,", re.IGNORECASE)
+WORKER_SCRIPT = Path(worker.__file__)
+
+
+class RgbImage(NamedTuple):
+    """Decoded pixels as they travel to the model replica."""
+
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    rows: bytes
+    """`height` rows of `width` RGB triples."""
+
+
+def decode_data_url(url: str, *, field: str, max_bytes: int) -> bytes:
+    """The encoded image inside a `data:` URL; `field` names it in errors."""
+    prefix = DATA_URL.match(url)
+    if prefix is None:
+        raise ApiError(
+            "invalid_image",
+            f"{field}: only data: URLs are accepted, as in data:image/png;base64,... (JPEG, PNG or WebP)",
+            param=field,
+        )
+    if (len(url) - prefix.end()) * 3 // 4 > max_bytes + 2:
+        raise ApiError("request_too_large", f"{field}: an image may have at most {max_bytes} bytes", param=field)
+    try:
+        return base64.b64decode(url[prefix.end() :], validate=True)
+    except ValueError:
+        raise ApiError("invalid_image", f"{field}: the data: URL is not valid base64", param=field) from None
+
+
+class DecoderDied(Exception):
+    """A worker ended in the middle of a job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderLimits:
+    """What one worker process may use."""
+
+    memory_bytes: int
+    timeout_s: float
+    """Wall-clock seconds for one image."""
+    max_side: int
+    """Longest side in pixels."""
+
+
+class ImageDecoder:
+    """A pool of worker processes, one per thread; each serves one image at a time."""
+
+    def __init__(self, *, workers: int, limits: DecoderLimits) -> None:
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="image-decoder")
+        self._own = threading.local()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    async def decode(self, encoded: bytes, *, field: str, max_pixels: int) -> RgbImage:
+        """Pixels of one image. Raises ApiError naming `field`; the message never quotes the decoder."""
+        status, image = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._decode, encoded, max_pixels
+        )
+        if status != worker.OK:
+            raise ApiError("invalid_image", f"{field}: {self._explain(status, max_pixels)}", param=field)
+        return image
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._processes):
+            process.kill()
+
+    def _explain(self, status: int, max_pixels: int) -> str:
+        return {
+            worker.NOT_AN_IMAGE: "not a complete JPEG, PNG or WebP image",
+            worker.TOO_LARGE: f"the image is too large; at most {max_pixels} pixels, {self._limits.max_side} pixels a "
+            f"side and sides of 1:{worker.MAX_ASPECT_RATIO} are accepted",
+            worker.TOO_SMALL: f"the image is too small; at least {worker.MIN_SIDE_PX} pixels a side are needed",
+            worker.ANIMATED: "animated images are not accepted; send one frame",
+        }[status]
+
+    def _decode(self, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
+        """Runs in a thread. A worker that somebody else killed is replaced once; a second death is the image's."""
+        try:
+            return self._ask_worker(encoded, max_pixels)
+        except DecoderDied:
+            pass
+        try:
+            return self._ask_worker(encoded, max_pixels)
+        except DecoderDied:
+            return worker.NOT_AN_IMAGE, RgbImage(0, 0, b"")
+
+    def _ask_worker(self, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
+        process = self._worker()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timed_out = threading.Event()
+
+        def stop() -> None:
+            timed_out.set()
+            process.kill()
+
+        watchdog = threading.Timer(self._limits.timeout_s, stop)
+        watchdog.start()
+        try:
+            process.stdin.write(worker.JOB.pack(len(encoded), max_pixels) + encoded)
+            process.stdin.flush()
+            answer = process.stdout.read(worker.ANSWER.size)
+            if len(answer) < worker.ANSWER.size:
+                raise DecoderDied
+            status, width, height, length = worker.ANSWER.unpack(answer)
+            rows = process.stdout.read(length)
+            if len(rows) < length:
+                raise DecoderDied
+            return status, RgbImage(width, height, rows)
+        except (OSError, DecoderDied):
+            self._discard(process)
+            if timed_out.is_set():
+                return worker.NOT_AN_IMAGE, RgbImage(0, 0, b"")
+            raise DecoderDied from None
+        finally:
+            watchdog.cancel()
+
+    def _worker(self) -> subprocess.Popen[bytes]:
+        """This thread's process. Its environment is empty: no token or key is there to be stolen."""
+        process = getattr(self._own, "process", None)
+        if process is None:
+            command = [sys.executable, "-I", str(WORKER_SCRIPT), str(self._limits.memory_bytes)]
+            process = subprocess.Popen(
+                [*command, str(self._limits.max_side)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={},
+                start_new_session=True,
+            )
+            self._own.process = process
+            self._processes.add(process)
+        return process
+
+    def _discard(self, process: subprocess.Popen[bytes]) -> None:
+        self._own.process = None
+        self._processes.discard(process)
+        process.kill()
+        process.wait()

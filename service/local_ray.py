@@ -1,0 +1,137 @@
+"""A Ray of our own on this machine: private, token-protected, and gone without a trace when we are done.
+
+Ray's ports listen on every interface, so each start makes a fresh token; a client without it is refused. Knows
+nothing of what is served.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+FOREIGN_VARIABLES = (
+    "RAY_ADDRESS",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_NAMESPACE",
+    "RAY_RUNTIME_ENV_HOOK",
+)
+"""What could make us join somebody else's cluster, or take somebody else's token."""
+PR_SET_CHILD_SUBREAPER = 36
+CPUS = 2
+"""What Ray may hand out, and how many workers it starts in advance: one for each of the two deployments."""
+MAX_FOLDER_LENGTH = 28
+"""107 less our folder's name and Ray's /session_DATE_TIME_PID/sockets/plasma_store."""
+OBJECT_STORE_BYTES = 512 * 1024 * 1024
+
+
+@contextmanager
+def private_ray() -> Iterator[None]:
+    """Ray runs inside the block. Must be entered before anything imports ray: it reads its environment then."""
+    prepare_environment()
+    adopt_orphans()
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="vlsae-", dir=short_folder())
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=CPUS,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        end_descendants()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def short_folder() -> str:
+    """Where temporary files go, unless that is too deep for the paths of Ray's sockets (107 bytes on Linux)."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= MAX_FOLDER_LENGTH else "/tmp"
+
+
+def prepare_environment() -> None:
+    """For this process and all that Ray starts: a token, no telemetry, no network, our own modules importable.
+
+    Ray starts its workers at niceness 15, as is right for batch jobs; these are the service.
+    """
+    for name in FOREIGN_VARIABLES:
+        os.environ.pop(name, None)
+    path = os.environ.get("PYTHONPATH")
+    os.environ.update(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_SERVE_LOG_TO_STDERR="0",
+        RAY_worker_niceness="0",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONPATH=f"{REPOSITORY}{os.pathsep}{path}" if path else str(REPOSITORY),
+    )
+
+
+def adopt_orphans() -> None:
+    """Children of a child that dies become ours (Linux), so that `end_descendants` finds them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(grace_s: float = 5.0) -> None:
+    """Whatever Ray left: given a moment to go by itself, then killed. Only our own descendants are touched."""
+    deadline = time.monotonic() + grace_s
+    while remaining := descendants(os.getpid()):
+        if time.monotonic() > deadline:
+            for pid in remaining:
+                _kill(pid)
+        _reap()
+        time.sleep(0.05)
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids of all children, grandchildren and so on that are not zombies."""
+    children: dict[int, list[int]] = {}
+    dead = set()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it ended while we looked
+            continue
+        children.setdefault(int(parent), []).append(int(entry.name))
+        if state == "Z":
+            dead.add(int(entry.name))
+    found, frontier = [], [root]
+    while frontier:
+        frontier = [child for parent in frontier for child in children.get(parent, [])]
+        found += [pid for pid in frontier if pid not in dead]
+    return found
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass

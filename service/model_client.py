@@ -1,0 +1,88 @@
+"""The ingress's view of the model deployment: typed calls, and Ray's faults as errors a client understands."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Protocol
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+
+from service.chat_job import ChatJob
+from service.errors import ApiError
+from service.model_replica import AnswerStart, ModelStatus
+from steering.engines.base import GenerationEnd, TextDelta
+
+STATUS_TIMEOUT_S = 2.0
+Answer = AnswerStart | TextDelta | GenerationEnd
+
+
+class ModelClient(Protocol):
+    """What the HTTP side needs of a model."""
+
+    def generate(self, job: ChatJob) -> AsyncGenerator[Answer, None]:
+        """AnswerStart, then the engine's events; raises ApiError. Closing it cancels the generation."""
+        ...
+
+    async def status(self) -> ModelStatus:
+        """Raises ApiError where the model does not answer."""
+        ...
+
+    def seconds_since_event(self) -> float:
+        """Since a model replica last sent anything to this ingress; infinite before the first."""
+        ...
+
+
+class RayModelClient:
+    """`ModelClient` over a Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._generate = handle.options(method_name="generate", stream=True)
+        self._status = handle.options(method_name="status")
+        self._last_event = float("-inf")
+
+    async def generate(self, job: ChatJob) -> AsyncGenerator[Answer, None]:
+        """See ModelClient."""
+        events = self._generate.remote(job)
+        assert isinstance(events, DeploymentResponseGenerator)
+        try:
+            async for event in events:
+                self._last_event = time.monotonic()
+                if isinstance(event, ApiError):
+                    raise event
+                yield event
+        except BackPressureError:
+            raise ApiError("overloaded", "all model replicas are busy and the queue is full; try again later") from None
+        except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
+            raise ApiError("engine_unavailable", "the model replica was lost; try again") from None
+        finally:
+            _cancel(events)
+
+    async def status(self) -> ModelStatus:
+        """See ModelClient."""
+        answer = self._status.remote()
+        try:
+            return await asyncio.wait_for(answer, STATUS_TIMEOUT_S)
+        except (TimeoutError, BackPressureError, RayActorError, RayTaskError, DeploymentUnavailableError):
+            raise ApiError("engine_unavailable", "the model does not answer yet; try again later") from None
+        finally:
+            _cancel(answer)
+
+    def seconds_since_event(self) -> float:
+        """See ModelClient."""
+        return time.monotonic() - self._last_event
+
+
+def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:
+    """Harmless for a call that has ended; one that no replica took raises its refusal once more."""
+    with suppress(RayServeException, RayError):
+        call.cancel()

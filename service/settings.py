@@ -1,0 +1,186 @@
+"""Every setting of the service. The command line and the environment are derived from this one class.
+
+A flag wins over the environment (`--max-images` over `VLSAE_MAX_IMAGES`), that over the default. Reads no files.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ENVIRONMENT_PREFIX = "VLSAE_"
+BUNDLE = Path(__file__).parent.parent / "training" / "miniature" / "bundle"
+BUNDLED_MODEL, BUNDLED_ARTIFACT = BUNDLE / "llava", BUNDLE / "artifact"
+MIB = 1024 * 1024
+
+
+class Settings(BaseModel):
+    """What an operator decides at start."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    port: int = Field(default=8000, ge=1, le=65535)
+    """TCP port on 127.0.0.1."""
+    engine: Literal["huggingface", "vllm"] = "huggingface"
+    """What runs the model."""
+    model: str = str(BUNDLED_MODEL)
+    """Folder of a Hugging Face checkpoint with its processor (default: the bundled miniature)."""
+    artifact: str | None = None
+    """Folder of the artifact trained for that model (default: the bundled one, for the bundled model)."""
+    steering: Literal["on", "off"] = "on"
+    """'off' loads no artifact: every answer is the plain model's."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """'cpu', 'cuda', 'cuda:N' or 'auto' (CUDA where this machine has a device)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the model; 'auto' is float32 on the CPU, bfloat16 on CUDA."""
+    served_model_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._/-]{1,128}$")
+    """Model id that clients send (default: the model folder's name)."""
+    max_context_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of prompt and answer together (default: what the model was made for)."""
+    max_batch_size: int = Field(default=32, ge=1)
+    """Sequences that share one decoding step."""
+    cpu_threads: int = Field(default=1, ge=1)
+    """Threads that one model replica computes with on a CPU."""
+
+    default_preset: str | None = None
+    """Preset of requests that name none (default: the artifact's own default)."""
+    default_strength: float | None = Field(default=None, ge=0, le=1)
+    """Strength, 0 to 1, of requests that name neither strength nor preset (default: the preset's own)."""
+    allow_controls: bool = False
+    """Whether `steering.control` is accepted; for evaluation only."""
+
+    default_max_tokens: int = Field(default=512, ge=1)
+    """Tokens per choice where a request sets no max_tokens; never more than the context leaves."""
+    max_tokens_limit: int = Field(default=4096, ge=1)
+    """Largest max_tokens, in tokens per choice."""
+    max_choices: int = Field(default=8, ge=1)
+    """Largest n, in choices per request."""
+    max_body_bytes: int = Field(default=48 * MIB, ge=1)
+    """Largest request body, in bytes."""
+    max_images: int = Field(default=8, ge=0)
+    """Images per request."""
+    max_image_bytes: int = Field(default=16 * MIB, ge=1)
+    """Largest encoded image, in bytes."""
+    max_image_pixels: int = Field(default=25_000_000, ge=1)
+    """Largest image, in pixels."""
+    max_request_pixels: int = Field(default=50_000_000, ge=1)
+    """All images of a request together, in pixels."""
+    max_image_side: int = Field(default=16_384, ge=1)
+    """Longest side of an image, in pixels."""
+
+    image_workers: int = Field(default=2, ge=1)
+    """Decoding processes per ingress replica."""
+    image_memory_bytes: int = Field(default=1024 * MIB, ge=256 * MIB)
+    """Address space of one decoding process, in bytes."""
+    image_timeout_s: float = Field(default=10, gt=0)
+    """Decoding time of one image, in seconds."""
+
+    max_ongoing_requests: int = Field(default=128, ge=1)
+    """Requests that one model replica holds at a time; its engine batches or queues them."""
+    max_queued_requests: int = Field(default=64, ge=0)
+    """Requests that wait in one ingress replica while every model replica is full; more are refused with 503."""
+    max_concurrent_requests: int = Field(default=256, ge=1)
+    """Requests that one ingress replica works on at a time, bodies being read included; more are refused with 503."""
+    request_timeout_s: float = Field(default=300, gt=0)
+    """Longest duration of a request, in seconds."""
+    stall_timeout_s: float = Field(default=60, gt=0)
+    """An engine with work that makes no step for so many seconds is unhealthy."""
+    startup_timeout_s: float = Field(default=1800, gt=0)
+    """Loading the model may take so many seconds."""
+    drain_timeout_s: float = Field(default=5, ge=0)
+    """At the end, running requests may take so many more seconds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bundled_artifact(cls, values: dict) -> dict:
+        """The bundled artifact belongs to the bundled model, and to no other."""
+        model = Path(values.get("model", BUNDLED_MODEL)).resolve()
+        if "artifact" not in values and model == BUNDLED_MODEL.resolve():
+            return {**values, "artifact": str(BUNDLED_ARTIFACT)}
+        return values
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or Path(self.model).resolve().name
+
+    @property
+    def loaded_artifact(self) -> str | None:
+        """The artifact to load, if any."""
+        return self.artifact if self.steering == "on" else None
+
+    def resolved_device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+
+    def resolved_dtype(self) -> str:
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if self.resolved_device() == "cpu" else "bfloat16"
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message names it and the remedy."""
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Settings of `python -m service`. An empty value counts as not given: `make` passes every flag."""
+    given = vars(_parser().parse_args(arguments))
+    known = {ENVIRONMENT_PREFIX + name.upper(): name for name in Settings.model_fields}
+    values = {}
+    for variable, value in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        if variable not in known:
+            raise SettingsError(f"{variable}: there is no such setting; see python -m service --help")
+        values[known[variable]] = value
+    values |= {name: value for name, value in given.items() if value}
+    try:
+        return Settings.model_validate({name: value for name, value in values.items() if value != ""})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise SettingsError(f"{flag}: {first['msg']}, but it is {first['input']!r}") from None
+
+
+def check_installation(settings: Settings) -> None:
+    """Fail in the first second, not after a minute of loading."""
+    if settings.engine == "vllm":
+        missing = [name for name in ("vllm", "steering.engines.vllm_engine") if find_spec(name) is None]
+        if missing:
+            raise SettingsError(
+                f"--engine: vllm needs {' and '.join(missing)}, not installed; use --engine huggingface"
+            )
+    if not (Path(settings.model) / "config.json").is_file():
+        raise SettingsError(f"--model: {settings.model} is not a checkpoint folder (it has no config.json)")
+    if settings.steering == "off":
+        return
+    if settings.artifact is None:
+        raise SettingsError(
+            f"--artifact: steering needs an artifact trained for {settings.model}; "
+            "name its folder, or serve the plain model with --steering off (make serve STEERING=off)"
+        )
+    if not (Path(settings.artifact) / "config.json").is_file():
+        raise SettingsError(f"--artifact: {settings.artifact} is not an artifact folder (it has no config.json)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service",
+        description="Serve one steered vision-language model on 127.0.0.1 with OpenAI's chat API.",
+        epilog=f"Each flag is also an environment variable: --max-images is {ENVIRONMENT_PREFIX}MAX_IMAGES.",
+        allow_abbrev=False,
+    )
+    for name, field in Settings.model_fields.items():
+        shown = "" if field.default is None else f" [{field.default}]"
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            metavar="VALUE",
+            help=f"{field.description}{shown}".replace("%", "%%"),
+        )
+    return parser

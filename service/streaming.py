@@ -1,0 +1,151 @@
+"""An engine's events to OpenAI's objects: one completion, or chunks of server-sent events. No engine, no HTTP.
+
+The receipt stands at top level as `steering`: in the completion; in a stream on the usage chunk if one was asked for,
+else on the finish chunk of the choice that finishes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import asdict, dataclass
+from typing import Literal, TypeVar
+
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
+from openai.types.chat import chat_completion as whole
+from openai.types.chat import chat_completion_chunk as part
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+
+from service.errors import ApiError
+from steering.engines.base import GenerationEnd, SampledToken, TextDelta, TokenLogprob
+
+Event = TextDelta | GenerationEnd
+AnyAnswer = TypeVar("AnyAnswer", ChatCompletion, ChatCompletionChunk)
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerHead:
+    """What every object of one answer repeats."""
+
+    id: str
+    created: int
+    """Seconds since 1970."""
+    model: str
+    """The model id as the client wrote it."""
+    system_fingerprint: str
+
+
+async def completion_json(head: AnswerHead, events: AsyncIterator[Event], *, n: int, logprobs: bool) -> bytes:
+    """The whole answer."""
+    texts: list[list[str]] = [[] for _ in range(n)]
+    tokens: list[list[SampledToken]] = [[] for _ in range(n)]
+    finish: list[Literal["stop", "length"]] = ["length"] * n
+    end = None
+    async for event in events:
+        if isinstance(event, GenerationEnd):
+            end = event
+            continue
+        texts[event.choice].append(event.text)
+        tokens[event.choice].extend(event.logprobs)
+        finish[event.choice] = event.finish_reason or finish[event.choice]
+    assert end is not None, "an engine ends with a GenerationEnd"
+    choices = [
+        whole.Choice(
+            index=index,
+            message=ChatCompletionMessage(role="assistant", content="".join(texts[index]), refusal=None),
+            logprobs=whole.ChoiceLogprobs(content=_logprobs(tokens[index]), refusal=None) if logprobs else None,
+            finish_reason=finish[index],
+        )
+        for index in range(n)
+    ]
+    answer = ChatCompletion(**asdict(head), object="chat.completion", choices=choices, usage=_usage(end))
+    return _with_receipt(answer, end).model_dump_json(exclude_unset=True).encode()
+
+
+async def event_stream(
+    head: AnswerHead, events: AsyncIterator[Event], *, n: int, logprobs: bool, include_usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events; the finish chunk of the last choice waits for the receipt."""
+    chunks = _Chunks(head, include_usage=include_usage)
+    started: set[int] = set()
+    running = set(range(n))
+    last: ChatCompletionChunk | None = None
+    async for event in events:
+        if isinstance(event, GenerationEnd):
+            assert last is not None, "every choice finishes before the GenerationEnd"
+            if include_usage:
+                yield _sse(last)
+                last = chunks.usage(event)
+            yield _sse(_with_receipt(last, event))
+            yield DONE
+            return
+        choice = event.choice
+        if choice not in started:
+            started.add(choice)
+            yield _sse(chunks.delta(choice, part.ChoiceDelta(role="assistant", content="", refusal=None)))
+        if event.text or event.logprobs:
+            content = part.ChoiceDelta(content=event.text)
+            yield _sse(chunks.delta(choice, content, _logprobs(event.logprobs) if logprobs else None))
+        if event.finish_reason:
+            running.discard(choice)
+            last = chunks.delta(choice, part.ChoiceDelta(), finish_reason=event.finish_reason)
+            if running:
+                yield _sse(last)
+
+
+def error_event(error: ApiError) -> bytes:
+    """What a stream ends with when something breaks after it has begun; no [DONE] follows."""
+    return b"data: " + bytes(error.response().body) + b"\n\n"
+
+
+class _Chunks:
+    """Chunks of one stream."""
+
+    def __init__(self, head: AnswerHead, *, include_usage: bool) -> None:
+        self._common = {**asdict(head), "object": "chat.completion.chunk"}
+        if include_usage:
+            self._common["usage"] = None  # OpenAI's chunks carry a null until the last one
+
+    def delta(
+        self,
+        index: int,
+        delta: part.ChoiceDelta,
+        logprobs: list[ChatCompletionTokenLogprob] | None = None,
+        finish_reason: Literal["stop", "length"] | None = None,
+    ) -> ChatCompletionChunk:
+        wrapped = None if logprobs is None else part.ChoiceLogprobs(content=logprobs, refusal=None)
+        choice = part.Choice(index=index, delta=delta, logprobs=wrapped, finish_reason=finish_reason)
+        return ChatCompletionChunk(**self._common, choices=[choice])
+
+    def usage(self, end: GenerationEnd) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**{**self._common, "usage": _usage(end)}, choices=[])
+
+
+def _sse(chunk: ChatCompletionChunk) -> bytes:
+    return b"data: " + chunk.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+
+
+def _with_receipt(answer: AnyAnswer, end: GenerationEnd) -> AnyAnswer:
+    """openai's models allow extra fields; ours is `steering`."""
+    return answer.model_copy(update={"steering": asdict(end.receipt)})
+
+
+def _usage(end: GenerationEnd) -> CompletionUsage:
+    completion = sum(end.completion_tokens)
+    return CompletionUsage(
+        prompt_tokens=end.prompt_tokens, completion_tokens=completion, total_tokens=end.prompt_tokens + completion
+    )
+
+
+def _logprobs(tokens: Iterable[SampledToken]) -> list[ChatCompletionTokenLogprob]:
+    return [
+        ChatCompletionTokenLogprob(
+            **_token(sampled.chosen), top_logprobs=[TopLogprob(**_token(other)) for other in sampled.top]
+        )
+        for sampled in tokens
+    ]
+
+
+def _token(token: TokenLogprob) -> dict:
+    return {"token": token.text, "bytes": list(token.utf8), "logprob": token.logprob}

@@ -1,0 +1,116 @@
+"""Pictures, bodies and engine events that several tests need."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import AsyncGenerator
+
+from PIL import Image
+
+from service.chat_job import ChatJob
+from service.errors import ApiError
+from service.model_client import Answer
+from service.model_replica import AnswerStart, ModelStatus
+from steering.engines.base import (
+    Capabilities,
+    GenerationEnd,
+    Health,
+    Receipt,
+    SampledToken,
+    TextDelta,
+    TokenLogprob,
+)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(color: str = "red", size: tuple[int, int] = (48, 32), mode: str = "RGB") -> Image.Image:
+    return Image.new("RGB", size, color).convert(mode)
+
+
+def data_url(data: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def image_part(data: bytes | None = None) -> dict:
+    return {"type": "image_url", "image_url": {"url": data_url(data or encoded(picture()))}}
+
+
+def text_part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def user(*parts: str | dict) -> dict:
+    return {"role": "user", "content": [text_part(part) if isinstance(part, str) else part for part in parts]}
+
+
+def body(*messages: dict, model: str = "tiny", **fields) -> dict:
+    return {"model": model, "messages": list(messages) or [user("hello")], **fields}
+
+
+def receipt(**changes) -> Receipt:
+    fields = {
+        "applied": True, "reason": None, "artifact": "a" * 64, "layer": 3, "preset": "captions", "form": "difference",
+        "mode": "causal", "branches": 1, "strength": 1.0, "alpha": 2.0, "beta_up": 0.9, "beta_down": 0.9,
+        "gamma": 1.0, "plausibility": 0.0, "control": None, "positions": [7], "relative_shift": [0.25], "arm": None,
+    }  # fmt: skip
+    return Receipt(**{**fields, **changes})
+
+
+def end(*completion_tokens: int, **changes) -> GenerationEnd:
+    return GenerationEnd(prompt_tokens=20, completion_tokens=list(completion_tokens), receipt=receipt(**changes))
+
+
+def token(text: str, logprob: float = -0.5) -> TokenLogprob:
+    return TokenLogprob(token_id=len(text), text=text, utf8=text.encode(), logprob=logprob)
+
+
+def delta(choice: int, text: str, *, finish=None, logprobs: bool = False, tokens: int = 1) -> TextDelta:
+    sampled = tuple(SampledToken(chosen=token(text), top=(token("x", -1.5),)) for _ in range(tokens))
+    return TextDelta(
+        choice=choice,
+        text=text,
+        token_ids=tuple(range(tokens)),
+        logprobs=sampled if logprobs else (),
+        finish_reason=finish,
+    )
+
+
+class ScriptedModel:
+    """A ModelClient that answers every job with the same events; an exception among them is raised."""
+
+    def __init__(self, *events: TextDelta | GenerationEnd | Exception) -> None:
+        self.events = events or (delta(0, "a star"), delta(0, "", finish="stop", tokens=0), end(3))
+        self.jobs: list[ChatJob] = []
+        self.closed = 0
+        self.health: Health | ApiError = Health(alive=True, running=0, waiting=0, seconds_since_progress=0.0)
+        self.since_event = float("inf")
+
+    async def generate(self, job: ChatJob) -> AsyncGenerator[Answer, None]:
+        self.jobs.append(job)
+        try:
+            yield AnswerStart(system_fingerprint="fp_test")
+            for event in self.events:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            self.closed += 1
+
+    async def status(self) -> ModelStatus:
+        if isinstance(self.health, ApiError):
+            raise self.health
+        capabilities = Capabilities(
+            engine="scripted", model_family="llava", context_tokens=256, forms=("difference",), modes=("causal",),
+            branches=(1,), response_format=False, artifact="a" * 64, presets=("captions", "off"),
+            alignment={"paired_overlap": 0.5},
+        )  # fmt: skip
+        return ModelStatus(health=self.health, capabilities=capabilities, system_fingerprint="fp_test")
+
+    def seconds_since_event(self) -> float:
+        return self.since_event

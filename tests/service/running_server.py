@@ -1,0 +1,115 @@
+"""`python -m service` as a user starts it, and what the system knows about its processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+
+from service.local_ray import descendants
+
+REPOSITORY = Path(__file__).parent.parent.parent
+START_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 40
+
+
+class RunningServer:
+    """A server process in the foreground of nobody."""
+
+    def __init__(self, process: subprocess.Popen, port: int, name: str, log: Path) -> None:
+        self.process, self.port, self.name, self._log = process, port, name, log
+        self.url = f"http://127.0.0.1:{port}"
+
+    def log(self) -> str:
+        """Everything it printed so far."""
+        return self._log.read_text()
+
+    def client(self, **options) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, **options)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10)
+
+    def running(self) -> int:
+        """Sequences in the engine now."""
+        return self.get("/readyz").json()["running"]
+
+    def wait_until_idle(self, timeout_s: float = 5.0) -> float:
+        """Seconds until the engine runs nothing."""
+        began = time.monotonic()
+        while self.running():
+            assert time.monotonic() - began < timeout_s, "the engine still runs"
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def metric(self, sample: str) -> float:
+        """A sample by name and labels as they stand in the text; 0 where there is none yet."""
+        lines = (line.rpartition(" ") for line in self.get("/metrics").text.splitlines())
+        return next((float(value) for name, _, value in lines if name == sample), 0.0)
+
+    def family(self) -> list[int]:
+        """Process ids of all it has started."""
+        return descendants(self.process.pid)
+
+    def command_lines(self) -> dict[int, str]:
+        """Process id to command line of all it has started."""
+        return {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in self.family()}
+
+    def pid_of(self, part: str) -> int:
+        """The process whose command line contains `part`."""
+        return next(pid for pid, line in self.command_lines().items() if part in line)
+
+    def stop(self, number: signal.Signals) -> int:
+        """Signal it and wait; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_TIMEOUT_S)
+
+    @staticmethod
+    def alive(pids: list[int]) -> list[int]:
+        """Those that still run; a zombie does not."""
+        return [pid for pid in pids if Path(f"/proc/{pid}").exists() and " Z " not in _stat(pid)]
+
+
+def _stat(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # it ended in between
+        return " Z "
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "service", *arguments]
+
+
+def start_server(*arguments: str, home: Path, environment: dict[str, str] | None = None) -> RunningServer:
+    """Start one and wait until it says that it is ready. Its temporary files lie in `home`."""
+    port, log = free_port(), home / "log.txt"
+    name = Path(arguments[arguments.index("--model") + 1]).name
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            run_command("--port", str(port), *arguments),
+            cwd=REPOSITORY,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(home), **(environment or {})},
+        )
+    server = RunningServer(process, port, name, log)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while "curl " not in server.log():
+        assert process.poll() is None, server.log()
+        assert time.monotonic() < deadline, server.log()
+        time.sleep(0.1)
+    return server

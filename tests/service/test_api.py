@@ -1,0 +1,264 @@
+"""All routes in process, with a scripted model behind them: statuses, shapes, headers, what is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from service import VERSION
+from service.api import build_api
+from service.chat import ChatService
+from service.errors import ApiError
+from service.images import DecoderLimits, ImageDecoder
+from service.metrics import Metrics
+from service.settings import Settings
+from steering.engines.base import Health
+from tests.service.examples import ScriptedModel, body, delta, end, image_part, user
+
+SETTINGS = Settings(model="/models/tiny", artifact="/a", max_body_bytes=100_000, max_concurrent_requests=2)
+CHAT = "/v1/chat/completions"
+
+
+class Server:
+    """The API over a scripted model, and a client for it."""
+
+    def __init__(self, model: ScriptedModel, settings: Settings) -> None:
+        limits = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
+        self.model, self.decoder = model, ImageDecoder(workers=1, limits=limits)
+        self.api = build_api(settings, model, self.decoder)
+        transport = httpx.ASGITransport(app=self.api)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    async def chat(self, content: dict | bytes | None = None, **headers: str) -> httpx.Response:
+        raw = content if isinstance(content, bytes) else json.dumps(content or body()).encode()
+        return await self.client.post(CHAT, content=raw, headers={"content-type": "application/json", **headers})
+
+    async def metric(self, start: str) -> float | None:
+        text = (await self.client.get("/metrics")).text
+        return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(start)), None)
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator:
+    servers = []
+
+    def start(*events, settings: Settings = SETTINGS) -> Server:
+        servers.append(Server(ScriptedModel(*events), settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.decoder.close()
+        await server.client.aclose()
+
+
+def error_of(response: httpx.Response) -> dict:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+async def test_a_chat(serve) -> None:
+    server = serve()
+    response = await server.chat(body(user(image_part(), "what?"), model="tiny:steered"))
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    answer = response.json()
+    assert answer["choices"][0]["message"]["content"] == "a star"
+    assert (answer["model"], answer["system_fingerprint"]) == ("tiny:steered", "fp_test")
+    (job,) = server.model.jobs
+    assert job.steering.explicit
+    assert answer["id"] == job.request_id
+    assert (len(job.images), server.model.closed) == (1, 1)
+    assert await server.metric('vlsae_requests_total{applied="true",arm="none",finish="stop"}') == 1
+
+
+async def test_a_stream(serve) -> None:
+    response = await serve().chat(body(stream=True, stream_options={"include_usage": True}))
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = response.text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    assert json.loads(blocks[-3][6:])["steering"]["applied"] is True
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (ApiError("invalid_steering", "steering: add an image", param="steering"), 400),
+        (ApiError("overloaded", "full"), 503),
+        (ValueError("a secret path"), 500),
+    ],
+)
+async def test_before_the_first_token_an_error_has_its_status(serve, failure, status: int, stream: bool) -> None:
+    server = serve(failure)
+    response = await server.chat(body(stream=stream))
+    assert response.status_code == status
+    error = error_of(response)
+    assert "secret" not in error["message"]
+    assert ("retry-after" in response.headers) == (status == 503)
+    assert await server.metric(f'vlsae_rejections_total{{reason="{error["code"]}"}}') == 1
+    assert server.model.closed == 1
+
+
+async def test_after_it_the_stream_ends_with_an_error_event(serve) -> None:
+    response = await serve(delta(0, "a"), ApiError("engine_unavailable", "lost")).chat(body(stream=True))
+    assert response.status_code == 200
+    blocks = [block for block in response.text.split("\n\n") if block]
+    assert json.loads(blocks[-1][6:])["error"]["code"] == "engine_unavailable"
+    assert "[DONE]" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "param"),
+    [
+        (b"{", {}, 400, None),
+        (b"x" * 100_001, {}, 413, None),
+        (b"{}", {"content-type": "text/plain"}, 415, "content-type"),
+        (b"{}", {"content-type": "multipart/form-data"}, 415, "content-type"),
+        (json.dumps(body(model="other")).encode(), {}, 404, "model"),
+        (json.dumps(body()).encode(), {"x-steering-strength": "7"}, 400, "x-steering-strength"),
+        (json.dumps(body()).encode(), {"x-request-id": "a b"}, 400, "x-request-id"),
+        (json.dumps(body()).encode(), {"x-request-id": "a" * 129}, 400, "x-request-id"),
+        (json.dumps(body()).encode(), {"x-request-disconnect-disabled": "?1"}, 400, "x-request-disconnect-disabled"),
+        (json.dumps(body()).encode(), {"x-request-timeout-seconds": "0"}, 400, "x-request-timeout-seconds"),
+    ],
+)
+async def test_refused_before_any_work(serve, content, headers, status: int, param: str | None) -> None:
+    server = serve()
+    response = await server.chat(content, **headers)
+    assert response.status_code == status
+    assert error_of(response)["param"] == param
+    assert server.model.jobs == []
+
+
+async def test_a_body_that_hides_its_size_is_cut_off(serve) -> None:
+    server, sent = serve(), 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1000
+            yield b"x" * 1000
+
+    response = await server.client.post(CHAT, content=endless(), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "route_not_found"),
+        ("GET", "/v1/models/other", 404, "model_not_found"),
+        ("GET", "/docs", 404, "route_not_found"),
+        ("GET", CHAT, 405, "method_not_allowed"),
+        ("POST", "/healthz", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+    ],
+)
+async def test_routes_that_do_not_exist(serve, method: str, path: str, status: int, code: str) -> None:
+    response = await serve().client.request(method, path)
+    assert (response.status_code, error_of(response)["code"]) == (status, code)
+    assert status != 405 or response.headers["allow"]
+
+
+async def test_models(serve) -> None:
+    client = serve().client
+    listed = (await client.get("/v1/models")).json()["data"]
+    assert [model["id"] for model in listed] == ["tiny", "tiny:off", "tiny:steered"]
+    assert (await client.get("/v1/models/tiny:off")).json() == listed[1]
+
+
+async def test_version_says_what_is_served(serve) -> None:
+    version = (await serve().client.get("/version")).json()
+    assert (version["version"], version["model"], version["artifact"]) == (VERSION, "tiny", "a" * 64)
+    assert version["alignment"] == {"paired_overlap": 0.5}
+    assert "/models" not in json.dumps(version), "no server paths"
+
+
+def test_the_version_is_the_package_s() -> None:
+    with open("pyproject.toml", encoding="utf-8") as project:
+        assert f'version = "{VERSION}"' in project.read()
+
+
+@pytest.mark.parametrize(
+    ("health", "since_event", "status"),
+    [
+        (Health(alive=True, running=3, waiting=1, seconds_since_progress=1.0), float("inf"), 200),
+        (Health(alive=True, running=3, waiting=1, seconds_since_progress=61.0), float("inf"), 503),
+        (Health(alive=False, running=0, waiting=0, seconds_since_progress=0.0), 0.0, 503),
+        (ApiError("engine_unavailable", "no answer"), float("inf"), 503),
+        (ApiError("engine_unavailable", "too busy to answer, but tokens arrive"), 0.5, 200),
+        (ApiError("engine_unavailable", "died a while after its last token"), 6.0, 503),
+    ],
+)
+async def test_ready_means_progress(serve, health, since_event: float, status: int) -> None:
+    server = serve()
+    server.model.health, server.model.since_event = health, since_event
+    assert (await server.client.get("/readyz")).status_code == status
+    assert (await server.client.get("/healthz")).status_code == 200
+
+
+class SlowModel(ScriptedModel):
+    """Gives one token, then nothing until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.release = asyncio.Event()
+
+    async def generate(self, job):
+        try:
+            async for event in ScriptedModel(delta(0, "a")).generate(job):
+                yield event
+            await self.release.wait()
+            yield delta(0, "", finish="stop", tokens=0)
+            yield end(1)
+        finally:
+            self.closed += 1
+
+
+async def test_too_many_at_once_are_refused_and_places_are_given_back(serve) -> None:
+    server = serve()
+    model = SlowModel()
+    server.api = build_api(SETTINGS, model, server.decoder)
+    server.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=server.api), base_url="http://test")
+    busy = [asyncio.create_task(server.chat()) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    refused = await server.chat()
+    assert (refused.status_code, error_of(refused)["code"]) == (503, "overloaded")
+    assert refused.headers["retry-after"] == "1"
+    busy[0].cancel()
+    await asyncio.sleep(0.1)
+    assert model.closed == 1, "a request that is cancelled closes its generation"
+    model.release.set()
+    assert (await server.chat()).status_code == 200
+    assert (await busy[1]).status_code == 200
+    assert await server.metric("vlsae_requests_in_progress") == 0
+    assert await server.metric('vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}') == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_has_a_time_limit(serve, stream: bool) -> None:
+    server = serve()
+    model = SlowModel()
+    settings = SETTINGS.model_copy(update={"request_timeout_s": 0.2})
+    client = httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=build_api(settings, model, server.decoder)), base_url="http://test"
+    )
+    response = await client.post(CHAT, json=body(stream=stream))
+    assert response.status_code == (200 if stream else 503)
+    assert "request_timeout" in response.text
+    assert model.closed == 1
+
+
+def test_a_place_is_given_back_after_any_exception() -> None:
+    decoder = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=1, max_side=99))
+    service = ChatService(settings=SETTINGS, model=ScriptedModel(), decoder=decoder, metrics=Metrics())
+    with pytest.raises(KeyError), service.admitted():
+        raise KeyError
+    assert service.in_progress == 0

@@ -1,0 +1,21 @@
+"""The application as a cluster builds it."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_a_cluster_does
+
+from service.app import build_application
+
+
+def test_a_cluster_s_args_are_settings() -> None:
+    args = {"model": "/models/tiny", "artifact": "/a", "max_choices": 3, "max_ongoing_requests": 7}
+    assert isinstance(build_as_a_cluster_does(build_application, args), Application)
+
+
+@pytest.mark.parametrize("args", [{"max_choice": 3}, {"max_choices": 0}, {"engine": "other"}])
+def test_wrong_args_are_refused(args: dict) -> None:
+    with pytest.raises(ValidationError):
+        build_as_a_cluster_does(build_application, args)

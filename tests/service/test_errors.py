@@ -1,0 +1,56 @@
+"""The error table: statuses, OpenAI's shape, and paths as a client writes them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from service.errors import ERROR_KINDS, ApiError, field_path, from_steering_error
+from steering.errors import BadArtifact, EngineUnavailable, InvalidSteering
+
+
+@pytest.mark.parametrize("code", ERROR_KINDS)
+def test_every_kind_has_openai_s_shape(code: str) -> None:
+    response = ApiError(code, "what to do", param="field").response()
+    error = json.loads(bytes(response.body))["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["message"], error["param"], error["code"]) == ("what to do", "field", code)
+    assert response.status_code == ERROR_KINDS[code].status
+
+
+@pytest.mark.parametrize("code", ERROR_KINDS)
+def test_retry_after_exactly_where_trying_again_helps(code: str) -> None:
+    status = ERROR_KINDS[code].status
+    assert ("retry-after" in ApiError(code, "").response().headers) == (status in (429, 503))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (InvalidSteering("no image", field="steering"), 400, "invalid_steering"),
+        (InvalidSteering("no such preset", field="steering.preset"), 400, "invalid_steering"),
+        (InvalidSteering("too long", field="messages"), 400, "invalid_value"),
+        (BadArtifact("of another model", field="artifact"), 503, "bad_artifact"),
+        (EngineUnavailable("stopping"), 503, "engine_unavailable"),
+    ],
+)
+def test_the_library_s_families(error, status: int, code: str) -> None:
+    answer = from_steering_error(error)
+    assert (answer.status, answer.code, answer.param, answer.message) == (status, code, error.field, error.message)
+
+
+def test_survives_the_way_between_processes() -> None:
+    error = copy.copy(ApiError("invalid_value", "n: too many", param="n"))
+    assert (error.code, error.message, error.param) == ("invalid_value", "n: too many", "n")
+
+
+def test_field_path() -> None:
+    assert (
+        field_path(("messages", 0, "<user>", "content", "<parts>", 2, "<text>", "text"))
+        == "messages[0].content[2].text"
+    )
+    assert field_path(("logit_bias", "12", "[key]")) == "logit_bias.12"
+    assert field_path(()) is None
+    assert len(field_path(("x" * 5000,)) or "") == 200

@@ -1,0 +1,226 @@
+"""Decoding: what a picture becomes, what is refused, and what a broken decoder costs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import struct
+import time
+import zlib
+from collections.abc import AsyncIterator
+
+import pytest
+from PIL import Image
+
+from service.errors import ApiError
+from service.images import DecoderLimits, ImageDecoder, RgbImage, decode_data_url
+from tests.service.examples import data_url, encoded, picture
+
+LIMITS = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
+FIELD = "messages[0].content[1].image_url.url"
+
+
+@pytest.fixture
+async def decoder() -> AsyncIterator[ImageDecoder]:
+    decoder = ImageDecoder(workers=1, limits=LIMITS)
+    yield decoder
+    decoder.close()
+
+
+async def decode(decoder: ImageDecoder, data: bytes, max_pixels: int = 25_000_000) -> RgbImage:
+    return await decoder.decode(data, field=FIELD, max_pixels=max_pixels)
+
+
+def first_pixel(image: RgbImage) -> tuple[int, ...]:
+    return tuple(image.rows[:3])
+
+
+def bare_png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG that announces a size, whatever its data."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack("!I", len(content)) + name + content + struct.pack("!I", zlib.crc32(name + content))
+
+    header = struct.pack("!IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encoded(picture()), (255, 0, 0)),
+        (encoded(picture(), "JPEG"), (254, 0, 0)),
+        (encoded(picture(), "WEBP", lossless=True), (255, 0, 0)),
+        (encoded(picture(mode="CMYK"), "JPEG"), (255, 0, 0)),
+        (encoded(picture(mode="P")), (255, 0, 0)),
+        (encoded(picture("white", mode="1")), (255, 255, 255)),
+        (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128))), (255, 127, 127)),
+        (encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0))), (255, 255, 255)),
+        (encoded(Image.new("LA", (8, 8), (0, 128))), (127, 127, 127)),
+        (encoded(Image.new("P", (8, 8), 0), transparency=0), (255, 255, 255)),
+        (encoded(Image.new("I;16", (8, 8), 32_768)), (128, 128, 128)),
+        (encoded(Image.new("I;16", (8, 8), 65_535)), (255, 255, 255)),
+    ],
+    ids=[
+        "png",
+        "jpeg",
+        "webp",
+        "cmyk",
+        "palette",
+        "1-bit",
+        "alpha",
+        "clear",
+        "grey-alpha",
+        "clear-palette",
+        "16-bit",
+        "16-bit-white",
+    ],
+)
+async def test_any_mode_becomes_rgb_on_white(decoder: ImageDecoder, data: bytes, expected: tuple[int, ...]) -> None:
+    image = await decode(decoder, data)
+    assert first_pixel(image) == expected
+    assert len(image.rows) == 3 * image.width * image.height
+
+
+async def test_exif_orientation_is_applied(decoder: ImageDecoder) -> None:
+    upright = Image.new("RGB", (48, 32), "red")
+    upright.paste("blue", (24, 0, 48, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    image = await decode(decoder, encoded(upright, "JPEG", exif=exif, quality=95))
+    assert (image.width, image.height) == (32, 48)
+    assert image.rows[0] > 200  # red on top
+    assert image.rows[-1] > 200  # blue below
+
+
+async def test_a_broken_exif_block_does_not_spoil_the_picture(decoder: ImageDecoder) -> None:
+    image = await decode(decoder, encoded(picture(), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff junk"))
+    assert (image.width, image.height) == (48, 32)
+
+
+async def test_a_phone_s_second_picture_is_left_out(decoder: ImageDecoder) -> None:
+    image = await decode(decoder, encoded(picture(), "MPO", save_all=True, append_images=[picture("blue")]))
+    assert first_pixel(image) == (254, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "not a complete"),
+        (b"hello" * 100, "not a complete"),
+        (encoded(picture(), "GIF"), "not a complete"),
+        (encoded(picture(), "BMP"), "not a complete"),
+        (encoded(Image.effect_noise((99, 99), 50))[:-500], "not a complete"),
+        (encoded(Image.effect_noise((99, 99), 50), "JPEG")[:-500], "not a complete"),
+        (bare_png(0, 0), "not a complete"),
+        (bare_png(100, 100, b"\x00"), "not a complete"),
+        (encoded(picture(size=(3, 3))), "too small"),
+        (encoded(picture(size=(1, 60))), "too small"),
+        (encoded(picture(mode="1", size=(20_000, 500))), "too large"),
+        (encoded(picture(mode="1", size=(5001, 5000))), "too large"),
+        (encoded(picture(mode="1", size=(4, 400))), "too large"),
+        (bare_png(65_000, 65_000), "too large"),
+        (encoded(picture(), save_all=True, append_images=[picture("blue")]), "animated"),
+        (encoded(picture(), "WEBP", save_all=True, append_images=[picture("blue")]), "animated"),
+    ],
+    ids=[
+        "empty", "junk", "gif", "bmp", "cut-png", "cut-jpeg", "0x0", "no-rows", "3x3", "1-wide", "20000-wide",
+        "25-megapixels", "thread", "bomb", "apng", "webp-animation",
+    ],
+)  # fmt: skip
+async def test_refused(decoder: ImageDecoder, data: bytes, says: str) -> None:
+    with pytest.raises(ApiError, match=says) as caught:
+        await decode(decoder, data)
+    assert (caught.value.status, caught.value.param) == (400, FIELD)
+    assert "PIL" not in caught.value.message
+    assert (await decode(decoder, encoded(picture()))).width == 48, "the decoder goes on"
+
+
+async def test_the_size_is_judged_before_the_pixels(decoder: ImageDecoder) -> None:
+    huge = bare_png(16_000, 16_000, bytes(16_000 * 48_001))
+    await decode(decoder, encoded(picture()))
+    began = time.monotonic()
+    with pytest.raises(ApiError, match="at most 100 pixels"):
+        await decode(decoder, huge, max_pixels=100)
+    assert time.monotonic() - began < 0.5, "decoding it takes seconds"
+
+
+async def test_memory_is_limited() -> None:
+    small = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=256 * 1024**2, timeout_s=10, max_side=16_384))
+    with pytest.raises(ApiError, match="not a complete"):
+        await decode(small, encoded(picture(mode="1", size=(9000, 9000))), max_pixels=10**9)
+    assert (await decode(small, encoded(picture()))).width == 48
+    small.close()
+
+
+async def test_a_decoder_that_hangs_is_killed_and_replaced() -> None:
+    impatient = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=0.5, max_side=16_384))
+    assert (await decode(impatient, encoded(picture()))).width == 48
+    (process,) = impatient._processes
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(ApiError, match="not a complete"):
+        await decode(impatient, encoded(picture()))
+    assert process.poll() is not None
+    assert (await decode(impatient, encoded(picture()))).width == 48
+    impatient.close()
+
+
+async def test_a_killed_decoder_costs_nothing(decoder: ImageDecoder) -> None:
+    await decode(decoder, encoded(picture()))
+    (process,) = decoder._processes
+    process.kill()
+    process.wait()
+    assert (await decode(decoder, encoded(picture()))).width == 48
+
+
+async def test_a_cancelled_request_does_not_mix_up_the_next(decoder: ImageDecoder) -> None:
+    slow = asyncio.create_task(decode(decoder, encoded(picture("blue", size=(4000, 4000)))))
+    await asyncio.sleep(0.15)
+    slow.cancel()
+    images = await asyncio.gather(*(decode(decoder, encoded(picture(color))) for color in ("red", "lime")))
+    assert [first_pixel(image) for image in images] == [(255, 0, 0), (0, 255, 0)]
+
+
+async def test_the_decoder_has_no_secrets(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    await decode(decoder, encoded(picture()))
+    (process,) = decoder._processes
+    with open(f"/proc/{process.pid}/environ", "rb") as environment:
+        assert b"secret" not in environment.read()
+
+
+async def test_closing_ends_the_processes(decoder: ImageDecoder) -> None:
+    await decode(decoder, encoded(picture()))
+    (process,) = decoder._processes
+    decoder.close()
+    assert process.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_data_urls() -> None:
+    for media_type in ("image/png", "image/jpeg", "image/jpg", "image/webp", "IMAGE/PNG"):
+        assert decode_data_url(data_url(b"abc", media_type), field=FIELD, max_bytes=3) == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "says"),
+    [
+        ("https://example.org/a.png", 400, "only data: URLs"),
+        ("http://169.254.169.254/latest", 400, "only data: URLs"),
+        ("file:///etc/passwd", 400, "only data: URLs"),
+        ("", 400, "only data: URLs"),
+        ("data:text/plain;base64,aGk=", 400, "only data: URLs"),
+        ("data:image/gif;base64,aGk=", 400, "only data: URLs"),
+        ("data:image/png,aGk=", 400, "only data: URLs"),
+        ("data:image/png;base64,%%%%", 400, "not valid base64"),
+        ("data:image/png;base64,abc", 400, "not valid base64"),
+        ("data:image/png;base64,ä", 400, "not valid base64"),
+        ("data:image/png;base64,aG k=", 400, "not valid base64"),
+        ("data:image/png;base64," + "A" * 2000, 413, "at most 1000 bytes"),
+    ],
+)
+def test_urls_that_are_refused(url: str, status: int, says: str) -> None:
+    with pytest.raises(ApiError, match=says) as caught:
+        decode_data_url(url, field=FIELD, max_bytes=1000)
+    assert (caught.value.status, caught.value.param) == (status, FIELD)

@@ -1,0 +1,88 @@
+"""What is counted, and that labels cannot grow with what callers send."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.metrics import Meter, Metrics
+from tests.service.examples import delta, end
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, labels)
+
+
+def run(metrics: Metrics, *events, failure: str | None = None, ago_s: float = 0.0) -> None:
+    meter = Meter(metrics, arrived=time.monotonic() - ago_s)
+    for event in events:
+        meter.observe(event)
+    meter.finished(failure)
+
+
+def test_a_steered_answer(metrics: Metrics) -> None:
+    run(metrics, delta(0, "a", tokens=2), delta(0, "b", finish="stop", tokens=3), end(6), ago_s=2)
+    assert value(metrics, "vlsae_requests_total", arm="none", applied="true", finish="stop") == 1
+    assert value(metrics, "vlsae_prompt_tokens_total") == 20
+    assert value(metrics, "vlsae_completion_tokens_total") == 6
+    assert value(metrics, "vlsae_time_to_first_token_seconds_count") == 1
+    assert value(metrics, "vlsae_time_to_first_token_seconds_sum") == pytest.approx(2, abs=0.5)
+    assert value(metrics, "vlsae_inter_token_latency_seconds_count") == 3
+    assert value(metrics, "vlsae_relative_shift_ratio_sum") == 0.25
+    assert value(metrics, "vlsae_empty_answers_total", applied="true") == 0
+
+
+def test_a_plain_answer_in_an_arm(metrics: Metrics) -> None:
+    run(metrics, delta(0, "a", finish="length"), end(1, applied=False, reason="disabled", arm="control"))
+    assert value(metrics, "vlsae_requests_total", arm="control", applied="false", finish="length") == 1
+    assert value(metrics, "vlsae_relative_shift_ratio_count") == 0
+
+
+def test_empty_answers_are_counted_by_choice(metrics: Metrics) -> None:
+    run(metrics, delta(0, "", finish="stop", tokens=0), delta(1, "a", finish="stop"), end(1, 2))
+    assert value(metrics, "vlsae_empty_answers_total", applied="true") == 1
+
+
+def test_a_refused_request_is_a_rejection_and_no_request(metrics: Metrics) -> None:
+    run(metrics, failure="invalid_image")
+    assert value(metrics, "vlsae_rejections_total", reason="invalid_image") == 1
+    assert "vlsae_requests_total{" not in metrics.exposition().decode()
+    assert value(metrics, "vlsae_request_duration_seconds_count") == 0
+
+
+def test_one_that_breaks_on_its_way_is_both(metrics: Metrics) -> None:
+    run(metrics, delta(0, "a"), failure="engine_unavailable")
+    assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable") == 1
+    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="error") == 1
+
+
+def test_one_whose_client_left(metrics: Metrics) -> None:
+    run(metrics, delta(0, "a"), failure="cancelled")
+    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="cancelled") == 1
+    assert "vlsae_rejections_total{" not in metrics.exposition().decode()
+
+
+def test_images(metrics: Metrics) -> None:
+    meter = Meter(metrics, arrived=time.monotonic())
+    meter.count_image(100)
+    meter.count_image(50)
+    assert value(metrics, "vlsae_images_total") == 2
+    assert value(metrics, "vlsae_image_pixels_total") == 150
+
+
+def test_names_carry_units_and_the_text_is_prometheus_s(metrics: Metrics) -> None:
+    run(metrics, delta(0, "a", finish="stop"), end(1))
+    families = list(text_string_to_metric_families(metrics.exposition().decode()))
+    assert len(families) >= 12
+    for family in families:
+        assert family.name.startswith("vlsae_")
+        assert family.documentation
+        if family.type == "histogram":
+            assert family.name.endswith(("_seconds", "_ratio"))

@@ -1,0 +1,166 @@
+"""The model's side in process: a real engine on a tiny checkpoint, from a job to events."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from service.chat_job import ChatJob, Turn
+from service.errors import ApiError
+from service.images import RgbImage
+from service.model_replica import AnswerStart, ModelReplica, max_tokens_for, system_fingerprint
+from service.settings import BUNDLED_ARTIFACT, Settings, SettingsError
+from steering.engines.base import GenerationEnd, Sampling, TextDelta
+from steering.request import RequestedSteering, SteeringRequest
+from tests.tiny_models import drawn_image
+
+PICTURE = drawn_image(3)
+IMAGE = RgbImage(PICTURE.width, PICTURE.height, PICTURE.tobytes())
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_llava: Path, tiny_artifact: Path) -> Settings:
+    return Settings(model=str(tiny_llava), artifact=str(tiny_artifact), device="cpu", default_max_tokens=6)
+
+
+@pytest.fixture
+async def replica(settings: Settings) -> AsyncIterator[ModelReplica]:
+    replica = ModelReplica(settings)
+    await replica.start()
+    yield replica
+    await replica.stop()
+
+
+def job(*, images: int = 1, max_tokens: int | None = 4, text: str = "what?", **changes) -> ChatJob:
+    fields = {
+        "request_id": "r",
+        "turns": (Turn("user", (*[None] * images, text)),),
+        "images": (IMAGE,) * images,
+        "max_tokens": max_tokens,
+        "sampling": Sampling(max_tokens=1, temperature=0.0),
+        "steering": RequestedSteering(settings=SteeringRequest()),
+    }
+    return ChatJob(**{**fields, **changes})
+
+
+async def events_of(replica: ModelReplica, asked: ChatJob) -> list:
+    return [event async for event in replica.generate(asked)]
+
+
+async def test_an_answer(replica: ModelReplica) -> None:
+    start, *deltas, end = await events_of(replica, job())
+    assert isinstance(start, AnswerStart)
+    assert start.system_fingerprint.startswith("fp_")
+    assert all(isinstance(delta, TextDelta) for delta in deltas)
+    assert isinstance(end, GenerationEnd)
+    assert end.prompt_tokens == len("USER: \nwhat? ASSISTANT:") + 4
+    assert end.completion_tokens == [4]
+    assert end.receipt.applied
+
+
+async def test_without_max_tokens_the_default_counts(replica: ModelReplica) -> None:
+    end = (await events_of(replica, job(max_tokens=None)))[-1]
+    assert end.completion_tokens[0] <= 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "param"),
+    [
+        ({"text": "x" * CONTEXT}, "context_length_exceeded", "messages"),
+        ({"max_tokens": CONTEXT}, "context_length_exceeded", "max_tokens"),
+        ({"sampling": Sampling(max_tokens=1, logit_bias={10**6: 1.0})}, "invalid_value", "logit_bias.1000000"),
+        (
+            {"images": 0, "steering": RequestedSteering(settings=SteeringRequest(enabled=True), explicit=True)},
+            "invalid_steering",
+            "steering",
+        ),
+        (
+            {"steering": RequestedSteering(settings=SteeringRequest(preset="none"))},
+            "invalid_steering",
+            "steering.preset",
+        ),
+    ],
+)
+async def test_a_refusal_is_an_event(replica: ModelReplica, changes: dict, code: str, param: str) -> None:
+    refusal = (await events_of(replica, job(**changes)))[-1]
+    assert isinstance(refusal, ApiError)
+    assert (refusal.status, refusal.code, refusal.param) == (400, code, param)
+
+
+async def test_the_bundled_miniature_is_served_by_default() -> None:
+    replica = ModelReplica(Settings(device="cpu"))
+    await replica.start()
+    start, *_, end = await events_of(replica, job(max_tokens=24))
+    await replica.stop()
+    config = json.loads((BUNDLED_ARTIFACT / "config.json").read_text())
+    assert start.system_fingerprint
+    assert end.receipt.artifact == config["fingerprint"]
+    assert end.receipt.preset == config["default_preset"]
+
+
+async def test_closing_an_answer_frees_the_engine(replica: ModelReplica) -> None:
+    answer = replica.generate(job(max_tokens=200, sampling=Sampling(max_tokens=1, logit_bias={257: -100.0})))
+    await anext(answer)
+    await anext(answer)
+    assert replica.status().health.running == 1
+    await answer.aclose()
+    for _ in range(100):
+        if replica.status().health.running == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert replica.status().health.running == 0
+
+
+async def test_health_follows_the_engine(replica: ModelReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica.check_health()
+    stuck = dataclasses.replace(replica.status().health, seconds_since_progress=61.0)
+    monkeypatch.setattr(replica._engine, "health", lambda: stuck)
+    with pytest.raises(RuntimeError, match="no step for 61 s"):
+        replica.check_health()
+    monkeypatch.undo()
+    await replica.stop()
+    with pytest.raises(RuntimeError, match="ended"):
+        replica.check_health()
+
+
+async def test_an_unknown_default_preset_stops_the_start(settings: Settings) -> None:
+    replica = ModelReplica(settings.model_copy(update={"default_preset": "nonsense"}))
+    with pytest.raises(SettingsError, match=r"no 'nonsense'; it has .*'captions'"):
+        await replica.start()
+    await replica.stop()
+
+
+async def test_the_fingerprint_tells_models_apart(replica: ModelReplica, settings: Settings) -> None:
+    able = replica.status().capabilities
+    first = system_fingerprint(settings, able)
+    assert first == system_fingerprint(settings, able) == replica.status().system_fingerprint
+    assert first != system_fingerprint(settings, dataclasses.replace(able, artifact=None))
+    assert first != system_fingerprint(settings.model_copy(update={"dtype": "bfloat16"}), able)
+
+
+def test_how_many_tokens_fit() -> None:
+    assert max_tokens_for(None, 10, 100, 50) == 50
+    assert max_tokens_for(None, 90, 100, 50) == 10
+    assert max_tokens_for(90, 10, 100, 50) == 90
+    with pytest.raises(ApiError, match=r"10 tokens.*max_tokens is 91.*100 tokens.*at most 90") as caught:
+        max_tokens_for(91, 10, 100, 50)
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(ApiError, match=r"100 tokens.*context is 100") as caught:
+        max_tokens_for(None, 100, 100, 50)
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("module", ["service.app", "service.api", "service.chat_request"])
+def test_the_ingress_loads_no_torch(module: str) -> None:
+    heavy = ["torch", "transformers", "tokenizers", "safetensors"]
+    program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"

@@ -1,0 +1,194 @@
+"""The real service as processes: what a disconnect frees, what a stranger may not, what is left behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from transformers import AutoProcessor
+
+from tests.service.examples import body, encoded, image_part, user
+from tests.service.running_server import REPOSITORY, RunningServer, run_command
+from tests.tiny_models import drawn_image
+
+pytestmark = [pytest.mark.service, pytest.mark.slow]
+LONGEST_STEP_S = 1.0
+MAX_ONGOING = 12
+"""As `conftest.py` starts the server."""
+
+
+@pytest.fixture
+def endless(server: RunningServer, checkpoint: tuple[Path, Path]) -> dict:
+    """A request that runs into its limit: the end-of-sequence token is forbidden."""
+    end_token = AutoProcessor.from_pretrained(checkpoint[0]).tokenizer.eos_token_id
+    content = user(image_part(encoded(drawn_image(1))), "go on")
+    context = server.get("/version").json()["context_tokens"]
+    return body(content, model=server.name, n=8, max_tokens=context - 60, logit_bias={str(end_token): -100})
+
+
+def test_a_client_that_leaves_a_stream_frees_the_engine(server: RunningServer, endless: dict) -> None:
+    cancelled = 'vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}'
+    before = server.metric(cancelled)
+    with httpx.stream(
+        "POST", server.url + "/v1/chat/completions", json={**endless, "stream": True}, timeout=30
+    ) as answer:
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        next(lines)
+        assert server.running() == 8
+    assert server.wait_until_idle() < LONGEST_STEP_S
+    assert server.metric(cancelled) == before + 1
+    assert server.metric("vlsae_requests_in_progress") == 0
+
+
+def test_a_client_that_does_not_wait_frees_the_engine(server: RunningServer, endless: dict) -> None:
+    """Without a stream: it hangs up as soon as the engine runs."""
+
+    def ask() -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + "/v1/chat/completions", json=endless, timeout=0.3)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    most = 0
+    while asking.is_alive():
+        most = max(most, server.running())
+    asking.join()
+    assert most == 8, "it had begun"
+    assert server.wait_until_idle() < LONGEST_STEP_S
+
+
+def test_the_first_token_does_not_wait_for_others(server: RunningServer, endless: dict) -> None:
+    began = time.monotonic()
+    ask = {**endless, "n": 1, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/chat/completions", json=ask, timeout=30) as answer:
+        arrived = [time.monotonic() - began for line in answer.iter_lines() if line]
+    assert len(arrived) > 50
+    assert arrived[0] < arrived[-1] / 3
+
+
+def test_a_full_queue_is_503_and_everything_else_is_answered(server: RunningServer, endless: dict) -> None:
+    ask = {**endless, "n": 1, "max_tokens": 100}
+
+    def send(_index: int) -> httpx.Response:
+        return httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=60)
+
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        asked = [pool.submit(send, index) for index in range(40)]
+        while server.metric("vlsae_requests_in_progress") <= MAX_ONGOING:
+            assert not all(answer.done() for answer in asked)
+        assert server.get("/readyz").status_code == 200, "busy is not ill"
+        answers = [answer.result() for answer in asked]
+    served = [answer for answer in answers if answer.status_code == 200]
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert len(served) + len(refused) == 40
+    assert len(served) >= MAX_ONGOING
+    assert {answer.json()["usage"]["completion_tokens"] for answer in served} == {100}
+    assert refused
+    for answer in refused:
+        assert answer.json()["error"]["code"] == "overloaded"
+        assert int(answer.headers["retry-after"]) >= 1
+    server.wait_until_idle()
+
+
+def test_a_taken_port_is_named_before_anything_starts(server: RunningServer) -> None:
+    command = run_command("--port", str(server.port))
+    failed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    assert failed.returncode == 2
+    assert f"127.0.0.1:{server.port}" in failed.stderr
+    assert "choose another" in failed.stderr
+    assert failed.stdout == ""
+
+
+def test_torch_is_in_the_model_s_process_only(server: RunningServer) -> None:
+    def loads_torch(part: str) -> bool:
+        return "libtorch" in Path(f"/proc/{server.pid_of(part)}/maps").read_text()
+
+    assert loads_torch(":Model")
+    assert not loads_torch(":Ingress")
+    assert not loads_torch("ProxyActor")
+
+
+def test_http_listens_on_loopback_only(server: RunningServer) -> None:
+    outside = socket.gethostbyname(socket.gethostname())
+    if outside.startswith("127."):
+        outside = next(address for address in _addresses() if not address.startswith("127."))
+    with socket.socket() as probe:
+        assert probe.connect_ex((outside, server.port)) != 0
+
+
+def _addresses() -> list[str]:
+    return subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+
+
+def join_ray(server: RunningServer, home: Path, token: str | None) -> subprocess.Popen[str]:
+    """A stranger's attempt to use the service's Ray and to run something there."""
+    raylet = next(line for line in server.command_lines().values() if "/raylet " in line)
+    address = next(word.removeprefix("--gcs-address=") for word in raylet.split() if word.startswith("--gcs-address="))
+    program = (
+        f"import ray; ray.init(address={address!r}, log_to_driver=False);"
+        "print('ran', ray.get(ray.remote(num_cpus=0)(lambda: 41 + 1).remote()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home)} | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {})
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=pipe, stderr=pipe, text=True, cwd=home
+    )
+
+
+def token_of(server: RunningServer) -> str:
+    environment = Path(f"/proc/{server.pid_of('/raylet ')}/environ").read_text().split("\0")
+    return next(entry.partition("=")[2] for entry in environment if entry.startswith("RAY_AUTH_TOKEN="))
+
+
+def test_only_who_has_the_token_can_use_ray(server: RunningServer, tmp_path: Path) -> None:
+    tokens = {"tokenless": None, "wrong": "0" * 64, "right": token_of(server)}
+    attempts = {name: join_ray(server, tmp_path, token) for name, token in tokens.items()}
+    shown = {name: attempt.communicate(timeout=100) for name, attempt in attempts.items()}
+    for name in ("tokenless", "wrong"):
+        assert attempts[name].returncode != 0
+        assert "ran" not in shown[name][0]
+        assert "uthenticat" in shown[name][1], name
+    assert shown["right"][0] == "ran 42\n", shown["right"][1]
+
+
+def test_a_killed_image_decoder_is_replaced(server: RunningServer) -> None:
+    ask = body(user(image_part(), "what ?"), model=server.name, max_tokens=1)
+    assert httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=30).status_code == 200
+    for pid, line in server.command_lines().items():
+        if "image_worker.py" in line:
+            os.kill(pid, signal.SIGKILL)
+    assert httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=30).status_code == 200
+
+
+def test_a_damaged_artifact_stops_the_start(checkpoint: tuple[Path, Path]) -> None:
+    model, artifact = checkpoint
+    with tempfile.TemporaryDirectory(prefix="srv") as home:
+        damaged = Path(home) / "artifact"
+        subprocess.run(["cp", "-r", str(artifact), str(damaged)], check=True)
+        weights = bytearray((damaged / "model.safetensors").read_bytes())
+        weights[-10] ^= 1
+        (damaged / "model.safetensors").write_bytes(weights)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        failed = subprocess.run(
+            run_command("--port", str(port), "--model", str(model), "--artifact", str(damaged)),
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=200, env={**os.environ, "TMPDIR": home},
+        )  # fmt: skip
+        assert failed.returncode == 1
+        assert "error: " in failed.stderr
+        assert "the artifact was changed or damaged" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert list(Path(home).glob("vlsae-*")) == []
