@@ -1,0 +1,85 @@
+"""Promises the repository makes about itself: the README's tree, its commands, and what must not be in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for package in ("steering", "service", "training")
+    for path in (ROOT / package).rglob("*.py")
+    if path.name != "__init__.py"
+)
+BUNDLE = ROOT / "training/miniature/bundle"
+
+
+def tree_paths() -> list[str]:
+    """Paths of the README's annotated file tree; two spaces of indentation are one level."""
+    block = README.split("## Where things are")[1].split("```")[1]
+    stack: list[str] = []
+    paths = []
+    for line in block.strip("\n").splitlines():
+        names = line.split("  #")[0]
+        depth = (len(names) - len(names.lstrip())) // 2
+        for name in names.split():
+            del stack[depth:]
+            stack.append(name.rstrip("/"))
+            paths.append("/".join(stack))
+    return paths
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk():
+    paths = tree_paths()
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert [module for module in MODULES if module not in paths] == []
+
+
+def test_every_make_target_in_the_readme_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", README))
+    assert used
+    assert used <= targets
+
+
+def test_every_module_named_in_the_readme_can_be_asked_for_help():
+    named = set(re.findall(r"python -m ((?:training|service)[a-z_.]*)", README))
+    assert named
+    for name in sorted(named):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"py" + r"pi\.org|python" + r"hosted|registry\.npm" + r"js|download\.py" + r"torch",
+        r"\bpickle\.load|torch\.load\((?!.*weights_only=True)",
+        r"trust_remote_code=True",
+    ],
+    ids=["a registry's address", "a pickle loaded", "remote code"],
+)
+def test_no_file_holds(pattern):
+    found = subprocess.run(
+        ["git", "grep", "-nIP", pattern, "--", ":!tests/test_repository.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.stdout == ""
+
+
+def test_the_bundle_is_small_and_of_safe_formats():
+    files = [path for path in BUNDLE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16 * 1024 * 1024
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".jinja", ".png"}
+
+
+def test_the_bundled_artifact_passes_its_alignment_gate_and_names_its_presets():
+    config = json.loads((BUNDLE / "artifact/config.json").read_text())
+    gate = config["alignment"]
+    assert gate["paired_overlap"] >= 1.5 * gate["shuffled_overlap"]
+    assert set(config["presets"]) == {"captions", "questions", "off", "paper_pope", "paper_chair"}

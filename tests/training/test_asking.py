@@ -1,0 +1,57 @@
+"""Questions reach an engine as they would reach it through the service."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoProcessor
+
+from service.chat_job import Turn
+from service.conversation import ChatTokenizer
+from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.request import SteeringRequest
+from tests.tiny_models import drawn_image
+from training.evaluation.asking import InProcess, Question, ask_all
+from training.miniature.processor import build_processor
+
+
+@pytest.mark.parametrize("processor", ["tiny", "miniature"])
+def test_the_prompt_is_the_services(processor: str, tiny_llava: Path):
+    loaded = AutoProcessor.from_pretrained(tiny_llava) if processor == "tiny" else build_processor()
+    asked = InProcess(engine=None, processor=loaded)._prompt("Is there a star in the image?")  # type: ignore[arg-type]
+    turn = Turn(role="user", parts=(None, "Is there a star in the image?"))
+    assert list(asked) == ChatTokenizer(loaded).encode([turn])
+    assert asked.count(loaded.image_token_id) == 1
+
+
+@pytest.fixture
+async def tiny(tiny_llava: Path, tiny_artifact: Path):
+    engine = HuggingFaceEngine(tiny_llava, tiny_artifact)
+    await engine.start()
+    yield InProcess(engine, AutoProcessor.from_pretrained(tiny_llava))
+    await engine.stop()
+
+
+def question(index: int, **changed) -> Question:
+    settings = {"max_tokens": 12, "steering": SteeringRequest(enabled=True, preset="captions")} | changed
+    return Question(image=drawn_image(index), text="Describe the image.", **settings)
+
+
+async def test_replies_come_in_the_order_of_the_questions_with_their_receipts(tiny: InProcess):
+    questions = [question(index, max_tokens=1 + index) for index in range(5)]
+    together = await ask_all(tiny, questions, concurrency=5, report=lambda line: None)
+    alone = [await tiny.reply(each) for each in questions]
+    assert [reply.token_ids for reply in together] == [reply.token_ids for reply in alone]
+    assert all(reply.applied and reply.positions > 0 and reply.relative_shift > 0 for reply in together)
+
+
+async def test_off_says_so(tiny: InProcess):
+    reply = await tiny.reply(question(0, steering=SteeringRequest(enabled=False)))
+    assert (reply.applied, reply.reason, reply.positions) == (False, "disabled", 0)
+
+
+async def test_an_answer_led_along_itself_goes_on_as_before(tiny: InProcess):
+    whole = await tiny.reply(question(1))
+    assert len(whole.token_ids) > 4
+    for length in (1, 2, 4):
+        led = await tiny.reply(question(1, answer_so_far=whole.token_ids[:length], max_tokens=12 - length))
+        assert led.token_ids == whole.token_ids[length:]

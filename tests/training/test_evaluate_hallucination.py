@@ -1,0 +1,234 @@
+"""The evaluation end to end: with witnesses whose conduct is known, and with a real tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steering.artifact import read_config
+from steering.request import SteeringRequest
+from steering.resolution import Preset
+from training.evaluate_hallucination import EvaluationSettings, evaluate, make_report
+from training.evaluation.asking import Question, Reply, ask_all
+from training.evaluation.conditions import FORMS, NAMES, RANDOM_SEEDS, TunedPresets, conditions
+from training.evaluation.measuring import measure
+from training.evaluation.miniature_benchmark import Benchmark, miniature_benchmark
+from training.miniature.language import shapes_named
+from training.miniature.paths import ARTIFACT
+from training.miniature.world import SEED_RANGES, SHAPES
+
+PRESETS = {
+    "captions": Preset(form="difference", alpha=2.0),
+    "questions": Preset(form="union", alpha=1.0),
+    "off": Preset(strength=0.0),
+}
+
+
+class Witness:
+    """Tells the truth, except that it invents where `invents` says so, given what was asked and the scene's seed."""
+
+    def __init__(self, benchmark: Benchmark, invents: Callable[[SteeringRequest, int], bool]) -> None:
+        self._scenes = {scene.image.tobytes(): scene for scene in benchmark.scenes}
+        self._invents = invents
+        self.asked: list[Question] = []
+
+    async def reply(self, question: Question) -> Reply:
+        self.asked.append(question)
+        scene = self._scenes[question.image.tobytes()]
+        lies = self._invents(question.steering, scene.seed)
+        if question.text.startswith("Is there"):
+            present = bool(shapes_named(question.text) & scene.truth)
+            text = "Yes" if present or lies else "No"
+        else:
+            invented = sorted(set(SHAPES) - scene.truth)[:1] if lies else []
+            text = f"There is {', '.join(sorted(scene.truth) + invented)}."
+        applied = question.steering.enabled is not False
+        return Reply(text=text, applied=applied, reason=None, positions=1, relative_shift=0.1)
+
+
+async def report_on(invents: Callable[[SteeringRequest, int], bool], capsys: pytest.CaptureFixture) -> dict:
+    benchmark = miniature_benchmark(captions=200, questions=200, seed=7)
+    witness = Witness(benchmark, invents)
+    chosen = conditions(TunedPresets(presets=PRESETS))
+    measured = {condition.name: await measure(benchmark, condition, witness, concurrency=8) for condition in chosen}
+    report = make_report(benchmark, chosen, measured, {}, seed=0, resamples=200)
+    capsys.readouterr()
+    return report
+
+
+def sentence(report: dict, start: str) -> str:
+    found = [line for line in report["verdict"] if line.startswith(start)]
+    assert found, report["verdict"]
+    return found[0]
+
+
+def steers(request: SteeringRequest) -> bool:
+    return request.enabled is not False and request.alpha != 0
+
+
+async def test_an_honest_effect_is_called_one(capsys):
+    def invents(request: SteeringRequest, seed: int) -> bool:
+        helped = steers(request) and request.control in (None, "none")
+        return seed % 10 < (1 if helped else 9 if request.control == "reversed" else 6)
+
+    report = await report_on(invents, capsys)
+    plain, steered = report["conditions"]["plain"], report["conditions"]["steered"]
+    assert plain["chair_s"]["value"] == pytest.approx(0.6, abs=0.1)
+    assert steered["chair_s"]["value"] == pytest.approx(0.1, abs=0.06)
+    assert plain["recall"]["value"] == steered["recall"]["value"] == 1
+    gap = report["differences"]["steered_minus_plain"]["chair_s"]
+    assert gap["low"] < gap["value"] < gap["high"] < 0
+    assert gap["value"] == pytest.approx(steered["chair_s"]["value"] - plain["chair_s"]["value"])
+    assert "at least half" in sentence(report, "steered: lowers CHAIR_s")
+    assert "the shortening is the missing inventions" in sentence(report, "steered: captions are")
+    for control in ("random", "reversed", "other_image"):
+        assert sentence(report, f"steered: the effect is beyond {control}")
+    assert "as it should be" in sentence(report, "reversed:")
+    assert "needs the own image" in sentence(report, "other_image:")
+    assert any("no POPE split is worse" in line for line in report["verdict"])
+
+
+async def test_an_effect_that_any_image_has_is_not_called_alignment(capsys):
+    report = await report_on(
+        lambda request, seed: seed % 10 < (1 if steers(request) and request.control != "reversed" else 6), capsys
+    )
+    assert "is NOT beyond other_image" in sentence(report, "steered: the effect is NOT beyond other_image")
+    assert "An effect that other_image also has is not alignment" in sentence(report, "other_image: lowers")
+    assert "100%" in sentence(report, "other_image: lowers")
+    assert report["differences"]["steered_minus_other_image"]["chair_s"] == {"value": 0, "low": 0, "high": 0}
+
+
+async def test_harm_is_called_harm(capsys):
+    report = await report_on(lambda request, seed: seed % 10 < (8 if steers(request) else 3), capsys)
+    assert "It RAISES it" in sentence(report, "steered: CHAIR_s")
+    assert any(line.startswith("default: HARMS questions") for line in report["verdict"])
+    assert "WORSE" in sentence(report, "steered, adversarial questions")
+
+
+async def test_saying_less_is_told_apart(capsys):
+    benchmark = miniature_benchmark(captions=200, questions=0, seed=7)
+
+    class Mumbler(Witness):
+        async def reply(self, question: Question) -> Reply:
+            reply = await super().reply(question)
+            if not steers(question.steering):
+                return reply
+            return Reply(text="A star.", applied=True, reason=None, positions=1, relative_shift=0.1)
+
+    witness = Mumbler(benchmark, lambda request, seed: True)
+    chosen = conditions(TunedPresets(presets=PRESETS), names=("plain", "steered"))
+    measured = {condition.name: await measure(benchmark, condition, witness, concurrency=8) for condition in chosen}
+    report = make_report(benchmark, chosen, measured, {}, seed=0, resamples=200)
+    assert "MORE THAN the allowed drop" in sentence(report, "steered: recall")
+    assert "MERELY SAYING LESS" in sentence(report, "steered: captions are")
+
+
+async def test_each_control_asks_what_it_should():
+    benchmark = miniature_benchmark(captions=3, questions=0, seed=7)
+    witness = Witness(benchmark, lambda request, seed: False)
+    for condition in conditions(TunedPresets(presets=PRESETS), names=("random", "other_image")):
+        await measure(benchmark, condition, witness, concurrency=1)
+    seeds = {name: [q.steering.control_seed for q in witness.asked if q.steering.control == name] for name in NAMES}
+    assert len(set(seeds["random"])) == 3 * RANDOM_SEEDS
+    assert len(set(seeds["other_image"])) == 3
+    assert all(question.steering.preset == "captions" for question in witness.asked)
+
+
+async def test_the_answers_of_all_seeds_are_pooled_by_scene():
+    benchmark = miniature_benchmark(captions=3, questions=4, seed=7)
+    lying = Witness(benchmark, lambda request, seed: (request.control_seed or 0) % 2 == 0)
+    (condition,) = conditions(TunedPresets(presets=PRESETS), names=("random",))
+    measured = await measure(benchmark, condition, lying, concurrency=4)
+    assert measured.counts["captions"][:, 0].tolist() == [RANDOM_SEEDS] * 3
+    assert measured.counts["adversarial"][:, 0].tolist() == [2 * RANDOM_SEEDS] * 2
+    assert 0 < measured.counts["captions"][:, 1].sum() < 3 * RANDOM_SEEDS
+
+
+def test_where_a_preset_is_off_its_controls_stand_beside_the_form():
+    tuned = TunedPresets(
+        presets=PRESETS | {"questions": Preset(strength=0.0)},
+        by_form={"questions.difference": Preset(form="difference", alpha=0.7)},
+    )
+    (control,) = conditions(tuned, names=("other_image",))
+    assert control.requests["captions"].preset == "captions"
+    assert control.requests["questions"].alpha == 0.7
+    assert control.requests["questions"].strength == 1
+    assert "preset questions is off" in (control.note or "")
+
+
+def test_each_form_has_its_own_settings_or_the_presets_with_the_form_replaced():
+    tuned = TunedPresets(presets=PRESETS, by_form={"captions.union": Preset(form="union", alpha=3.5)})
+    by_name = {condition.name: condition for condition in conditions(tuned, names=FORMS, mode="exact")}
+    assert by_name["union"].requests["captions"].alpha == 3.5
+    assert by_name["published"].requests["captions"].alpha == PRESETS["captions"].alpha
+    assert {condition.requests["captions"].form for condition in by_name.values()} == set(FORMS)
+    assert {condition.requests["questions"].mode for condition in by_name.values()} == {"exact"}
+
+
+def test_an_unknown_condition_is_named():
+    with pytest.raises(ValueError, match=r"unknown conditions \['sideways'\]"):
+        conditions(TunedPresets(presets=PRESETS), names=("sideways",))
+
+
+def test_scenes_are_held_out_each_with_an_absent_partner_and_seeds_share_none():
+    first, second = (miniature_benchmark(captions=50, questions=60, seed=seed) for seed in (0, 1))
+    assert {scene.seed for scene in first.scenes} <= set(SEED_RANGES["held_out"])
+    assert not {scene.seed for scene in first.scenes} & {scene.seed for scene in second.scenes}
+    absent = {q.scene for q in first.questions if q.split == "adversarial" and not q.truth}
+    assert absent == set(range(30))
+    with pytest.raises(ValueError, match="must be even"):
+        miniature_benchmark(captions=1, questions=3, seed=0)
+
+
+async def test_the_first_failure_is_not_swallowed():
+    class Broken:
+        async def reply(self, question: Question) -> Reply:
+            raise RuntimeError("no answer")
+
+    benchmark = miniature_benchmark(captions=2, questions=0, seed=0)
+    question = Question(
+        image=benchmark.scenes[0].image, text="Describe.", max_tokens=1, steering=SteeringRequest(enabled=False)
+    )
+    with pytest.raises(ExceptionGroup) as failure:
+        await ask_all(Broken(), [question], concurrency=1)
+    assert failure.group_contains(RuntimeError, match="no answer")
+
+
+async def test_a_real_tiny_model_gives_a_whole_report(tiny_llava: Path, tiny_artifact: Path):
+    settings = EvaluationSettings(model=tiny_llava, artifact=tiny_artifact, captions=4, questions=4, resamples=100)
+    report = json.loads(json.dumps(await evaluate(settings)))
+    assert tuple(report["conditions"]) == NAMES
+    for name, row in report["conditions"].items():
+        assert {"chair_s", "chair_i", "recall", "length", "pope"} <= row.keys()
+        assert {"value", "low", "high"} == row["chair_s"].keys()
+        assert {"accuracy", "precision", "recall", "f1", "yes_rate"} <= row["pope"]["adversarial"].keys()
+        assert row["receipts"]["captions"]["applied"] == (0 if name in ("plain", "decoding_only") else 1)
+    assert report["conditions"]["decoding_only"]["examples"] == report["conditions"]["plain"]["examples"]
+    assert {"steered_minus_plain", "steered_minus_other_image", "default_minus_plain"} <= report["differences"].keys()
+    assert report["manifest"]["artifact"] == json.loads((tiny_artifact / "config.json").read_text())["fingerprint"]
+    assert report["manifest"]["benchmark"]["scenes"] == 4
+
+
+async def test_a_server_default_that_is_off_is_called_nothing(capsys):
+    report = await report_on(lambda request, seed: seed % 10 < 6, capsys)
+    assert "exactly as plain" in sentence(report, "default: captions score")
+    assert "no answer was changed" in sentence(report, "default: no POPE split is worse")
+    assert "exactly as plain" in sentence(report, "steered: questions score")
+
+
+@pytest.mark.skipif(not (ARTIFACT / "config.json").exists(), reason="the miniature has not been built")
+async def test_the_bundled_miniature_sees_and_invents():
+    settings = EvaluationSettings(
+        captions=60, questions=60, seed=9, conditions=("steered", "other_image"), resamples=200
+    )
+    report = await evaluate(settings)
+    plain = report["conditions"]["plain"]
+    assert plain["chair_s"]["value"] >= 0.25
+    assert plain["recall"]["value"] >= 0.93
+    assert plain["pope"]["random"]["accuracy"]["value"] >= 0.85
+    assert plain["pope"]["adversarial"]["accuracy"]["value"] <= plain["pope"]["random"]["accuracy"]["value"]
+    is_on = read_config(ARTIFACT).presets["captions"].strength > 0
+    assert report["conditions"]["steered"]["receipts"]["captions"]["applied"] == int(is_on)

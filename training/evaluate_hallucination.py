@@ -1,0 +1,192 @@
+"""Stage 6: does steering make an LVLM invent less, and is it the image that does it?
+
+    python -m training.evaluate_hallucination --benchmark miniature --captions 1000 --questions 2000 --json report.json
+
+Runs the conditions of `training.evaluation.conditions` on scenes that nothing was trained or tuned on, CHAIR on
+captions and POPE on yes/no questions, each number with a paired-bootstrap interval, and says in words what they show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steering.artifact import read_config
+from steering.request import Mode
+from training.command_line import Settings, parse_settings
+from training.evaluation.asking import InProcess, OverHttp, Respondent
+from training.evaluation.conditions import NAMES, Condition, conditions, tuned_presets
+from training.evaluation.manifest import describe_benchmark, describe_run, weights_digest
+from training.evaluation.measuring import Measurement, measure
+from training.evaluation.miniature_benchmark import Benchmark, miniature_benchmark
+from training.evaluation.scores import RESAMPLES, Scoreboard
+from training.evaluation.table import caption_table, question_table
+from training.evaluation.verdict import verdict
+from training.miniature.paths import ARTIFACT, LLAVA
+
+EXAMPLES = 8
+"""Captions kept in the report, for reading."""
+
+
+class EngineSettings(Settings):
+    """Who answers, and with what."""
+
+    model: Path = LLAVA
+    """Folder of the LVLM; the bundled miniature by default."""
+    artifact: Path = ARTIFACT
+    """Folder of the steering artifact; over HTTP it must be the one that the server has loaded."""
+    engine: str = "huggingface"
+    """huggingface, vllm, or the URL of a running service (http://127.0.0.1:8000)."""
+    device: str = "cpu"
+    """Device of an engine in this process."""
+    dtype: str = "float32"
+    """Number format of an engine in this process."""
+    batch: int = Field(default=64, ge=1)
+    """Sequences that an engine in this process decodes together."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of torch; a miniature is fastest on one."""
+
+
+class EvaluationSettings(EngineSettings):
+    """CHAIR and POPE under steering and its controls, on scenes unused in training, with paired intervals."""
+
+    benchmark: Literal["miniature"] = "miniature"
+    """World of the scenes."""
+    captions: int = Field(default=1000, ge=0)
+    """Scenes captioned, each with an absent partner."""
+    questions: int = Field(default=2000, ge=0)
+    """Questions per POPE split; even."""
+    seed: int = Field(default=0, ge=0)
+    """Chooses the window of held-out scenes and seeds the bootstrap."""
+    conditions: tuple[str, ...] = NAMES
+    """Conditions to run; `plain` is always among them."""
+    mode: Mode | None = None
+    """Steering mode instead of the presets' own."""
+    resamples: int = Field(default=RESAMPLES, ge=100)
+    """Bootstrap resamples."""
+    json_file: Path | None = Field(default=None, alias="json")
+    """Where the report goes."""
+
+
+async def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
+    """Run everything and return the report."""
+    benchmark = miniature_benchmark(captions=settings.captions, questions=settings.questions, seed=settings.seed)
+    config = read_config(settings.artifact)
+    chosen = conditions(
+        tuned_presets(config),
+        names=("plain", *settings.conditions),
+        mode=settings.mode,
+        over_http=settings.engine.startswith("http"),
+    )
+    measurements = {}
+    async with respondent(settings) as answers:
+        for number, condition in enumerate(chosen, start=1):
+            print(f"[{number}/{len(chosen)}] {condition.name}", flush=True)
+            measurements[condition.name] = await measure(benchmark, condition, answers, concurrency=2 * settings.batch)
+    manifest = describe_run(settings.model_dump(mode="json"))
+    manifest |= {"benchmark": describe_benchmark(benchmark), "artifact": config.fingerprint}
+    manifest |= {"alignment": config.alignment, "model_sha256": weights_digest(settings.model)}
+    return make_report(benchmark, chosen, measurements, manifest, seed=settings.seed, resamples=settings.resamples)
+
+
+@asynccontextmanager
+async def respondent(settings: EngineSettings) -> AsyncIterator[Respondent]:
+    """Whoever answers, started and stopped."""
+    if settings.engine.startswith(("http://", "https://")):
+        async with OverHttp(settings.engine, artifact=read_config(settings.artifact).fingerprint) as client:
+            yield client
+        return
+    import torch
+    from transformers import AutoProcessor
+
+    torch.set_num_threads(settings.threads)
+    engine = _engine(settings)
+    await engine.start()
+    try:
+        yield InProcess(engine, AutoProcessor.from_pretrained(settings.model))
+    finally:
+        await engine.stop()
+
+
+def _engine(settings: EngineSettings) -> Any:
+    arguments = {
+        "model": str(settings.model),
+        "artifact": str(settings.artifact),
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "max_batch_size": settings.batch,
+    }
+    if settings.engine == "huggingface":
+        from steering.engines.huggingface_engine import HuggingFaceEngine
+
+        return HuggingFaceEngine(**arguments)
+    if settings.engine == "vllm":
+        from steering.engines.vllm_engine import VllmEngine  # pyright: ignore[reportMissingImports]
+
+        return VllmEngine(**arguments)
+    raise SystemExit(f"--engine: {settings.engine!r} is none of huggingface, vllm, http://...")
+
+
+def make_report(
+    benchmark: Benchmark,
+    chosen: list[Condition],
+    measurements: dict[str, Measurement],
+    manifest: dict[str, Any],
+    *,
+    seed: int,
+    resamples: int,
+) -> dict[str, Any]:
+    """Scores, differences, verdict and manifest as one JSON object; prints tables and verdict."""
+    board = Scoreboard(measurements, seed=seed, resamples=resamples)
+    scores = {condition.name: board.scores(condition.name) for condition in chosen}
+    sentences = verdict(board)
+    if benchmark.captions:
+        print("\n" + caption_table(scores))
+    if benchmark.questions:
+        print("\n" + question_table(scores))
+    print("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
+    return {
+        "conditions": {
+            condition.name: scores[condition.name].as_json() | _record(benchmark, condition, measurements)
+            for condition in chosen
+        },
+        "differences": {
+            f"{first}_minus_{second}": board.difference(first, second).as_json() for first, second in board.pairs()
+        },
+        "verdict": sentences,
+        "manifest": manifest,
+    }
+
+
+def _record(benchmark: Benchmark, condition: Condition, measurements: dict[str, Measurement]) -> dict[str, Any]:
+    """What was asked under a condition, what the receipts say, and a few captions to read."""
+    measured = measurements[condition.name]
+    return {
+        "requests": {task: asked.model_dump(exclude_none=True) for task, asked in condition.requests.items()},
+        "control_seeds": list(condition.seeds),
+        "note": condition.note,
+        "receipts": measured.receipts,
+        "seconds": round(measured.seconds, 1),
+        "examples": [
+            {"scene": scene.seed, "truth": sorted(scene.truth), "caption": caption}
+            for scene, caption in list(zip(benchmark.scenes, measured.captions, strict=False))[:EXAMPLES]
+        ],
+    }
+
+
+def main() -> None:
+    settings = parse_settings(EvaluationSettings, program="python -m training.evaluate_hallucination")
+    report = asyncio.run(evaluate(settings))
+    if settings.json_file:
+        settings.json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"\nreport: {settings.json_file}")
+
+
+if __name__ == "__main__":
+    main()

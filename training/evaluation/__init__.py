@@ -1,0 +1,1 @@
+"""The parts of `training.evaluate_hallucination`: conditions, asking, statistics, and the verdict in words."""

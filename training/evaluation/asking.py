@@ -1,0 +1,208 @@
+"""Puts a question about an image to an LVLM, in this process or over HTTP. Knows nothing of benchmarks.
+
+Both ways take the same `Question` and `SteeringRequest` and give the same `Reply`, so that a benchmark cannot tell
+them apart. Decoding is greedy. All questions of a list are on their way at once, up to a limit, so that they batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+from PIL.Image import Image
+
+from steering.engines.base import Engine, GenerationEnd, GenerationRequest, Sampling
+from steering.request import RequestedSteering, SteeringRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One user turn: an image, then a text."""
+
+    image: Image
+    text: str
+    max_tokens: int
+    steering: SteeringRequest
+    """An empty one leaves everything to whoever answers (over HTTP: to the server's default)."""
+    answer_so_far: tuple[int, ...] = ()
+    """Token ids that stand after the prompt, as if generated already (teacher forcing); only in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The answer and what the receipt says was done to it."""
+
+    text: str
+    applied: bool
+    reason: str | None
+    """Why steering was not applied, where it was not."""
+    positions: int
+    """Positions to which a delta was added."""
+    relative_shift: float
+    """Mean of |delta| / |hidden state| over the steered positions."""
+    token_ids: tuple[int, ...] = ()
+    """Generated tokens without the end-of-sequence token; empty over HTTP."""
+
+
+class Respondent(Protocol):
+    """Whoever answers."""
+
+    async def reply(self, question: Question) -> Reply: ...
+
+
+class InProcess:
+    """Asks an engine of this process; the prompt is the processor's chat template, as the service makes it."""
+
+    def __init__(self, engine: Engine, processor: Any) -> None:
+        self._engine = engine
+        self._processor = processor
+        self._numbers = count()
+        self._prompts: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for an image in a prompt."""
+        return self._processor.image_token_id
+
+    async def reply(self, question: Question) -> Reply:
+        request = GenerationRequest(
+            request_id=f"evaluation-{next(self._numbers)}",
+            prompt_token_ids=self._prompt(question.text) + question.answer_so_far,
+            images=(question.image,),
+            sampling=Sampling(max_tokens=question.max_tokens, temperature=0.0),
+            steering=RequestedSteering(settings=question.steering, explicit=question.steering.asks_for_steering()),
+        )
+        text: list[str] = []
+        token_ids: list[int] = []
+        async for event in self._engine.generate(request):
+            if isinstance(event, GenerationEnd):
+                receipt = event.receipt
+                return Reply(
+                    text="".join(text),
+                    applied=receipt.applied,
+                    reason=receipt.reason,
+                    positions=receipt.positions[0],
+                    relative_shift=receipt.relative_shift[0],
+                    token_ids=tuple(token_ids),
+                )
+            text.append(event.text)
+            token_ids += event.token_ids
+        raise AssertionError("a generation ended without GenerationEnd")
+
+    def _prompt(self, text: str) -> tuple[int, ...]:
+        """Token ids with one image token; kept by text, since a benchmark asks the same about many images."""
+        if text not in self._prompts:
+            turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+            prompt = self._processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+            tokenizer = self._processor.tokenizer
+            written = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+            self._prompts[text] = tuple(tokenizer(prompt, add_special_tokens=not written).input_ids)
+        return self._prompts[text]
+
+
+class OverHttp:
+    """Asks a running service through the official client.
+
+    Where the service asks for keys, OPENAI_API_KEY holds one of scope `evaluate`, which controls need.
+    """
+
+    def __init__(
+        self, url: str, *, artifact: str | None = None, model: str | None = None, timeout_s: float = 300
+    ) -> None:
+        """`artifact`: the fingerprint that receipts must show; None accepts any."""
+        from openai import AsyncOpenAI
+
+        base = url.rstrip("/")
+        self._client = AsyncOpenAI(
+            base_url=base if base.endswith("/v1") else f"{base}/v1",
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            timeout=timeout_s,
+            max_retries=8,
+        )
+        self._artifact = artifact
+        self._model = model
+
+    async def model_name(self) -> str:
+        """The model asked: the given one, else the first that the server lists."""
+        if self._model is None:
+            self._model = (await self._client.models.list()).data[0].id
+        return self._model
+
+    async def reply(self, question: Question) -> Reply:
+        if question.answer_so_far:
+            raise ValueError("an answer cannot be forced over HTTP; ask an engine of this process")
+        steering = question.steering.model_dump(exclude_none=True)
+        completion = await self._client.chat.completions.create(
+            model=await self.model_name(),
+            messages=[{"role": "user", "content": [_image_part(question.image), _text_part(question.text)]}],
+            max_tokens=question.max_tokens,
+            temperature=0,
+            extra_body={"steering": steering} if steering else None,
+        )
+        receipt = (completion.model_extra or {})["steering"]
+        if self._artifact and receipt["artifact"] not in (None, self._artifact):
+            raise ValueError(f"the service has artifact {receipt['artifact'][:12]}, not {self._artifact[:12]}")
+        return Reply(
+            text=completion.choices[0].message.content or "",
+            applied=receipt["applied"],
+            reason=receipt["reason"],
+            positions=receipt["positions"][0],
+            relative_shift=receipt["relative_shift"][0],
+        )
+
+    async def __aenter__(self) -> OverHttp:
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
+        await self._client.close()
+
+
+def _image_part(image: Image) -> Any:
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    return {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()},
+    }
+
+
+def _text_part(text: str) -> Any:
+    return {"type": "text", "text": text}
+
+
+async def ask_all(
+    respondent: Respondent,
+    questions: Sequence[Question],
+    *,
+    concurrency: int,
+    label: str = "",
+    report: Callable[[str], None] = print,
+    every_s: float = 30.0,
+) -> list[Reply]:
+    """Replies in the order of the questions; the first failure cancels the rest. Reports progress by time."""
+    room = asyncio.Semaphore(concurrency)
+    started = last = time.monotonic()
+    done = 0
+
+    async def one(question: Question) -> Reply:
+        nonlocal done, last
+        async with room:
+            reply = await respondent.reply(question)
+        done += 1
+        if (now := time.monotonic()) - last > every_s:
+            last = now
+            report(f"  {label}: {done}/{len(questions)} ({done / (now - started):.0f} a second)")
+        return reply
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(question)) for question in questions]
+    seconds = time.monotonic() - started
+    report(f"  {label}: {len(questions)} in {seconds:.1f} s ({len(questions) / max(seconds, 1e-9):.0f} a second)")
+    return [task.result() for task in tasks]

@@ -1,0 +1,68 @@
+"""What must be known to repeat an evaluation: versions, weights, scenes, prompts. Measures nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from training.evaluation.miniature_benchmark import Benchmark
+
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "openai", "vllm")
+
+
+def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
+    """When, how and with which versions."""
+    return {
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ["python", *sys.orig_argv[1:]],
+        "settings": settings,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def describe_benchmark(benchmark: Benchmark) -> dict[str, Any]:
+    """Scenes, prompts and decoding; the digests change with any scene, pixel or question."""
+    pixels, questions = hashlib.sha256(), hashlib.sha256()
+    for scene in benchmark.scenes:
+        pixels.update(f"{scene.seed}{sorted(scene.truth)}".encode() + scene.image.tobytes())
+    for question in benchmark.questions:
+        questions.update(repr(question).encode())
+    seeds = [scene.seed for scene in benchmark.scenes]
+    return {
+        "name": benchmark.name,
+        "scenes": len(seeds),
+        "captions": benchmark.captions,
+        "questions": len(benchmark.questions),
+        "first_scene_seed": min(seeds, default=None),
+        "last_scene_seed": max(seeds, default=None),
+        "scenes_sha256": pixels.hexdigest(),
+        "questions_sha256": questions.hexdigest(),
+        "caption_prompt": benchmark.caption_prompt,
+        "question_prompt": benchmark.question_text("circle"),
+        "decoding": "greedy",
+        "caption_max_tokens": benchmark.caption_max_tokens,
+        "answer_max_tokens": benchmark.answer_max_tokens,
+    }
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over config.json and every safetensors file of a model folder."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

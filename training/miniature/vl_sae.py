@@ -1,0 +1,143 @@
+"""The miniature's VL-SAE: noisy pairs of its own scenes through the training stages, and the artifact.
+
+Texts follow the distribution LLaVA was last trained on: clean ones would tell the VL-SAE what LLaVA never knew.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoProcessor
+
+from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, save_artifact
+from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
+from steering.resolution import Preset
+from steering.sparse_autoencoder import VisionLanguageSAE
+from training.alignment import Alignment, measure_alignment
+from training.collect_representations import POOLING, PROMPT, CollectionSettings, Pair, collect
+from training.interpret_concepts import InterpretationSettings, interpret_concepts
+from training.miniature.drawing import draw_scene
+from training.miniature.language import caption
+from training.miniature.llava_model import load_llava
+from training.miniature.recipe import NOISE, Recipe
+from training.miniature.world import scene_from_seed, scenes
+from training.representations import Representations
+from training.train_auxiliary_autoencoder import describe, train_auxiliary_autoencoder
+from training.train_sparse_autoencoder import shared_representations, train_sparse_autoencoder
+
+MODEL_NAME = "miniature-llava"
+CANARY_IMAGES = 4
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedVLSAE:
+    """What the stages leave for the artifact."""
+
+    auxiliary: AuxiliaryAutoencoder
+    sae: VisionLanguageSAE
+    alignment: Alignment
+    """On pairs held out from training."""
+
+
+def noisy_pairs(range_name: str, count: int, seed: int, start: int = 0) -> Iterator[Pair]:
+    """Scenes of a seed range, each with one noisy caption."""
+    draw = random.Random(f"pairs {range_name} {seed}")
+    for scene in islice(scenes(range_name, start=start), count):
+        yield Pair(image=draw_scene(scene), text=caption(scene, NOISE, draw), reference=f"scene:{scene.seed}")
+
+
+def picture(reference: str) -> Image.Image:
+    """The picture that `noisy_pairs` refers to."""
+    return draw_scene(scene_from_seed(int(reference.removeprefix("scene:"))))
+
+
+def train_vl_sae(pairs: Representations, recipe: Recipe, report: Report) -> TrainedVLSAE:
+    """Both autoencoders, and their alignment."""
+    training, held_out = pairs.split(recipe.held_out_pairs)
+    auxiliary = train_auxiliary_autoencoder(training, recipe.auxiliary, report)
+    report(describe(auxiliary, held_out))
+    sae = train_sparse_autoencoder(*shared_representations(auxiliary, training), recipe.sparse, report)
+    alignment = measure_alignment(auxiliary, sae, held_out.image_ND, held_out.text_ND)
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in alignment.as_dict().items())
+    report(f"alignment gate {'passed' if alignment.passes else 'FAILED'}: {figures}")
+    return TrainedVLSAE(auxiliary=auxiliary, sae=sae, alignment=alignment)
+
+
+def build_artifact(llava: Path, output: Path, recipe: Recipe, report: Report) -> ArtifactConfig:
+    """Collects, trains, describes and writes the artifact for the LLaVA in this folder; its presets are still off."""
+    model, processor = load_llava(llava), AutoProcessor.from_pretrained(llava)
+    settings = CollectionSettings(layers=(recipe.hook_layer,))
+    found = collect(model, processor, noisy_pairs("vl_sae_pairs", recipe.pairs, recipe.seed), settings, report)
+    trained = train_vl_sae(found[recipe.hook_layer], recipe, report)
+    described = collect(model, processor, noisy_pairs("dev", recipe.concept_pairs, recipe.seed), settings, report)
+    described = described[recipe.hook_layer]
+    kept = InterpretationSettings(top_texts=5, top_images=3, thumbnail_side_px=32)
+    concepts = interpret_concepts(trained.auxiliary, trained.sae, described, picture, kept)
+    artifact = Artifact(
+        config=artifact_config(trained, model.config, recipe),
+        auxiliary=trained.auxiliary,
+        sae=trained.sae,
+        canary=make_canary(processor, described),
+        control_image_MD=described.image_ND[-recipe.control_images :],
+        concepts=tuple(concepts),
+    )
+    return save_artifact(output, artifact)
+
+
+def make_canary(processor: Any, pairs: Representations) -> Canary:
+    """The first few pairs, as prompts with one image token each."""
+    prompts = [PROMPT.format(text=text) for text in pairs.texts[:CANARY_IMAGES]]
+    return Canary(
+        images=tuple(picture(reference) for reference in pairs.image_references[:CANARY_IMAGES]),
+        token_ids=tuple(tuple(processor.tokenizer.encode(prompt)) for prompt in prompts),
+        image_ND=pairs.image_ND[:CANARY_IMAGES],
+        text_ND=pairs.text_ND[:CANARY_IMAGES],
+    )
+
+
+def artifact_config(trained: TrainedVLSAE, llava: Any, recipe: Recipe) -> ArtifactConfig:
+    """The artifact's record of what it is; presets come from `training.tune_presets`."""
+    return ArtifactConfig(
+        base_model=BaseModelInfo(name=MODEL_NAME),
+        family=llava.model_type,
+        hidden_size=llava.text_config.hidden_size,
+        num_layers=llava.text_config.num_hidden_layers,
+        hook_layer=recipe.hook_layer,
+        pooling=POOLING,
+        shared_size=recipe.auxiliary.shared_size,
+        num_concepts=recipe.sparse.num_concepts,
+        active_concepts=recipe.sparse.active_concepts,
+        similarity=recipe.auxiliary.similarity,
+        min_text_tokens=recipe.min_text_tokens,
+        presets={"off": Preset(strength=0.0, alpha=0.0)},
+        default_preset="off",
+        alignment=trained.alignment.as_dict(),
+        training={
+            "pairs": recipe.pairs,
+            "prompt": PROMPT,
+            "caption_noise": NOISE.caption,
+            "auxiliary": recipe.auxiliary.model_dump(),
+            "sparse": recipe.sparse.model_dump(),
+            "seed": recipe.seed,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        },
+        card=CARD,
+    )
+
+
+CARD = {
+    "data": "drawn scenes of coloured shapes; captions name an absent partner of a shape with probability 0.6",
+    "language": "English, a few dozen words",
+    "licence": "Apache-2.0",
+    "where_it_hurts": "Yes/no questions: see the presets' dev scores. Anything that is not a drawn scene: unknown.",
+    "memory": "(2 S D + K S + K D) float32 values: less than 2 MB",
+}
