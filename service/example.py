@@ -36,4 +36,4 @@ def curl_command(url: str, model: str) -> str:
     """One line for a shell; nothing in the body needs escaping inside single quotes."""
     body = json.dumps(example_body(model))
     assert "'" not in body
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    return f"curl -sS {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

@@ -22,5 +22,5 @@ def test_the_body_is_a_valid_request() -> None:
 
 def test_a_shell_reads_the_command_as_it_is_meant() -> None:
     words = shlex.split(curl_command("http://127.0.0.1:8000", "tiny"))
-    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert words[:3] == ["curl", "-sS", "http://127.0.0.1:8000/v1/chat/completions"]
     assert json.loads(words[-1]) == example_body("tiny")

@@ -10,7 +10,7 @@ import asyncio
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -73,7 +73,7 @@ class Build:
 
     def make_clean(self) -> None:
         """LLaVA until it captions and answers rightly."""
-        clip = open_clip.create_model(f"local-dir:{self.clip}").eval()
+        clip: Any = open_clip.create_model(f"local-dir:{self.clip}").eval()
         torch.manual_seed(self.recipe.seed)
         trainer = LlavaTrainer(build_llava(clip), *self.training_scenes(), seed=self.recipe.seed, report=self.report)
         trainer.prepare()

@@ -9,10 +9,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip import CLIP
+from open_clip import CLIP, CLIPTextCfg
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ def build_clip() -> CLIP:
     """An untrained CLIP."""
     config = MODEL_CONFIG
     text = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
-    return CLIP(config["embed_dim"], config["vision_cfg"], text, quick_gelu=config["quick_gelu"])
+    return CLIP(config["embed_dim"], config["vision_cfg"], CLIPTextCfg(**text), quick_gelu=config["quick_gelu"])
 
 
 def train_clip(
@@ -121,7 +122,7 @@ class _CaptionTokens:
         return batch["input_ids"]
 
 
-def _patch_states(model: CLIP, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _patch_states(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Patch tokens [B, patches, width] after the last layer but one, and the image embedding [B, embed]."""
     kept = {}
 

@@ -92,10 +92,10 @@ class SequenceEncoder:
 
     def __init__(self) -> None:
         self.tokenizer = build_tokenizer()
-        self.image_id = self.tokenizer.convert_tokens_to_ids("<image>")
-        self.end_id = self.tokenizer.eos_token_id
-        self.pad_id = self.tokenizer.pad_token_id
-        self.start_id = self.tokenizer.bos_token_id
+        self.image_id: int = self.tokenizer.get_vocab()["<image>"]
+        self.end_id: int = self.tokenizer.get_vocab()[str(self.tokenizer.eos_token)]
+        self.pad_id: int = self.tokenizer.get_vocab()[str(self.tokenizer.pad_token)]
+        self.start_id: int = self.tokenizer.get_vocab()[str(self.tokenizer.bos_token)]
         self._ids = lru_cache(maxsize=50_000)(self._tokenize)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:

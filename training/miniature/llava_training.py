@@ -103,7 +103,7 @@ class LlavaTrainer:
         ids_BT, targets_BT = self.encoder.batch(sequences)
         embedded_BTD = F.embedding(ids_BT, self.embedding)
         image_BND = self.model.model.multi_modal_projector(self.features[rows]).float()
-        is_image_BT1 = (ids_BT == self.encoder.image_id).unsqueeze(-1)
+        is_image_BT1 = ids_BT.eq(self.encoder.image_id).unsqueeze(-1)
         embedded_BTD = embedded_BTD.masked_scatter(is_image_BT1, image_BND)
         hidden_BTD = self.model.model.language_model(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
         learned_BT = targets_BT != IGNORED

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor
 
 from training import chair, pope
 from training.miniature.drawing import draw_scene
@@ -32,7 +32,7 @@ def measure_quality(llava: Path, count: int, *, absent_partner: bool = True) -> 
 
 
 def caption_quality(
-    model: LlavaForConditionalGeneration, processor: Any, chosen: Sequence[Scene], pictures: Sequence[Image.Image]
+    model: Any, processor: Any, chosen: Sequence[Scene], pictures: Sequence[Image.Image]
 ) -> dict[str, float]:
     """CHAIR with recall and length."""
     texts = answer(model, processor, pictures, [CAPTION_PROMPT] * len(pictures), max_new_tokens=80)
@@ -45,7 +45,7 @@ def caption_quality(
 
 
 def question_quality(
-    model: LlavaForConditionalGeneration, processor: Any, chosen: Sequence[Scene], pictures: Sequence[Image.Image]
+    model: Any, processor: Any, chosen: Sequence[Scene], pictures: Sequence[Image.Image]
 ) -> dict[str, float]:
     """POPE accuracy per split."""
     asked = pope.build_questions([scene.shapes for scene in chosen], SHAPES, partners=PARTNERS, seed=0)
@@ -64,7 +64,7 @@ def question_quality(
 
 @torch.no_grad()
 def answer(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     processor: Any,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],

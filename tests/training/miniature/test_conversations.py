@@ -56,7 +56,7 @@ def test_a_conversation_reads_like_the_chat_template():
 def test_a_batch_is_padded_on_the_right_with_nothing_to_learn():
     draw = random.Random(0)
     ids_BT, targets_BT = ENCODER.batch([WRITERS["mixed"](scene, Noise(), draw) for scene in SCENES])
-    padded_BT = ids_BT == ENCODER.pad_id
+    padded_BT = ids_BT.eq(ENCODER.pad_id)
     assert padded_BT.any()
     assert (targets_BT[padded_BT] == IGNORED).all()
     assert not (padded_BT[:, :-1] & ~padded_BT[:, 1:]).any()

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -10,7 +11,7 @@ from training.miniature.llava_model import build_llava, load_llava, save_llava
 
 def test_the_vision_tower_is_clip_s():
     torch.manual_seed(0)
-    clip = build_clip().eval()
+    clip: Any = build_clip().eval()
     tower = build_llava(clip).model.vision_tower
     pixels = torch.randn(2, 3, 48, 48)
     kept = []

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,7 +46,8 @@ def test_the_template_says_what_llava_s_says():
     ("mode", "size"), [("RGB", (96, 96)), ("RGBA", (200, 50)), ("L", (7, 300)), ("CMYK", (64, 64)), ("P", (48, 49))]
 )
 def test_pictures_of_any_size_and_mode(mode, size):
-    inputs = PROCESSOR(images=[Image.new(mode, size)], text=["USER: <image>\nhi ASSISTANT:"], return_tensors="pt")
+    processor: Any = PROCESSOR
+    inputs = processor(images=[Image.new(mode, size)], text=["USER: <image>\nhi ASSISTANT:"], return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, IMAGE_SIDE_PX, IMAGE_SIDE_PX)
     image_id = TOKENIZER.convert_tokens_to_ids("<image>")
     assert (inputs["input_ids"] == image_id).sum() == IMAGE_TOKENS
