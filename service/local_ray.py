@@ -46,6 +46,7 @@ def private_ray() -> Iterator[None]:
     try:
         ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",
             include_dashboard=False,
             num_cpus=CPUS,
             object_store_memory=OBJECT_STORE_BYTES,

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -43,13 +43,7 @@ class ModelStatus:
     system_fingerprint: str
 
 
-class CountingEngine(Engine, Protocol):
-    """An engine that can say how long a prompt is once its images are expanded."""
-
-    def count_prompt_tokens(self, images: Sequence[Image.Image], token_ids: Sequence[int]) -> int: ...
-
-
-def build_engine(settings: Settings) -> CountingEngine:
+def build_engine(settings: Settings) -> Engine:
     """The engine that the settings name; its dependencies are imported here and nowhere else."""
     assert settings.engine == "huggingface", "check_installation has refused the others"
     import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -90,9 +90,15 @@ def resolve(
     settings = preset.model_dump(exclude={"dev_scores"})
     settings |= asked.model_dump(exclude_none=True, exclude={"enabled", "preset", "concepts", "explain"})
     resolved = ResolvedSteering(reason=None, preset=name, arm=requested.arm, **settings)
-    if resolved.strength == 0:
-        reason = "strength_0" if asked.strength == 0 else "preset_off"
-        return ResolvedSteering(reason=reason, preset=name, arm=requested.arm, **settings)
+    if asked.strength == 0:
+        return replace(resolved, reason="strength_0")
+    if preset.strength == 0 and (asked.preset is not None or asked.strength is None):
+        if requested.explicit and asked.preset is None:
+            raise InvalidSteering(
+                f"steering was asked for, but the default preset {name!r} does not steer; use one of {sorted(presets)}",
+                field="steering.preset",
+            )
+        return replace(resolved, reason="preset_off", strength=0.0)
     if not has_image:
         return _impossible(
             requested, "no_image", "steering was asked for, but the conversation has no image to realign to; add one"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -185,6 +185,10 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Stop a request and free what it holds; unknown ids are ignored."""
+        ...
+
+    def count_prompt_tokens(self, images: Sequence[Image], token_ids: Sequence[int]) -> int:
+        """Length of a prompt once its image tokens are expanded."""
         ...
 
     def health(self) -> Health: ...

