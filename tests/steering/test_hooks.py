@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from steering.artifact import load_artifact
-from steering.engines.huggingface_engine import HuggingFaceEngine
 from steering.errors import BadArtifact, InvalidSteering
 from steering.hooks import steer
 from steering.request import SteeringRequest
@@ -36,14 +34,6 @@ def generate(own_model, seeds=(3,)):
         **inputs, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     return made.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(made.logits, dim=1)
-
-
-@pytest_asyncio.fixture
-async def engine(tiny_llava, tiny_artifact):
-    engine = HuggingFaceEngine(tiny_llava, tiny_artifact)
-    await engine.start()
-    yield engine
-    await engine.stop()
 
 
 async def test_it_gives_the_engine_s_tokens_and_leaves_the_model_as_it_was(own_model, tiny_artifact, engine):

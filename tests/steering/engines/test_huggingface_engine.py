@@ -7,7 +7,6 @@ import itertools
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -29,14 +28,6 @@ SETTINGS = [
     for form, mode, branches in itertools.product(FORMS, MODES, BRANCHES)
 ]
 LABELS = [f"{one['form']}-{one['mode']}-{1 if one['gamma'] == 1 else 2}" for one in SETTINGS]
-
-
-@pytest_asyncio.fixture
-async def engine(tiny_llava, tiny_artifact):
-    engine = HuggingFaceEngine(tiny_llava, tiny_artifact)
-    await engine.start()
-    yield engine
-    await engine.stop()
 
 
 @pytest.fixture(scope="module")
