@@ -83,3 +83,14 @@ def test_the_bundled_artifact_passes_its_alignment_gate_and_names_its_presets():
     gate = config["alignment"]
     assert gate["paired_overlap"] >= 1.5 * gate["shuffled_overlap"]
     assert set(config["presets"]) == {"captions", "questions", "off", "paper_pope", "paper_chair"}
+
+
+def test_the_readme_s_library_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    example = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "with steer(" in block)
+    exec(compile(example, "README.md", "exec"), {})
+    answer, counted = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert "ASSISTANT: There is a" in answer
+    positions, shift = counted.split()
+    assert int(positions) > 0
+    assert float(shift) > 0
