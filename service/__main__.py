@@ -17,6 +17,7 @@ from service.local_ray import private_ray
 from service.settings import Settings, SettingsError, check_installation, parse_settings
 
 HOST = "127.0.0.1"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 REPORT_EVERY_S = 10
 EXPLAINED = ("steering.errors.BadArtifact: ", "service.settings.SettingsError: ")
@@ -50,13 +51,13 @@ def main() -> int:
 
 
 def stop_on_signals() -> None:
-    """The first Ctrl-C or SIGTERM stops the service. Ray installs handlers of its own at start: call this after it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """The first of these stops the service. Ray installs handlers of its own at start: call this after it."""
+    for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

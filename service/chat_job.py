@@ -27,6 +27,8 @@ class ChatJob:
     turns: tuple[Turn, ...]
     images: tuple[RgbImage, ...]
     """In the order of the None parts of all turns."""
+    max_tokens_field: str = "max_tokens"
+    """The name that the client used for it: OpenAI has two."""
     max_tokens: int | None
     """None: as many as fit, up to the server's default."""
     sampling: Sampling

@@ -34,6 +34,7 @@ async def make_job(
         request_id=request_id,
         turns=turns_of(request),
         images=await decode_images(request, settings, decoder),
+        max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
         max_tokens=request.max_completion_tokens or request.max_tokens,
         sampling=sampling_of(request),
         steering=steering,

@@ -108,7 +108,8 @@ class ModelReplica:
         self._check_token_ids(job.sampling.logit_bias)
         context = self._engine.capabilities().context_tokens
         prompt = self._engine.count_prompt_tokens(images, token_ids)
-        max_tokens = max_tokens_for(job.max_tokens, prompt, context, self._settings.default_max_tokens)
+        default = self._settings.default_max_tokens
+        max_tokens = max_tokens_for(job.max_tokens, prompt, context, default, field=job.max_tokens_field)
         return GenerationRequest(
             request_id=job.request_id,
             prompt_token_ids=token_ids,
@@ -143,7 +144,7 @@ class ModelReplica:
         await self._engine.stop()
 
 
-def max_tokens_for(asked: int | None, prompt: int, context: int, default: int) -> int:
+def max_tokens_for(asked: int | None, prompt: int, context: int, default: int, *, field: str = "max_tokens") -> int:
     """How many tokens a choice may have; a prompt or a wish that does not fit is refused with the numbers."""
     left = context - prompt
     if left < 1:
@@ -158,9 +159,9 @@ def max_tokens_for(asked: int | None, prompt: int, context: int, default: int) -
     if asked > left:
         raise ApiError(
             "context_length_exceeded",
-            f"max_tokens: the prompt has {prompt} tokens, images included, and max_tokens is {asked}; together they "
+            f"{field}: the prompt has {prompt} tokens, images included, and {field} is {asked}; together they "
             f"exceed the model's context of {context} tokens: ask for at most {left}, or shorten the conversation",
-            param="max_tokens",
+            param=field,
         )
     return asked
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +30,7 @@ CONTROL_KEY = "control.image_representations"
 INFERENCE_KEYS = (
     "format_version", "hook_layer", "intervention_point", "pooling", "hidden_size", "num_layers", "family",
     "shared_size", "num_concepts", "active_concepts", "min_text_tokens", "default_preset", "presets",
+    "canary_synthetic",
 )  # fmt: skip
 """Keys of config.json that change what comes out of an engine, and so enter the fingerprint."""
 
@@ -43,6 +44,12 @@ class BaseModelInfo(_Strict):
 
     name: str
     revision: str | None = None
+
+
+class _Prompts(_Strict):
+    """`canary/prompts.json`."""
+
+    token_ids: tuple[tuple[NonNegativeInt, ...], ...] = Field(min_length=1)
 
 
 class ArtifactConfig(_Strict):
@@ -87,6 +94,14 @@ class ArtifactConfig(_Strict):
     """Data, language, licence, where it hurts, memory price."""
     canary_synthetic: bool = False
     """True where the canary was not read from the model (imported weights)."""
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> ArtifactConfig:
+        if self.active_concepts > self.num_concepts:
+            raise ValueError(f"active_concepts {self.active_concepts} is more than num_concepts {self.num_concepts}")
+        if self.default_preset not in self.presets:
+            raise ValueError(f"default_preset {self.default_preset!r} is not among the presets {sorted(self.presets)}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +194,13 @@ def write_config(folder: Path, config: ArtifactConfig) -> ArtifactConfig:
 
 
 def compute_fingerprint(folder: Path, config: ArtifactConfig) -> str:
-    """sha256 (hex) over the weights' and concepts' bytes and the inference-relevant keys as canonical JSON."""
+    """sha256 (hex) over the bytes of weights, concepts and canary and the inference-relevant keys as canonical JSON."""
     relevant = config.model_dump(include=set(INFERENCE_KEYS))
     for preset in relevant["presets"].values():
         preset.pop("dev_scores")
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, separators=(",", ":")).encode())
-    for name in (WEIGHTS_FILE, CONCEPTS_FILE):
+    canary = [path.relative_to(folder).as_posix() for path in sorted((folder / CANARY_FOLDER).glob("*"))]
+    for name in (WEIGHTS_FILE, CONCEPTS_FILE, *canary):
         try:
             digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
         except OSError as error:
@@ -227,13 +243,13 @@ def _write_canary(folder: Path, canary: Canary) -> None:
 def _read_canary(folder: Path) -> Canary:
     pooled = _read_tensors(folder / "pooled.safetensors")
     try:
-        token_ids = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))["token_ids"]
+        token_ids = _Prompts.model_validate_json((folder / "prompts.json").read_text(encoding="utf-8")).token_ids
         images = tuple(Image.open(folder / f"image_{index}.png").convert("RGB") for index in range(len(token_ids)))
         return Canary(
             images=images,
-            token_ids=tuple(tuple(ids) for ids in token_ids),
-            image_ND=pooled["image"],
-            text_ND=pooled["text"],
+            token_ids=token_ids,
+            image_ND=pooled["image"].reshape(len(images), -1),
+            text_ND=pooled["text"].reshape(len(images), -1),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BadArtifact(f"{folder} is not a readable canary: {error}", field="artifact") from error

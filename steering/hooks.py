@@ -70,6 +70,8 @@ class GenerationSteering:
             raise InvalidSteering("steer() finds its positions from input_ids; pass them", field="input_ids")
         past = kwargs.get("past_key_values")
         if past is None or past.get_seq_length() == 0:
+            if past is not None:
+                past.reorder_cache = _refuse_beams
             self._intervention.prepare(self._begin(token_ids_BT, kwargs.get("attention_mask")))
             return
         if token_ids_BT.shape != (len(self.rows), 1):
@@ -89,6 +91,10 @@ class GenerationSteering:
         if attention_BT is not None:
             text_BT &= attention_BT[:, : text_BT.shape[1]].bool()
         return Pass(rows=self.rows, image_BT=token_ids_BT == self._image_token_id, text_BT=text_BT)
+
+
+def _refuse_beams(_order: Tensor) -> None:
+    raise InvalidSteering("steer() follows each row from token to token; beam search swaps rows", field="num_beams")
 
 
 @contextmanager

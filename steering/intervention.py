@@ -45,6 +45,8 @@ class SequenceSteering:
     """'exact' only: unsteered states of the text so far, each [T, D]."""
     span_delta_D: Tensor | None = None
     """'exact' only: the delta of the latest step; None until there is one."""
+    visited_text: bool = False
+    """A delta was computed for at least one position, be it zero."""
     visited: bool = False
     """The hook has seen this sequence: without it nothing could have been steered."""
     positions: int = 0
@@ -92,6 +94,10 @@ class Intervention:
 
         In mode 'exact' a prefill is steered here; later steps leave the span to `SequenceSteering.exact_span`.
         """
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            return self._change(hidden_BTD)
+
+    def _change(self, hidden_BTD: Tensor) -> Tensor:
         assert self._pass is not None, "prepare() announces every pass"
         current, self._pass = self._pass, None
         self.base_BTD = hidden_BTD
@@ -168,9 +174,10 @@ class Intervention:
         mean_1D = row.text_sum_D[None] / row.text_count
         place_1 = torch.zeros(1, dtype=torch.long, device=mean_1D.device)
         row.span_delta_D = self._delta([row], place_1, mean_1D)[0]
-        if row.scale:
-            norms_T = torch.cat(row.span).float().norm(dim=-1)
-            row.positions, row.shift_sum = row.text_count, (row.span_delta_D.norm() / norms_T).sum()
+        row.visited_text = True
+        length = row.span_delta_D.norm()
+        row.positions = row.text_count if float(length) > 0 else 0
+        row.shift_sum = (length / torch.cat(row.span).float().norm(dim=-1)).sum()
 
     def _delta(self, rows: list[SequenceSteering], place_N: Tensor, mean_ND: Tensor) -> Tensor:
         """Deltas [N, D]; rows of one form are computed together."""
@@ -194,11 +201,12 @@ class Intervention:
     def _tally(rows: list[SequenceSteering], place_N: Tensor, hidden_ND: Tensor, delta_ND: Tensor) -> None:
         shift_N = delta_ND.norm(dim=-1) / hidden_ND.norm(dim=-1)
         shift_a = shift_N.new_zeros(len(rows)).index_add_(0, place_N, shift_N)
-        count_a = torch.bincount(place_N, minlength=len(rows)).tolist()
+        count_a = torch.bincount(place_N[shift_N > 0], minlength=len(rows)).tolist()
         for row, shift, count in zip(rows, shift_a, count_a, strict=True):
-            if row.scale:
-                row.positions += count
-                row.shift_sum = row.shift_sum + shift
+            row.positions += count
+            row.shift_sum = row.shift_sum + shift
+        for place in place_N.unique().tolist():
+            rows[place].visited_text = True
 
 
 def _random_direction(like_D: Tensor, seed: int) -> Tensor:

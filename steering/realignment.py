@@ -6,6 +6,7 @@ model's dtype, because top-k is discontinuous (design, section 1).
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,8 @@ class Realignment(nn.Module):
     def __init__(self, auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE) -> None:
         super().__init__()
         self.active_concepts = sae.active_concepts
-        self.vision_projection = auxiliary.vision_projection.float()
-        self.text_projection = auxiliary.text_projection.float()
+        self.vision_projection = copy.deepcopy(auxiliary.vision_projection).float()
+        self.text_projection = copy.deepcopy(auxiliary.text_projection).float()
         decoder_weight_DS = auxiliary.text_decoder.weight.detach().float()
         self.register_buffer("directions_KS", F.normalize(sae.encoder.detach().float(), dim=-1))
         self.register_buffer("table_KD", (decoder_weight_DS @ sae.text_decoder.weight.detach().float()).T.contiguous())

@@ -61,6 +61,8 @@ class RequestedSteering:
     """The merged fields; those still None take the preset's value."""
     explicit: bool = False
     """True when the caller asked for steering: then 'impossible' is an error, not a note in the receipt."""
+    caller_fields: frozenset[str] = frozenset()
+    """Fields that the caller set, as opposed to an arm or the server's default."""
     arm: str | None = None
     """Name of the A/B arm that this request fell into, for the receipt."""
 
@@ -80,4 +82,5 @@ def merge_sources(
         merged = {**fields, **merged}
     settings = SteeringRequest.model_validate(merged)
     explicit = settings.enabled is not False and any(source.asks_for_steering() for source in caller)
-    return RequestedSteering(settings=settings, explicit=explicit, arm=arm)
+    named = frozenset(name for source in caller for name in source.model_dump(exclude_none=True))
+    return RequestedSteering(settings=settings, explicit=explicit, caller_fields=named, arm=arm)

@@ -9,10 +9,18 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from steering.errors import InvalidSteering
-from steering.request import Control, Form, Mode, RequestedSteering
+from steering.request import Control, Form, Mode, RequestedSteering, SteeringRequest
 
 Reason = Literal[
-    "disabled", "no_artifact", "no_image", "preset_off", "strength_0", "alpha_0", "no_text_position", "hook_detached"
+    "disabled",
+    "no_artifact",
+    "no_image",
+    "preset_off",
+    "strength_0",
+    "gamma_0",
+    "delta_0",
+    "no_text_position",
+    "hook_detached",
 ]
 
 
@@ -90,20 +98,32 @@ def resolve(
     settings = preset.model_dump(exclude={"dev_scores"})
     settings |= asked.model_dump(exclude_none=True, exclude={"enabled", "preset", "concepts", "explain"})
     resolved = ResolvedSteering(reason=None, preset=name, arm=requested.arm, **settings)
-    if asked.strength == 0:
-        return replace(resolved, reason="strength_0")
-    if preset.strength == 0 and (asked.preset is not None or asked.strength is None):
-        if requested.explicit and asked.preset is None:
+    off = _switched_off(asked, preset)
+    if off is not None:
+        reason, field = off
+        if requested.explicit and field not in requested.caller_fields:
             raise InvalidSteering(
-                f"steering was asked for, but the default preset {name!r} does not steer; use one of {sorted(presets)}",
-                field="steering.preset",
+                f"steering was asked for, but the server's default {field} is off; set steering.{field} as well "
+                f"(presets: {sorted(presets)})",
+                field=f"steering.{field}",
             )
-        return replace(resolved, reason="preset_off", strength=0.0)
+        return replace(resolved, reason=reason, strength=0.0)
+    if resolved.gamma == 0 and resolved.plausibility == 0:
+        return replace(resolved, reason="gamma_0")
     if not has_image:
         return _impossible(
             requested, "no_image", "steering was asked for, but the conversation has no image to realign to; add one"
         )
     return resolved
+
+
+def _switched_off(asked: SteeringRequest, preset: Preset) -> tuple[Reason, str] | None:
+    """Why nothing is to be done although all is there, and the field that says so; None where something is."""
+    if asked.strength == 0:
+        return "strength_0", "strength"
+    if preset.strength == 0 and asked.alpha is None:
+        return "preset_off", "preset"
+    return None
 
 
 def _impossible(requested: RequestedSteering, reason: Reason, message: str) -> ResolvedSteering:

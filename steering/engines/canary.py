@@ -41,10 +41,12 @@ def check_canary(artifact: Artifact, model: Any, decoder: Decoder, processor: An
     reconstruct them.
     """
     canary, layer = artifact.canary, artifact.config.hook_layer
-    cosines, unexplained = [], []
+    image_token, cosines, unexplained = model.config.image_token_id, [], []
     for index, (image, token_ids) in enumerate(zip(canary.images, canary.token_ids, strict=True)):
         per_image = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width)]).num_image_tokens
-        expanded = expand_image_tokens(token_ids, model.config.image_token_id, per_image)
+        if max(token_ids) >= model.config.get_text_config().vocab_size or image_token not in token_ids:
+            raise BadArtifact(f"canary prompt {index} is not one of this model's tokenizer", field="artifact")
+        expanded = expand_image_tokens(token_ids, image_token, per_image)
         pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         image_D, text_D = (state.cpu() for state in pool_prompt(model, decoder, expanded, pixels, layer))
         cosines += [

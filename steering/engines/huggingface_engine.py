@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Rows
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,9 @@ from steering.hooks import output_hook
 log = logging.getLogger(__name__)
 MAX_PREFILL_BATCH = 8
 """Prompts run together: bounds how long running streams wait for new ones."""
+MAX_FAILURES = 3
+"""So many failed steps in a row, and `health` calls the engine dead: another process may fare better."""
+CANCELLED = "the request was cancelled"
 
 
 class HuggingFaceEngine:
@@ -65,6 +68,10 @@ class HuggingFaceEngine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._cancelled: list[RunningRequest] = []
+        self._preparing: list[str] = []
+        """Ids of requests that are not sequences yet; one that is cancelled leaves the list."""
+        self._failures = 0
+        """Steps that failed since one last succeeded."""
         self._stopping = False
         self._last_progress = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -129,7 +136,7 @@ class HuggingFaceEngine:
         with self._wake:
             busy = bool(self._running or self._waiting)
             return Health(
-                alive=self._thread is not None and self._thread.is_alive() and not self._stopping,
+                alive=self._is_serving() and self._failures < MAX_FAILURES,
                 running=len(self._running),
                 waiting=len(self._waiting),
                 seconds_since_progress=time.monotonic() - self._last_progress if busy else 0.0,
@@ -143,8 +150,16 @@ class HuggingFaceEngine:
         """See `Engine`. Closing the iterator cancels the request."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception] = asyncio.Queue()
-        emit = partial(loop.call_soon_threadsafe, events.put_nowait)
-        prepared = await asyncio.to_thread(prepare, self._loaded, request, emit)
+        with self._wake:
+            self._preparing.append(request.request_id)
+        try:
+            prepared = await asyncio.to_thread(prepare, self._loaded, request, partial(_hand_over, loop, events))
+        finally:
+            with self._wake:
+                was_cancelled = request.request_id not in self._preparing
+                self._preparing = [one for one in self._preparing if one != request.request_id]
+        if was_cancelled:
+            raise EngineUnavailable(CANCELLED)
         try:
             self._submit(prepared)
             while True:
@@ -158,8 +173,9 @@ class HuggingFaceEngine:
             self._cancel([prepared])
 
     def cancel(self, request_id: str) -> None:
-        """See `Engine`; takes effect before the next step."""
+        """See `Engine`; takes effect before the next step. Who still iterates `generate` gets EngineUnavailable."""
         with self._wake:
+            self._preparing = [one for one in self._preparing if one != request_id]
             active = [sequence.request for sequence in (*self._running, *self._waiting)]
         self._cancel([one for one in active if one.request_id == request_id])
 
@@ -170,9 +186,12 @@ class HuggingFaceEngine:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
+    def _is_serving(self) -> bool:
+        return self._thread is not None and self._thread.is_alive() and not self._stopping
+
     def _submit(self, prepared: RunningRequest) -> None:
         with self._wake:
-            if self._thread is None or not self._thread.is_alive() or self._stopping:
+            if not self._is_serving():
                 raise EngineUnavailable("the engine is not running; try again later")
             self._waiting.extend(prepared.sequences)
             self._last_progress = time.monotonic() if not self._running else self._last_progress
@@ -180,15 +199,18 @@ class HuggingFaceEngine:
 
     @torch.inference_mode()
     def _loop(self) -> None:
-        while self._wait_for_work():
-            try:
-                self._step()
-            except Exception as error:  # one bad step must not end the service: its requests fail, the loop goes on
-                log.exception("a step failed; its requests are lost")
-                self._fail_all(
-                    EngineUnavailable(f"the engine failed on this batch ({type(error).__name__}); try again")
-                )
-        self._fail_all(EngineUnavailable("the engine is stopping; try again later"))
+        try:
+            while self._wait_for_work():
+                try:
+                    self._step()
+                    self._failures = 0
+                except Exception as error:  # its requests fail and the loop goes on; `health` tells of many in a row
+                    log.exception("a step failed; its requests are lost")
+                    self._failures += 1
+                    self._fail_all(f"the engine failed on this batch ({type(error).__name__}); try again")
+        finally:
+            self._stopping = True
+            self._fail_all("the engine is stopping; try again later")
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -200,10 +222,14 @@ class HuggingFaceEngine:
             return not self._stopping
 
     def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
         cancelled = {id(request) for request in self._cancelled}
         self._waiting = deque(one for one in self._waiting if id(one.request) not in cancelled)
         for sequence in [one for one in self._running if id(one.request) in cancelled]:
             self._remove(sequence)
+        for request in self._cancelled:
+            request.emit(EngineUnavailable(CANCELLED))
         self._cancelled.clear()
 
     def _step(self) -> None:
@@ -221,14 +247,22 @@ class HuggingFaceEngine:
     def _accept(self, sequences: list[Sequence], logits_BV: Tensor) -> None:
         greedy = logits_BV.argmax(-1).tolist()
         for sequence, logits_V, best in zip(sequences, logits_BV, greedy, strict=True):
-            sampler = sequence.sampler
-            token = best if sampler.is_plain_greedy else sampler.sample(logits_V)
-            wanted = sampler.sampling.top_logprobs
-            logprobs = None if wanted is None else self._logprobs(logits_V, token, wanted)
-            sequence.append(token, logprobs, self._loaded.end_tokens)
+            try:
+                self._extend(sequence, logits_V, best)
+            except Exception as error:  # one request's sampling must not cost its neighbours theirs
+                log.exception("sampling failed for one request")
+                sequence.request.emit(EngineUnavailable(f"sampling failed ({type(error).__name__}); try again"))
+                self._cancel([sequence.request])
         with self._wake:
             for sequence in [one for one in sequences if one.finish_reason]:
                 self._remove(sequence)
+
+    def _extend(self, sequence: Sequence, logits_V: Tensor, best: int) -> None:
+        sampler = sequence.sampler
+        token = best if sampler.is_plain_greedy else sampler.sample(logits_V)
+        wanted = sampler.sampling.top_logprobs
+        logprobs = None if wanted is None else self._logprobs(logits_V, token, wanted)
+        sequence.append(token, logprobs, self._loaded.end_tokens)
 
     def _remove(self, sequence: Sequence) -> None:
         """Free a slot by moving the last running sequence into it."""
@@ -248,11 +282,17 @@ class HuggingFaceEngine:
         utf8 = self._token_bytes(token)
         return TokenLogprob(token_id=token, text=utf8.decode(errors="replace"), utf8=utf8, logprob=logprob)
 
-    def _fail_all(self, error: EngineUnavailable) -> None:
+    def _fail_all(self, message: str) -> None:
         with self._wake:
-            requests = {one.request.request_id: one.request for one in (*self._running, *self._waiting)}
+            requests = {id(one.request): one.request for one in (*self._running, *self._waiting)}
             self._running.clear()
             self._waiting.clear()
-            self._runner.clear()
         for request in requests.values():
-            request.emit(error)
+            request.emit(EngineUnavailable(message))
+        self._runner.clear()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, events: asyncio.Queue, event: object) -> None:
+    """From the engine's thread to the loop that asked; where that has closed, nobody listens any more."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(events.put_nowait, event)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from steering.artifact import Artifact, load_artifact
@@ -50,7 +51,7 @@ def load_model(
     try:
         processor = AutoProcessor.from_pretrained(path)
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadArtifact(f"no model could be loaded from {path}: {error}", field="model") from error
     model.to(device).eval()
     decoder = find_decoder(model)

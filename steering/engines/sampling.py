@@ -11,6 +11,9 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from steering.engines.base import MASKED_LOGPROB, Sampling
 
+MIN_TEMPERATURE = 1e-5
+"""Below this a temperature is greedy: logits divided by it would overflow."""
+
 
 def blend_branches(base_V: Tensor, steered_V: Tensor, gamma: float, plausibility: float) -> Tensor:
     """(1 - gamma) base + gamma steered, without tokens implausible to the base branch (paper, section 4.2).
@@ -42,12 +45,12 @@ class Sampler:
         """True where the next token is simply the largest logit: a batch of such rows needs one argmax."""
         chosen = self.sampling
         penalised = chosen.presence_penalty or chosen.frequency_penalty or chosen.logit_bias
-        return chosen.temperature == 0 and not penalised
+        return chosen.temperature < MIN_TEMPERATURE and not penalised
 
     def sample(self, logits_V: Tensor) -> int:
         """The next token; it is counted for the penalties."""
         adjusted_V = self._penalised(logits_V.cpu())
-        if self.sampling.temperature == 0:
+        if self.sampling.temperature < MIN_TEMPERATURE:
             token = int(adjusted_V.argmax())
         else:
             warped_1V = adjusted_V[None]

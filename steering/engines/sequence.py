@@ -18,7 +18,7 @@ from steering.token_spans import TokenSpans
 Emit = Callable[[TextDelta | GenerationEnd | Exception], object]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Sequence:
     """One choice. Its slot is its place in the engine's running list."""
 
@@ -71,7 +71,7 @@ class Sequence:
         self._unsent_tokens, self._unsent_logprobs = [], []
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class RunningRequest:
     """What the choices of a request share."""
 
@@ -131,4 +131,4 @@ class RunningRequest:
             return self.settings.reason
         if not any(state.visited for state in states):
             return "hook_detached"
-        return "alpha_0" if self.settings.alpha == 0 else "no_text_position"
+        return "delta_0" if any(state.visited_text for state in states) else "no_text_position"

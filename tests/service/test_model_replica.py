@@ -76,6 +76,11 @@ async def test_without_max_tokens_the_default_counts(replica: ModelReplica) -> N
     [
         ({"text": "x" * CONTEXT}, "context_length_exceeded", "messages"),
         ({"max_tokens": CONTEXT}, "context_length_exceeded", "max_tokens"),
+        (
+            {"max_tokens": CONTEXT, "max_tokens_field": "max_completion_tokens"},
+            "context_length_exceeded",
+            "max_completion_tokens",
+        ),
         ({"sampling": Sampling(max_tokens=1, logit_bias={10**6: 1.0})}, "invalid_value", "logit_bias.1000000"),
         (
             {"images": 0, "steering": RequestedSteering(settings=SteeringRequest(enabled=True), explicit=True)},

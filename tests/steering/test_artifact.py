@@ -67,8 +67,11 @@ BREAKAGES = {
     "another format": (lambda f: _edit(f / "config.json", format_version=2), "format_version"),
     "another layer": (lambda f: _edit(f / "config.json", hook_layer=1), "changed or damaged"),
     "changed concepts": (lambda f: (f / "concepts.jsonl").write_text("{}\n"), "changed or damaged"),
-    "no canary": (lambda f: (f / "canary" / "pooled.safetensors").unlink(), "pooled.safetensors"),
-    "a canary image less": (lambda f: (f / "canary" / "image_2.png").unlink(), "not a readable canary"),
+    "no canary": (lambda f: (f / "canary" / "pooled.safetensors").unlink(), "changed or damaged"),
+    "a canary image less": (lambda f: (f / "canary" / "image_2.png").unlink(), "changed or damaged"),
+    "a canary declared synthetic": (lambda f: _edit(f / "config.json", canary_synthetic=True), "changed or damaged"),
+    "more active concepts than there are": (lambda f: _edit(f / "config.json", active_concepts=97), "active_concepts"),
+    "a default preset that is missing": (lambda f: _edit(f / "config.json", default_preset="best"), "default_preset"),
 }
 
 
@@ -80,8 +83,16 @@ def test_a_broken_artifact_is_refused_and_the_file_named(folder, breakage):
         load_artifact(folder)
 
 
+@pytest.mark.parametrize("token_ids", [[], [["a"]], [[1, -2]], [[1]] * 3], ids=str)
+def test_a_canary_that_checks_nothing_is_refused(folder, token_ids):
+    (folder / "canary" / "prompts.json").write_text(json.dumps({"token_ids": token_ids}))
+    write_config(folder, read_config(folder))
+    with pytest.raises(BadArtifact, match="not a readable canary"):
+        load_artifact(folder)
+
+
 def test_weights_that_do_not_fit_the_configuration_are_refused(folder):
     config = read_config(folder)
-    write_config(folder, config.model_copy(update={"num_concepts": 95}))
+    write_config(folder, config.model_copy(update={"num_concepts": 97}))
     with pytest.raises(BadArtifact, match="does not fit"):
         load_artifact(folder)

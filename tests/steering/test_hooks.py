@@ -72,6 +72,32 @@ def test_what_needs_an_engine_is_refused(own_model, tiny_artifact, asked):
         pass
 
 
+def test_beam_search_is_refused(own_model, tiny_artifact):
+    model, processor = own_model
+    inputs = processor(text=PROMPT, images=drawn_image(3), return_tensors="pt")
+    with pytest.raises(InvalidSteering, match="beam"), steer(model, load_artifact(tiny_artifact), STRONG):
+        model.generate(**inputs, max_new_tokens=6, num_beams=3)
+
+
+def test_the_caller_s_artifact_is_left_alone(own_model, tiny_artifact):
+    artifact = load_artifact(tiny_artifact)
+    with steer(own_model[0], artifact, STRONG):
+        generate(own_model)
+    assert all(parameter.requires_grad for parameter in artifact.auxiliary.parameters())
+
+
+def test_autocast_does_not_reach_the_realignment(own_model, tiny_artifact):
+    artifact = load_artifact(tiny_artifact)
+    with steer(own_model[0], artifact, STRONG) as steering:
+        generate(own_model)
+        plain = steering.rows[0].text_sum_D
+        with torch.autocast("cpu", torch.bfloat16):
+            generate(own_model)
+    assert plain is not None
+    assert steering.rows[0].text_sum_D is not None
+    assert steering.rows[0].text_sum_D.dtype == torch.float32
+
+
 def test_a_prompt_without_image_is_refused(own_model, tiny_artifact):
     model, processor = own_model
     inputs = processor.tokenizer("no image", return_tensors="pt")

@@ -40,6 +40,7 @@ def test_fields_left_out_come_from_the_preset():
         (SteeringRequest(strength=0.0, enabled=True), "strength_0"),
         (SteeringRequest(preset="off"), "preset_off"),
         (SteeringRequest(preset="off", strength=0.5), "preset_off"),
+        (SteeringRequest(strength=1.0, gamma=0.0), "gamma_0"),
     ],
 )
 def test_off_says_why(asked, reason):
@@ -47,10 +48,16 @@ def test_off_says_why(asked, reason):
 
 
 def test_asking_for_steering_where_the_default_preset_is_off_is_refused():
-    requested = merge_sources(SteeringRequest(enabled=True))
+    for asked in (SteeringRequest(enabled=True), SteeringRequest(strength=0.8)):
+        with pytest.raises(InvalidSteering) as caught:
+            resolve(merge_sources(asked), presets=PRESETS, default_preset="off", has_image=True)
+        assert caught.value.field == "steering.preset"
+        with pytest.raises(InvalidSteering):
+            decide(asked, server=(SteeringRequest(preset="off"),))
     with pytest.raises(InvalidSteering) as caught:
-        resolve(requested, presets=PRESETS, default_preset="off", has_image=True)
-    assert caught.value.field == "steering.preset"
+        decide(SteeringRequest(enabled=True), server=(SteeringRequest(strength=0.0),))
+    assert caught.value.field == "steering.strength"
+    assert decide(server=(SteeringRequest(preset="off"),)).reason == "preset_off"
     spelled = merge_sources(SteeringRequest(strength=0.5, alpha=1.0))
     assert resolve(spelled, presets=PRESETS, default_preset="off", has_image=True).active
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from PIL.Image import Image
 
 from steering.engines.base import Engine, GenerationEnd, GenerationRequest, Sampling
-from steering.request import RequestedSteering, SteeringRequest
+from steering.request import SteeringRequest, merge_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class InProcess:
             prompt_token_ids=self._prompt(question.text) + question.answer_so_far,
             images=(question.image,),
             sampling=Sampling(max_tokens=question.max_tokens, temperature=0.0),
-            steering=RequestedSteering(settings=question.steering, explicit=question.steering.asks_for_steering()),
+            steering=merge_sources(question.steering),
         )
         text: list[str] = []
         token_ids: list[int] = []

@@ -221,6 +221,8 @@ def data_url(scene: Scene) -> str:
 
 def main() -> int:
     settings = parse_settings(DemoSettings, program="python -m training.miniature.demo")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # so that the service is stopped, too
     tuned = tuned_presets(read_config(settings.artifact))
     chosen: dict[Task, tuple[dict[str, Any], str]] = {task: steering_on(tuned, task) for task in TASKS}
     tally = Tally()

@@ -140,7 +140,8 @@ CARD = {
     "licence": "Apache-2.0",
     "where_it_hurts": (
         "Yes/no questions: removing concepts made their answers worse, so nothing is steered before the twelfth text "
-        "token. Captions: large steps (alpha 2 and more) cost recall. Anything that is not a drawn scene: unknown."
+        "token; in later turns answers are steered and can get worse. Captions: large steps (alpha 2 and more) cost "
+        "recall. Anything that is not a drawn scene: unknown."
     ),
     "memory": "(2 S D + K S + K D) float32 values: less than 2 MB",
 }

@@ -207,6 +207,70 @@ async def test_closing_the_stream_frees_the_slot(engine):
     assert engine.health().running == 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_zero_delta_is_not_called_steering(engine, mode):
+    nothing = {"strength": 1.0, "form": "difference", "beta_up": 0.0, "beta_down": 0.0, "mode": mode}
+    answer, off = await ask(engine, steering=nothing), await ask(engine, steering={"enabled": False})
+    assert answer.tokens() == off.tokens()
+    assert (answer.end.receipt.applied, answer.end.receipt.reason) == (False, "delta_0")
+
+
+async def test_a_vanishing_temperature_is_greedy_and_harms_nobody(engine):
+    greedy, tiny = await asyncio.gather(ask(engine), ask(engine, temperature=1e-39, seed=1))
+    assert greedy.tokens() == tiny.tokens()
+
+
+async def test_a_request_whose_sampling_fails_fails_alone(engine):
+    broken = make_request(engine, temperature=1.0, logit_bias={9999: 1.0})
+    fine, failed = await asyncio.gather(ask(engine), send(engine, broken), return_exceptions=True)
+    assert isinstance(failed, EngineUnavailable)
+    assert not isinstance(fine, BaseException)
+    assert fine.finish_reasons()
+
+
+async def test_cancel_wakes_who_still_listens(engine):
+    request = make_request(engine, max_tokens=200, logit_bias={257: -100.0})
+
+    async def listen():
+        return await send(engine, request)
+
+    listening = asyncio.create_task(listen())
+    while engine.health().running == 0:
+        await asyncio.sleep(0.01)
+    engine.cancel(request.request_id)
+    with pytest.raises(EngineUnavailable, match="cancelled"):
+        await asyncio.wait_for(listening, timeout=10)
+
+
+def test_the_engine_outlives_the_event_loop_of_a_caller(tiny_llava, tiny_artifact):
+    engine = HuggingFaceEngine(tiny_llava, tiny_artifact)
+    asyncio.run(engine.start())
+
+    async def first_event_only():
+        await anext(engine.generate(make_request(engine, max_tokens=150, logit_bias={257: -100.0})))
+
+    for _ in range(3):
+        asyncio.run(first_event_only())
+    answer = asyncio.run(ask(engine))
+    assert answer.finish_reasons()
+    asyncio.run(engine.stop())
+
+
+async def test_an_engine_that_fails_every_step_is_not_called_alive(engine, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(engine._runner, "prefill", broken)
+    for _ in range(3):
+        assert engine.health().alive
+        with pytest.raises(EngineUnavailable, match="failed on this batch"):
+            await ask(engine)
+    assert not engine.health().alive
+    monkeypatch.undo()
+    await ask(engine)
+    assert engine.health().alive
+
+
 async def test_what_cannot_be_done_is_refused_with_the_field(engine):
     async def refusal(**kwargs):
         with pytest.raises(InvalidSteering) as caught:
