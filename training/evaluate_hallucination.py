@@ -62,6 +62,8 @@ class EvaluationSettings(EngineSettings):
     """Scenes captioned, each with an absent partner."""
     questions: int = Field(default=2000, ge=0)
     """Questions per POPE split; even."""
+    second_turn: bool = False
+    """Ask the questions in a second turn, after one in which the picture was described, truly."""
     seed: int = Field(default=0, ge=0)
     """Chooses the window of held-out scenes and seeds the bootstrap."""
     conditions: tuple[str, ...] = NAMES
@@ -76,7 +78,9 @@ class EvaluationSettings(EngineSettings):
 
 async def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     """Run everything and return the report."""
-    benchmark = miniature_benchmark(captions=settings.captions, questions=settings.questions, seed=settings.seed)
+    benchmark = miniature_benchmark(
+        captions=settings.captions, questions=settings.questions, seed=settings.seed, second_turn=settings.second_turn
+    )
     config = read_config(settings.artifact)
     chosen = conditions(
         tuned_presets(config),

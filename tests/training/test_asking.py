@@ -17,10 +17,19 @@ from training.miniature.processor import build_processor
 @pytest.mark.parametrize("processor", ["tiny", "miniature"])
 def test_the_prompt_is_the_services(processor: str, tiny_llava: Path):
     loaded = AutoProcessor.from_pretrained(tiny_llava) if processor == "tiny" else build_processor()
-    asked = InProcess(engine=None, processor=loaded)._prompt("Is there a star in the image?")  # type: ignore[arg-type]
-    turn = Turn(role="user", parts=(None, "Is there a star in the image?"))
-    assert list(asked) == ChatTokenizer(loaded).encode([turn])
-    assert asked.count(loaded.image_token_id) == 1
+    respondent = InProcess(engine=None, processor=loaded)  # type: ignore[arg-type]
+    text, earlier = "Is there a star in the image?", ("Describe the image.", "There is a circle in red.")
+    first = respondent._prompt(question(0, text=text))
+    assert list(first) == ChatTokenizer(loaded).encode([Turn(role="user", parts=(None, text))])
+    assert first.count(loaded.image_token_id) == 1
+    later = respondent._prompt(question(0, text=text, earlier=earlier))
+    turns = [
+        Turn(role="user", parts=(None, earlier[0])),
+        Turn(role="assistant", parts=(earlier[1],)),
+        Turn(role="user", parts=(text,)),
+    ]
+    assert list(later) == ChatTokenizer(loaded).encode(turns)
+    assert later != first
 
 
 @pytest.fixture
@@ -32,8 +41,12 @@ async def tiny(tiny_llava: Path, tiny_artifact: Path):
 
 
 def question(index: int, **changed) -> Question:
-    settings = {"max_tokens": 12, "steering": SteeringRequest(enabled=True, preset="captions")} | changed
-    return Question(image=drawn_image(index), text="Describe the image.", **settings)
+    settings = {
+        "text": "Describe the image.",
+        "max_tokens": 12,
+        "steering": SteeringRequest(enabled=True, preset="captions"),
+    }
+    return Question(image=drawn_image(index), **settings | changed)
 
 
 async def test_replies_come_in_the_order_of_the_questions_with_their_receipts(tiny: InProcess):

@@ -24,13 +24,15 @@ from steering.request import SteeringRequest, merge_sources
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One user turn: an image, then a text."""
+    """One user turn: an image, then a text; or a text alone, a turn after the one with the image."""
 
     image: Image
     text: str
     max_tokens: int
     steering: SteeringRequest
     """An empty one leaves everything to whoever answers (over HTTP: to the server's default)."""
+    earlier: tuple[str, str] | None = None
+    """Text and answer of the turn before, which then holds the image."""
     answer_so_far: tuple[int, ...] = ()
     """Token ids that stand after the prompt, as if generated already (teacher forcing); only in this process."""
 
@@ -64,7 +66,7 @@ class InProcess:
         self._engine = engine
         self._processor = processor
         self._numbers = count()
-        self._prompts: dict[str, tuple[int, ...]] = {}
+        self._prompts: dict[tuple[str, tuple[str, str] | None], tuple[int, ...]] = {}
 
     @property
     def image_token_id(self) -> int:
@@ -74,7 +76,7 @@ class InProcess:
     async def reply(self, question: Question) -> Reply:
         request = GenerationRequest(
             request_id=f"evaluation-{next(self._numbers)}",
-            prompt_token_ids=self._prompt(question.text) + question.answer_so_far,
+            prompt_token_ids=self._prompt(question) + question.answer_so_far,
             images=(question.image,),
             sampling=Sampling(max_tokens=question.max_tokens, temperature=0.0),
             steering=merge_sources(question.steering),
@@ -96,15 +98,16 @@ class InProcess:
             token_ids += event.token_ids
         raise AssertionError("a generation ended without GenerationEnd")
 
-    def _prompt(self, text: str) -> tuple[int, ...]:
+    def _prompt(self, question: Question) -> tuple[int, ...]:
         """Token ids with one image token; kept by text, since a benchmark asks the same about many images."""
-        if text not in self._prompts:
-            turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-            prompt = self._processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        key = (question.text, question.earlier)
+        if key not in self._prompts:
+            turns = _turns(question, {"type": "image"})
+            prompt = self._processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             tokenizer = self._processor.tokenizer
             written = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-            self._prompts[text] = tuple(tokenizer(prompt, add_special_tokens=not written).input_ids)
-        return self._prompts[text]
+            self._prompts[key] = tuple(tokenizer(prompt, add_special_tokens=not written).input_ids)
+        return self._prompts[key]
 
 
 class OverHttp:
@@ -141,7 +144,7 @@ class OverHttp:
         steering = question.steering.model_dump(exclude_none=True)
         completion = await self._client.chat.completions.create(
             model=await self.model_name(),
-            messages=[{"role": "user", "content": [_image_part(question.image), _text_part(question.text)]}],
+            messages=_turns(question, _image_part(question.image)),
             max_tokens=question.max_tokens,
             temperature=0,
             extra_body={"steering": steering} if steering else None,
@@ -162,6 +165,18 @@ class OverHttp:
 
     async def __aexit__(self, *failure: object) -> None:
         await self._client.close()
+
+
+def _turns(question: Question, image_part: dict[str, Any]) -> Any:
+    """The conversation, with the image in its first turn."""
+    if question.earlier is None:
+        return [{"role": "user", "content": [image_part, _text_part(question.text)]}]
+    asked, answered = question.earlier
+    return [
+        {"role": "user", "content": [image_part, _text_part(asked)]},
+        {"role": "assistant", "content": [_text_part(answered)]},
+        {"role": "user", "content": [_text_part(question.text)]},
+    ]
 
 
 def _image_part(image: Image) -> Any:

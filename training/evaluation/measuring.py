@@ -84,6 +84,7 @@ def _answers_to_ask(benchmark: Benchmark, condition: Condition) -> tuple[list[tu
         Question(
             image=benchmark.scenes[scene].image,
             text=benchmark.question_text(name),
+            earlier=benchmark.before_question(scene),
             max_tokens=benchmark.answer_max_tokens,
             steering=condition.request("questions", seed=seed, scene_seed=benchmark.scenes[scene].seed),
         )

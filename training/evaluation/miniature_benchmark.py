@@ -6,6 +6,7 @@ learned can occur in every one of them. A seed opens its own window of the range
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from PIL.Image import Image
 
 from training.miniature import language
 from training.miniature.drawing import draw_scene
-from training.miniature.world import PARTNERS, SEED_RANGES, SHAPES, scenes
+from training.miniature.world import PARTNERS, SEED_RANGES, SHAPES, Scene, scenes
 from training.pope import ObjectQuestion, build_questions
 
 WINDOW = 20_000
@@ -31,6 +32,8 @@ class BenchmarkScene:
     seed: int
     image: Image
     truth: frozenset[str]
+    caption: str
+    """A true one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,12 @@ class Benchmark:
     """The objects that a caption names, in order and with repetitions."""
     caption_max_tokens: int = CAPTION_MAX_TOKENS
     answer_max_tokens: int = ANSWER_MAX_TOKENS
+    second_turn: bool = False
+    """Questions are asked after a first turn in which the picture was described, truly."""
+
+    def before_question(self, scene: int) -> tuple[str, str] | None:
+        """What is asked and answered before a question about a scene."""
+        return (self.caption_prompt, self.scenes[scene].caption) if self.second_turn else None
 
     @property
     def question_scenes(self) -> int:
@@ -56,7 +65,9 @@ class Benchmark:
 
 
 @cache
-def miniature_benchmark(*, captions: int, questions: int, seed: int, scene_range: str = "held_out") -> Benchmark:
+def miniature_benchmark(
+    *, captions: int, questions: int, seed: int, scene_range: str = "held_out", second_turn: bool = False
+) -> Benchmark:
     """`questions` per POPE split, half of them about a present shape; one of each kind per scene and split."""
     if questions % 2:
         raise ValueError(f"questions per split must be even, since half are about present objects; got {questions}")
@@ -69,10 +80,17 @@ def miniature_benchmark(*, captions: int, questions: int, seed: int, scene_range
     asked = build_questions([scene.shapes for scene in chosen[: questions // 2]], SHAPES, partners=PARTNERS, seed=seed)
     return Benchmark(
         name="miniature",
-        scenes=tuple(BenchmarkScene(seed=s.seed, image=draw_scene(s), truth=s.shapes) for s in chosen),
+        scenes=tuple(
+            BenchmarkScene(seed=s.seed, image=draw_scene(s), truth=s.shapes, caption=_true_caption(s)) for s in chosen
+        ),
+        second_turn=second_turn,
         captions=captions,
         questions=tuple(asked),
         caption_prompt=language.CAPTION_PROMPT,
         question_text=language.existence_question,
         mentions=language.shapes_mentioned,
     )
+
+
+def _true_caption(scene: Scene) -> str:
+    return language.caption(scene, language.Noise(), random.Random(f"true caption {scene.seed}"))
