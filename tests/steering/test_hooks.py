@@ -9,11 +9,14 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from steering.artifact import load_artifact
+from steering.engines.loaded_model import make_intervention
 from steering.errors import BadArtifact, InvalidSteering
 from steering.hooks import steer
-from steering.request import SteeringRequest
+from steering.intervention import Pass, SequenceSteering
+from steering.request import SteeringRequest, merge_sources
+from steering.resolution import resolve
 from tests.steering.engines.driving import ask
-from tests.tiny_models import drawn_image, save_tiny_artifact, save_tiny_llava
+from tests.tiny_models import drawn_image, save_tiny_artifact, save_tiny_llava, tiny_presets
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
 STRONG = SteeringRequest(strength=1.0, form="published", alpha=1.5)
@@ -87,15 +90,22 @@ def test_the_caller_s_artifact_is_left_alone(own_model, tiny_artifact):
 
 
 def test_autocast_does_not_reach_the_realignment(own_model, tiny_artifact):
-    artifact = load_artifact(tiny_artifact)
-    with steer(own_model[0], artifact, STRONG) as steering:
-        generate(own_model)
-        plain = steering.rows[0].text_sum_D
-        with torch.autocast("cpu", torch.bfloat16):
-            generate(own_model)
-    assert plain is not None
-    assert steering.rows[0].text_sum_D is not None
-    assert steering.rows[0].text_sum_D.dtype == torch.float32
+    """The same states give the same delta, bit for bit, whatever the caller's autocast says."""
+    intervention = make_intervention(load_artifact(tiny_artifact), own_model[0].device)
+    settings = resolve(merge_sources(STRONG), presets=tiny_presets(), default_preset="captions", has_image=True)
+    hidden_1TD = torch.randn(1, 9, 32)
+    image_1T = (torch.arange(9) < 4)[None]
+
+    def steered() -> torch.Tensor:
+        rows = [SequenceSteering(settings=settings)]
+        intervention.prepare(Pass(rows=rows, image_BT=image_1T, text_BT=~image_1T))
+        return intervention(hidden_1TD)
+
+    expected = steered()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = steered()
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, hidden_1TD)
 
 
 def test_a_prompt_without_image_is_refused(own_model, tiny_artifact):
