@@ -16,6 +16,14 @@ MASKED_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResponseFormat:
+    """Structured output: the text is one JSON value."""
+
+    json_schema: str | None = None
+    """The JSON schema it follows, as JSON text; None: any JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are chosen. Ranges are checked by the service; engines rely on them."""
 
@@ -41,6 +49,8 @@ class Sampling:
     """Token id to a bias added to its logit."""
     top_logprobs: int | None = None
     """None: no logprobs. 0 or more: the sampled token's logprob and that many most likely ones."""
+    response_format: ResponseFormat | None = None
+    """None: free text. Only engines whose capabilities say so take another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +65,8 @@ class GenerationRequest:
     """RGB images, in the order of their tokens."""
     sampling: Sampling
     steering: RequestedSteering
+    tenant: str = ""
+    """Requests of different tenants share no cached prompt: how long an answer took must not tell of a neighbour's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +130,10 @@ class Receipt:
     control: str | None
     """The experimental control in place of the realignment, or None."""
     positions: list[int]
-    """By choice: positions to which a delta was added (in 'exact', the span's length at the last step)."""
+    """By choice: positions to which a delta was added (in 'exact', the span's length at the last step).
+
+    Counted where it happened: positions that came steered out of a prefix cache are not counted again.
+    """
     relative_shift: list[float]
     """By choice: mean of |delta| / |hidden state| over the steered positions; 0 where there are none."""
     arm: str | None
@@ -147,7 +162,7 @@ class Capabilities:
     modes: tuple[str, ...]
     branches: tuple[int, ...]
     response_format: bool
-    """Whether structured output is supported."""
+    """Whether `Sampling.response_format` is supported."""
     artifact: str | None
     """Fingerprint, or None when no artifact is loaded."""
     presets: tuple[str, ...]

@@ -32,7 +32,7 @@ from steering.engines.base import (
 )
 from steering.engines.batch_runner import BatchRunner
 from steering.engines.loaded_model import load_model, make_intervention
-from steering.engines.preparation import expand_prompt, prepare
+from steering.engines.preparation import expand_prompt, prepare_with_pixels
 from steering.engines.sampling import top_logprobs
 from steering.engines.sequence import RunningRequest, Sequence
 from steering.engines.text_stream import TokenBytes
@@ -98,31 +98,30 @@ class HuggingFaceEngine:
         self._hook.close()
 
     def _load(self) -> None:
-        self._loaded = loaded = load_model(
-            self._model_path, self._artifact_path, self._device, self._dtype, self._max_context_tokens
-        )
+        loaded = load_model(self._model_path, self._artifact_path, self._device, self._dtype, self._max_context_tokens)
+        self._checkpoint = loaded.checkpoint
         intervention, hook_layer = None, len(loaded.decoder.layers) - 1
-        if loaded.artifact is not None:
-            hook_layer = loaded.artifact.config.hook_layer
-            intervention = make_intervention(loaded.artifact, loaded.model.device)
+        if self._checkpoint.artifact is not None:
+            hook_layer = self._checkpoint.artifact.config.hook_layer
+            intervention = make_intervention(self._checkpoint.artifact, loaded.model.device)
             self._hook.enter_context(output_hook(loaded.decoder.layers[hook_layer], intervention))
         self._runner = BatchRunner(loaded.model, loaded.decoder, intervention, hook_layer)
-        self._token_bytes = TokenBytes(loaded.processor.tokenizer)
+        self._token_bytes = TokenBytes(self._checkpoint.processor.tokenizer)
 
     # -- what callers see ----------------------------------------------------------------------------------------
 
     @property
     def processor(self):
         """The checkpoint's processor: its tokenizer, image processor and chat template."""
-        return self._loaded.processor
+        return self._checkpoint.processor
 
     def capabilities(self) -> Capabilities:
-        loaded = self._loaded
-        config = loaded.artifact.config if loaded.artifact else None
+        checkpoint = self._checkpoint
+        config = checkpoint.artifact.config if checkpoint.artifact else None
         return Capabilities(
             engine="huggingface",
-            model_family=loaded.decoder.family,
-            context_tokens=loaded.context_tokens,
+            model_family=checkpoint.family,
+            context_tokens=checkpoint.context_tokens,
             forms=("published", "difference", "union"),
             modes=("causal", "exact"),
             branches=(1, 2),
@@ -144,7 +143,7 @@ class HuggingFaceEngine:
 
     def count_prompt_tokens(self, images: Rows[Image], token_ids: Rows[int]) -> int:
         """Length of a prompt with its image tokens expanded."""
-        return len(expand_prompt(self._loaded, images, token_ids))
+        return len(expand_prompt(self._checkpoint, images, token_ids))
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TextDelta | GenerationEnd]:
         """See `Engine`. Closing the iterator cancels the request."""
@@ -153,7 +152,9 @@ class HuggingFaceEngine:
         with self._wake:
             self._preparing.append(request.request_id)
         try:
-            prepared = await asyncio.to_thread(prepare, self._loaded, request, partial(_hand_over, loop, events))
+            prepared = await asyncio.to_thread(
+                prepare_with_pixels, self._checkpoint, request, partial(_hand_over, loop, events)
+            )
         finally:
             with self._wake:
                 was_cancelled = request.request_id not in self._preparing
@@ -262,7 +263,9 @@ class HuggingFaceEngine:
         token = best if sampler.is_plain_greedy else sampler.sample(logits_V)
         wanted = sampler.sampling.top_logprobs
         logprobs = None if wanted is None else self._logprobs(logits_V, token, wanted)
-        sequence.append(token, logprobs, self._loaded.end_tokens)
+        sequence.append(token, logprobs, self._checkpoint.end_tokens)
+        if sequence.request.finished:
+            sequence.request.emit(sequence.request.end())
 
     def _remove(self, sequence: Sequence) -> None:
         """Free a slot by moving the last running sequence into it."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Rows
 from PIL.Image import Image
 
 from steering.engines.base import GenerationRequest
-from steering.engines.loaded_model import LoadedModel
+from steering.engines.checkpoint import Checkpoint
 from steering.engines.sampling import Sampler
 from steering.engines.sequence import Emit, RunningRequest, Sequence
 from steering.engines.text_stream import TextStream
@@ -17,23 +17,19 @@ from steering.resolution import ResolvedSteering, resolve
 from steering.token_spans import expand_image_tokens, find_spans
 
 
-def prepare(loaded: LoadedModel, request: GenerationRequest, emit: Emit) -> RunningRequest:
+def prepare(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> RunningRequest:
     """Everything that can be decided before the first step. Raises InvalidSteering naming the field."""
-    tokens = expand_prompt(loaded, request.images, request.prompt_token_ids)
-    _check_length(len(tokens), request.sampling.max_tokens, loaded.context_tokens)
-    spans = find_spans(tokens, loaded.image_token_id)
-    settings = _resolve(loaded, request, has_image=spans.has_image)
-    pixels = None
-    if request.images:
-        pixels = loaded.processor.image_processor(images=list(request.images), return_tensors="pt")["pixel_values"]
+    tokens = expand_prompt(checkpoint, request.images, request.prompt_token_ids)
+    _check_length(len(tokens), request.sampling.max_tokens, checkpoint.context_tokens)
+    spans = find_spans(tokens, checkpoint.image_token_id)
+    settings = _resolve(checkpoint, request, has_image=spans.has_image)
     running = RunningRequest(
         request_id=request.request_id,
         prompt_length=len(tokens),
         spans=spans,
-        pixel_values=pixels,
         settings=settings,
-        artifact=loaded.artifact.config.fingerprint if loaded.artifact else None,
-        layer=loaded.artifact.config.hook_layer if loaded.artifact else None,
+        artifact=checkpoint.artifact.config.fingerprint if checkpoint.artifact else None,
+        layer=checkpoint.artifact.config.hook_layer if checkpoint.artifact else None,
         emit=emit,
     )
     running.sequences = [
@@ -41,7 +37,7 @@ def prepare(loaded: LoadedModel, request: GenerationRequest, emit: Emit) -> Runn
             request=running,
             choice=choice,
             sampler=Sampler(request.sampling, choice),
-            text=TextStream(tokenizer=loaded.processor.tokenizer, stop=request.sampling.stop),
+            text=TextStream(tokenizer=checkpoint.processor.tokenizer, stop=request.sampling.stop),
             steering=SequenceSteering(settings=settings),
             tokens=list(tokens),
         )
@@ -50,11 +46,22 @@ def prepare(loaded: LoadedModel, request: GenerationRequest, emit: Emit) -> Runn
     return running
 
 
-def expand_prompt(loaded: LoadedModel, images: Rows[Image], token_ids: Rows[int]) -> list[int]:
+def prepare_with_pixels(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> RunningRequest:
+    """As `prepare`, for an engine that runs the vision tower itself: images as the image processor makes them."""
+    if request.sampling.response_format is not None:
+        raise InvalidSteering("response_format is not supported by this engine", field="response_format")
+    running = prepare(checkpoint, request, emit)
+    if request.images:
+        made = checkpoint.processor.image_processor(images=list(request.images), return_tensors="pt")
+        running.pixel_values = made["pixel_values"]
+    return running
+
+
+def expand_prompt(checkpoint: Checkpoint, images: Rows[Image], token_ids: Rows[int]) -> list[int]:
     """The prompt with as many image tokens as the checkpoint's processor gives each image."""
     sizes = [(image.height, image.width) for image in images]
-    counts = loaded.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
-    return expand_image_tokens(token_ids, loaded.image_token_id, counts)
+    counts = checkpoint.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
+    return expand_image_tokens(token_ids, checkpoint.image_token_id, counts)
 
 
 def _check_length(prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
@@ -72,8 +79,8 @@ def _check_length(prompt_tokens: int, max_tokens: int, context_tokens: int) -> N
         )
 
 
-def _resolve(loaded: LoadedModel, request: GenerationRequest, *, has_image: bool) -> ResolvedSteering:
-    artifact = loaded.artifact
+def _resolve(checkpoint: Checkpoint, request: GenerationRequest, *, has_image: bool) -> ResolvedSteering:
+    artifact = checkpoint.artifact
     settings = resolve(
         request.steering,
         presets=artifact.config.presets if artifact else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,7 +55,6 @@ class Sequence:
     def _finish(self, reason: FinishReason, text: str) -> None:
         self.finish_reason = reason
         self._send(text)
-        self.request.choice_finished()
 
     def _send(self, text: str) -> None:
         self.request.emit(
@@ -78,8 +76,6 @@ class RunningRequest:
     request_id: str
     prompt_length: int
     spans: TokenSpans
-    pixel_values: Tensor | None
-    """[images, 3, height, width] as the checkpoint's image processor made them."""
     settings: ResolvedSteering
     artifact: str | None
     """Fingerprint of the artifact."""
@@ -87,18 +83,21 @@ class RunningRequest:
     """Hook layer."""
     emit: Emit
     sequences: list[Sequence] = field(default_factory=list)
-    submitted: float = field(default_factory=time.monotonic)
+    pixel_values: Tensor | None = None
+    """[images, 3, height, width] as the checkpoint's image processor made them, where the engine runs the tower."""
 
-    def choice_finished(self) -> None:
-        """Send the receipt once the last choice is done."""
-        if all(sequence.finish_reason for sequence in self.sequences):
-            self.emit(
-                GenerationEnd(
-                    prompt_tokens=self.prompt_length,
-                    completion_tokens=[sequence.completion_tokens for sequence in self.sequences],
-                    receipt=self._receipt(),
-                )
-            )
+    @property
+    def finished(self) -> bool:
+        """Every choice has ended."""
+        return all(sequence.finish_reason for sequence in self.sequences)
+
+    def end(self) -> GenerationEnd:
+        """The last event, with the receipt; made once every choice has ended and its steering is known."""
+        return GenerationEnd(
+            prompt_tokens=self.prompt_length,
+            completion_tokens=[sequence.completion_tokens for sequence in self.sequences],
+            receipt=self._receipt(),
+        )
 
     def _receipt(self) -> Receipt:
         settings, states = self.settings, [sequence.steering for sequence in self.sequences]

@@ -7,7 +7,7 @@ import torch
 from steering.engines.base import GenerationRequest, Sampling
 from steering.engines.batch_runner import BatchRunner
 from steering.engines.loaded_model import load_model, make_intervention
-from steering.engines.preparation import prepare
+from steering.engines.preparation import prepare_with_pixels
 from steering.hooks import output_hook
 from steering.request import SteeringRequest, merge_sources
 from tests.tiny_models import drawn_image
@@ -17,7 +17,7 @@ TOKENS = [[7, 30, 41], [8, 31, 42], [9, 32, 43], [10, 33, 44]]
 
 
 def request(loaded, seed: int, steering: dict) -> GenerationRequest:
-    token_ids = loaded.processor.tokenizer(f"USER: <image>\n{'x' * seed} ASSISTANT:")["input_ids"]
+    token_ids = loaded.checkpoint.processor.tokenizer(f"USER: <image>\n{'x' * seed} ASSISTANT:")["input_ids"]
     return GenerationRequest(
         request_id=str(seed),
         prompt_token_ids=tuple(token_ids),
@@ -31,7 +31,7 @@ def request(loaded, seed: int, steering: dict) -> GenerationRequest:
 def logits_of_first(loaded, runner, steering: list[dict]) -> torch.Tensor:
     """Row 0's logits over prefill and some steps with given tokens, [1 + steps, V]."""
     sequences = [
-        prepare(loaded, request(loaded, seed, one), lambda _event: None).sequences[0]
+        prepare_with_pixels(loaded.checkpoint, request(loaded, seed, one), lambda _event: None).sequences[0]
         for seed, one in enumerate(steering)
     ]
     rows = [runner.prefill(sequences, 0)[0]]
@@ -48,10 +48,10 @@ def test_an_off_row_has_the_plain_model_s_logits_bit_for_bit(tiny_llava, tiny_ar
     plain_logits = logits_of_first(plain, BatchRunner(plain.model, plain.decoder, None, 4), [{}] * 4)
 
     loaded = load_model(str(tiny_llava), tiny_artifact, "cpu", "float32", None)
-    assert loaded.artifact is not None
-    intervention = make_intervention(loaded.artifact, loaded.model.device)
-    runner = BatchRunner(loaded.model, loaded.decoder, intervention, loaded.artifact.config.hook_layer)
-    with output_hook(loaded.decoder.layers[loaded.artifact.config.hook_layer], intervention):
+    assert loaded.checkpoint.artifact is not None
+    intervention = make_intervention(loaded.checkpoint.artifact, loaded.model.device)
+    runner = BatchRunner(loaded.model, loaded.decoder, intervention, loaded.checkpoint.artifact.config.hook_layer)
+    with output_hook(loaded.decoder.layers[loaded.checkpoint.artifact.config.hook_layer], intervention):
         beside_off = logits_of_first(loaded, runner, [off] * 4)
         beside_steered = logits_of_first(loaded, runner, [off, *neighbours])
         strength_0 = logits_of_first(loaded, runner, [{"strength": 0.0}, *neighbours])
@@ -64,9 +64,9 @@ def test_an_off_row_has_the_plain_model_s_logits_bit_for_bit(tiny_llava, tiny_ar
 
 def test_image_positions_are_left_alone(tiny_llava, tiny_artifact):
     loaded = load_model(str(tiny_llava), tiny_artifact, "cpu", "float32", None)
-    assert loaded.artifact is not None
-    layer, seen = loaded.artifact.config.hook_layer, {}
-    intervention = make_intervention(loaded.artifact, loaded.model.device)
+    assert loaded.checkpoint.artifact is not None
+    layer, seen = loaded.checkpoint.artifact.config.hook_layer, {}
+    intervention = make_intervention(loaded.checkpoint.artifact, loaded.model.device)
 
     def watch(hidden: torch.Tensor) -> torch.Tensor:
         seen["steered"] = intervention(hidden)
@@ -75,7 +75,9 @@ def test_image_positions_are_left_alone(tiny_llava, tiny_artifact):
 
     runner = BatchRunner(loaded.model, loaded.decoder, intervention, layer)
     for mode in ("causal", "exact"):
-        sequence = prepare(loaded, request(loaded, 3, {"mode": mode}), lambda _event: None).sequences[0]
+        sequence = prepare_with_pixels(
+            loaded.checkpoint, request(loaded, 3, {"mode": mode}), lambda _event: None
+        ).sequences[0]
         with output_hook(loaded.decoder.layers[layer], watch), torch.inference_mode():
             runner.prefill([sequence], 0)
         text_start = sequence.request.spans.text_start

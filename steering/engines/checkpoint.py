@@ -1,0 +1,67 @@
+"""What an engine knows of a checkpoint without its weights: processor, special tokens, lengths; and its artifact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, GenerationConfig
+
+from steering.artifact import Artifact, load_artifact
+from steering.errors import BadArtifact
+from steering.hooks import check_fits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One LVLM on disk, and the artifact trained for it if there is one."""
+
+    path: str
+    family: str
+    """`model_type` of the checkpoint."""
+    hidden_size: int
+    """D of the language model."""
+    num_layers: int
+    processor: Any
+    """The checkpoint's processor: its tokenizer, image processor and chat template."""
+    image_token_id: int
+    end_tokens: frozenset[int]
+    context_tokens: int
+    """Most tokens of prompt and answer together."""
+    artifact: Artifact | None
+
+
+def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tokens: int | None) -> Checkpoint:
+    """Read everything but the weights. Raises BadArtifact naming what is wrong."""
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        config: Any = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise BadArtifact(f"no model could be loaded from {path}: {error}", field="model") from error
+    text = config.get_text_config()
+    artifact = None
+    if artifact_path is not None:
+        artifact = load_artifact(artifact_path)
+        check_fits(artifact, family=config.model_type, hidden_size=text.hidden_size, num_layers=text.num_hidden_layers)
+    return Checkpoint(
+        path=path,
+        family=config.model_type,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        processor=processor,
+        image_token_id=config.image_token_id,
+        end_tokens=_end_tokens(path, text),
+        context_tokens=min(max_context_tokens or text.max_position_embeddings, text.max_position_embeddings),
+        artifact=artifact,
+    )
+
+
+def _end_tokens(path: str, text_config: Any) -> frozenset[int]:
+    try:
+        end = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        end = None
+    if end is None:
+        end = text_config.eos_token_id
+    return frozenset([end] if isinstance(end, int) else end or [])
