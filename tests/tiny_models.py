@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -51,22 +53,25 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def save_tiny_llava(folder: Path, *, num_kv_heads: int = 4, seed: int = 0) -> Path:
-    """A random LLaVA of 5 layers, D 32, 4 image tokens; weights large enough that tokens depend on everything."""
+def save_tiny_llava(folder: Path, *, num_kv_heads: int = 4, hidden_size: int = 32, seed: int = 0) -> Path:
+    """A random LLaVA of 5 layers, 4 heads, 4 image tokens, under llava-1.5-7b-hf's key names.
+
+    Weights are large enough that tokens depend on everything. D 128 (heads of 32) is the smallest vLLM takes on CPU.
+    """
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=num_kv_heads, max_position_embeddings=256, initializer_range=0.2,
-        bos_token_id=256, eos_token_id=257, pad_token_id=259,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=5,
+        num_attention_heads=4, num_key_value_heads=num_kv_heads, max_position_embeddings=256,
+        initializer_range=0.2 * (32 / hidden_size) ** 0.5, bos_token_id=256, eos_token_id=257, pad_token_id=259,
     )  # fmt: skip
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=260, vision_feature_layer=-2)
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = 257
-    model.save_pretrained(folder)
+    save_published(folder, model, _published_name)
     LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
         tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
@@ -196,6 +201,16 @@ def save_published_llava(folder: Path, *, seed: int = 0) -> Path:
         num_additional_image_tokens=1, chat_template=LLAVA_CHAT_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def save_published(folder: Path, model: PreTrainedModel, published_name: Callable[[str], str]) -> None:
+    """Weights in one file under the names of the published checkpoint, and the model's configurations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {published_name(name): value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def _published_name(name: str) -> str:
