@@ -121,7 +121,7 @@ class Intervention:
             if row.settings.control == "other_image":
                 image_D = self.control_image_MD[row.settings.control_seed % len(self.control_image_MD)]
             elif row.settings.control == "random":
-                row.direction_D = _random_direction(image_D, row.settings.control_seed)
+                row.direction_D = random_direction(image_D, row.settings.control_seed)
             row.image = self.realignment.encode_image(image_D[None])
 
     def _pool_text(self, current: Pass, active: list[int], hidden_aTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,8 @@ class Intervention:
             rows[place].visited_text = True
 
 
-def _random_direction(like_D: Tensor, seed: int) -> Tensor:
+def random_direction(like_D: Tensor, seed: int) -> Tensor:
+    """Isotropic unit vector [D], the same for a seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     direction_D = torch.randn(like_D.shape[0], generator=generator).to(like_D.device)
     return direction_D / direction_D.norm()

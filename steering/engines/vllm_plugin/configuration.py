@@ -1,0 +1,91 @@
+"""What an engine must be configured like for steering to be real; everything else refuses to start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from steering.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONFIG_KEY = "vl_sae"
+OPERATOR = "vl_sae::steer"
+"""Our custom operator: opaque to torch.compile, and between CUDA graphs, never inside one."""
+
+
+class PluginConfig(BaseModel):
+    """`additional_config={"vl_sae": {...}}` of an engine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    artifact: str
+    """Folder of the artifact."""
+    branches: int = 2
+    """1 builds no second tail: requests that need one cannot be served, its KV memory is saved."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting under which steering would be wrong or silently absent, and what to do about it."""
+
+    setting: str
+    remedy: str
+
+
+def read_config(vllm_config: VllmConfig) -> PluginConfig:
+    """Our part of the engine's configuration. Raises EngineUnavailable where it is missing or malformed."""
+    additional: Any = vllm_config.additional_config or {}
+    if CONFIG_KEY not in additional:
+        raise EngineUnavailable(
+            f"a steered model class needs additional_config={{'{CONFIG_KEY}': {{'artifact': FOLDER}}}}",
+            field="additional_config",
+        )
+    try:
+        return PluginConfig.model_validate(additional[CONFIG_KEY])
+    except ValidationError as error:
+        raise EngineUnavailable(f"additional_config.{CONFIG_KEY}: {error}", field="additional_config") from error
+
+
+def check_config(vllm_config: VllmConfig) -> None:
+    """Raise EngineUnavailable, naming the setting and the remedy, for what would un-steer in silence."""
+    refusal = next(_refusals(vllm_config), None)
+    if refusal is not None:
+        raise EngineUnavailable(
+            f"{refusal.setting} cannot be combined with steering: {refusal.remedy}", field=refusal.setting
+        )
+
+
+def _refusals(config: VllmConfig):
+    parallel, cache, compilation = config.parallel_config, config.cache_config, config.compilation_config
+    if config.speculative_config is not None:
+        yield Refusal("speculative_config", "drafted tokens would be accepted unsteered; start without it")
+    if parallel.pipeline_parallel_size > 1:
+        yield Refusal("pipeline_parallel_size", "hook layer and tail must be on one rank; use tensor_parallel_size")
+    if cache.cache_dtype.startswith(("fp8", "int8", "nvfp4")) or "per_token_head" in cache.cache_dtype:
+        yield Refusal("kv_cache_dtype", "the pooled states would be quantised; use 'auto'")
+    if config.lora_config is not None:
+        yield Refusal("enable_lora", "an adapter on the tail would not fit the artifact; merge it into the weights")
+    if parallel.use_ubatching:
+        yield Refusal("enable_dbo", "a batch split in two would lose its rows; start without it")
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield Refusal("decode_context_parallel_size", "a mean over a split context would be wrong; use 1")
+    if config.model_config.enable_prompt_embeds:
+        yield Refusal("enable_prompt_embeds", "without token ids there is no telling image from text; leave it out")
+    if cache.kv_sharing_fast_prefill:
+        yield Refusal("kv_sharing_fast_prefill", "prompt positions would be skipped; leave it out")
+    if (
+        compilation.cudagraph_mode is not None
+        and compilation.cudagraph_mode.has_full_cudagraphs()
+        and config.device_config.device_type != "cpu"
+    ):
+        yield Refusal("cudagraph_mode", "a full graph would replay without steering; use 'PIECEWISE' or 'NONE'")
+    if (
+        compilation.cudagraph_mode is not None
+        and compilation.cudagraph_mode.has_piecewise_cudagraphs()
+        and (OPERATOR not in (compilation.splitting_ops or []))
+    ):
+        yield Refusal("splitting_ops", f"a graph would replay without steering; add {OPERATOR!r} to them")

@@ -1,0 +1,93 @@
+"""Running means of image and text states, computed by vLLM's own paged attention.
+
+An attention layer whose values are the residual stream and whose keys tell only a token's class: to a query of one
+class, keys of that class are all alike and all others weigh exp(-128) = 0, so the output is the mean over the class up
+to here. Chunked prefill, prefix caching and preemption then need nothing from us.
+
+Shapes: N tokens of this step, D hidden size, P = kv_heads * head_size columns pooled by one layer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import CacheConfig
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.layers.attention import Attention
+
+OTHER, IMAGE, TEXT = 0, 1, 2
+"""Token classes: before or between images and of requests that are off; image; text after the last image."""
+MIN_EXPONENT = 128
+"""exp(-128) is 0 in float32."""
+
+
+class PoolingAttention(nn.Module):
+    """As many attention layers of the base's own shape as it takes to pool D columns (design, section 1).
+
+    With the base's number of heads and scale, vLLM plans them together with the base's layers. In tensor parallel,
+    each rank pools its share of the columns.
+    """
+
+    def __init__(
+        self,
+        base: Attention,
+        hidden_size: int,
+        cache_config: CacheConfig | None,
+        prefix: str,
+        *,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        super().__init__()
+        self._prefix, self._rank, self._ranks = prefix, rank, ranks
+        self._hidden_size = hidden_size
+        self._columns = math.ceil(hidden_size / ranks)
+        self._heads, self._kv_heads, self._head_size = base.num_heads, base.num_kv_heads, base.head_size
+        self._width = self._kv_heads * self._head_size
+        scale = base.impl.scale
+        self._sharpness = 2.0 ** math.ceil(math.log2(math.sqrt(MIN_EXPONENT / scale)))
+        """Length c of keys and queries, a power of two, so that it is exact in every dtype; c^2 * scale >= 128."""
+        self.layers = nn.ModuleList(
+            Attention(
+                base.num_heads,
+                base.head_size,
+                scale,
+                num_kv_heads=base.num_kv_heads,
+                cache_config=cache_config,
+                prefix=f"{prefix}.vl_sae_pool_{index}",
+            )
+            for index in range(math.ceil(self._columns / self._width))
+        )
+
+    @property
+    def first_layer_name(self) -> str:
+        return f"{self._prefix}.vl_sae_pool_0"
+
+    def forward(self, stream_ND: Tensor, class_N: Tensor, asked_N: Tensor) -> Tensor:
+        """Means [N, D] over the tokens of class `asked_N` up to and including each token.
+
+        `class_N` holds each token's own class. A row whose class has no token yet gets a finite mean of something else.
+        """
+        keys_NP = self._one_hot(class_N, self._kv_heads).to(stream_ND.dtype)
+        query_NQ = self._one_hot(asked_N, self._heads).to(stream_ND.dtype)
+        mine = stream_ND[:, self._rank * self._columns : (self._rank + 1) * self._columns]
+        padded = F.pad(mine, (0, len(self.layers) * self._width - mine.shape[1]))
+        parts = []
+        for index, layer in enumerate(self.layers):
+            values_NP = padded[:, index * self._width : (index + 1) * self._width].contiguous()
+            pooled_NQ = layer(query_NQ, keys_NP, values_NP)
+            per_head = pooled_NQ.view(-1, self._kv_heads, self._heads // self._kv_heads, self._head_size)
+            parts.append(per_head[:, :, 0].reshape(-1, self._width))
+        pooled = torch.cat(parts, dim=1)[:, : self._columns]
+        if self._ranks > 1:
+            pooled = tensor_model_parallel_all_gather(pooled.contiguous(), dim=1)
+        return pooled[:, : self._hidden_size]
+
+    def _one_hot(self, class_N: Tensor, heads: int) -> Tensor:
+        """[N, heads * head_size]: per head, c at the class's place; zero for OTHER."""
+        places = torch.zeros(3, self._head_size, device=class_N.device)
+        places[IMAGE, 0] = places[TEXT, 1] = self._sharpness
+        return places.repeat(1, heads)[class_N]

@@ -1,0 +1,28 @@
+"""What the engine asks of its workers about steering; mixed into vLLM's worker (`worker_extension_cls`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steering.engines.vllm_plugin.steering_layer import STEERING_LAYER, SteeringLayer
+
+
+class SteeringWorker:
+    """Called over vLLM's `collective_rpc`, between two steps."""
+
+    vllm_config: Any
+
+    def finish_steering(self, sequence_ids: list[str]) -> list[dict[str, Any] | None]:
+        """Per sequence: positions, shift_sum, visited, visited_text, probe. It is forgotten thereby."""
+        return [self._layer().finish(sequence_id) for sequence_id in sequence_ids]
+
+    def detach_steering(self) -> None:
+        """Take steering off the model; receipts then say `hook_detached`."""
+        self._layer().attached = False
+
+    def count_steered_sequences(self) -> int:
+        """Sequences whose steering state is still held."""
+        return self._layer().batch.sequences
+
+    def _layer(self) -> SteeringLayer:
+        return self.vllm_config.compilation_config.static_forward_context[STEERING_LAYER]
