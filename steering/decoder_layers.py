@@ -1,15 +1,14 @@
-"""Where a model family's decoder lives, and how it is run layer by layer. An explicit table; no guessing."""
+"""How an LVLM's decoder is run layer by layer, from input embeddings to logits. Where its parts are: `families.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steering.errors import BadArtifact
+from steering.families import ImageInputs, PromptPositions, context_limit, find_family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +25,16 @@ class Decoder:
     context_tokens: int
     """Positions the model was made for."""
 
-    def run(self, layers: range, hidden_BTD: Tensor, positions_BT: Tensor, mask_B1TJ: Tensor, cache: object) -> Tensor:
-        """Pass [B, T, D] through some of the layers; `mask` is True where key J may be seen by query T."""
-        position_embeddings = self.rotary(hidden_BTD, position_ids=positions_BT)
+    def run(self, layers: range, hidden_BTD: Tensor, rotary_BT: Tensor, mask_B1TJ: Tensor, cache: object) -> Tensor:
+        """Pass [B, T, D] through some of the layers; `mask` is True where key J may be seen by query T.
+
+        `rotary` holds the positions as `PromptPositions` has them, [B, T] or [3, B, T].
+        """
+        position_embeddings = self.rotary(hidden_BTD, position_ids=rotary_BT)
         for index in layers:
             hidden_BTD = self.layers[index](
                 hidden_BTD,
                 attention_mask=mask_B1TJ,
-                position_ids=positions_BT,
                 past_key_values=cache,
                 use_cache=True,
                 position_embeddings=position_embeddings,
@@ -45,36 +46,38 @@ class Decoder:
         return self.head(self.norm(hidden_ND)).float()
 
 
-def _llava_decoder(model: Any) -> Decoder:
-    text = model.model.language_model
-    return Decoder(
-        family="llava",
-        layers=text.layers,
-        norm=text.norm,
-        rotary=text.rotary_emb,
-        head=model.lm_head,
-        hidden_size=text.config.hidden_size,
-        context_tokens=text.config.max_position_embeddings,
-    )
-
-
-_DECODERS: dict[str, Callable[[Any], Decoder]] = {"llava": _llava_decoder}
-"""By the checkpoint's `model_type`."""
-
-
 def find_decoder(model: Any) -> Decoder:
     """The decoder of a loaded LVLM. Raises BadArtifact for a family that is not in the table."""
     family = model.config.model_type
-    if family not in _DECODERS:
-        raise BadArtifact(f"model family {family!r} is not supported; known: {sorted(_DECODERS)}", field="model")
-    return _DECODERS[family](model)
+    parts = find_family(family).decoder_parts(model)
+    text = model.config.get_text_config()
+    return Decoder(
+        family=family,
+        **parts._asdict(),
+        hidden_size=text.hidden_size,
+        context_tokens=context_limit(text),
+    )
 
 
-def embed_prompt(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, pixel_values: Tensor | None) -> Tensor:
-    """Input embeddings [B, T, D] with the image features at the image positions, row by row in order."""
+def embed_prompt(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, image_inputs: ImageInputs) -> Tensor:
+    """Input embeddings [B, T, D] with the image features at the image positions, row by row in order.
+
+    `image_inputs` are those of all rows' images, empty where there are none.
+    """
     embeds_BTD = model.get_input_embeddings()(token_ids_BT)
-    if pixel_values is None:
+    if not image_inputs:
         return embeds_BTD
-    features = model.get_image_features(pixel_values=pixel_values.to(embeds_BTD.dtype), return_dict=True).pooler_output
+    inputs = {
+        name: value.to(embeds_BTD.dtype) if value.is_floating_point() else value for name, value in image_inputs.items()
+    }
+    features = model.get_image_features(**inputs, return_dict=True).pooler_output
     features_ND = torch.cat(list(features), dim=0).to(embeds_BTD.dtype)
     return embeds_BTD.masked_scatter(image_mask_BT[..., None], features_ND)
+
+
+def place_prompt(
+    model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, valid_BT: Tensor, image_inputs: ImageInputs
+) -> PromptPositions:
+    """Rotary positions of a batch of prompts, padded on the right; `valid` is False at padding."""
+    family = find_family(model.config.model_type)
+    return family.prompt_positions(model, token_ids_BT, image_mask_BT, valid_BT, image_inputs)

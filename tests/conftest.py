@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_families import save_tiny_llava_next, save_tiny_qwen2_5_vl
 from tests.tiny_models import save_published_llava, save_tiny_artifact, save_tiny_llava
 
 
@@ -31,3 +32,14 @@ def published_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def published_artifact(published_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_artifact(tmp_path_factory.mktemp("published") / "artifact", published_llava)
+
+
+@pytest.fixture(scope="session", params=[save_tiny_llava_next, save_tiny_qwen2_5_vl], ids=["llava_next", "qwen2_5_vl"])
+def tiny_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of each family beside LLaVA."""
+    return request.param(tmp_path_factory.mktemp("tiny_family"))
+
+
+@pytest.fixture(scope="session")
+def tiny_family_artifact(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_artifact(tmp_path_factory.mktemp("tiny_family") / "artifact", tiny_family)

@@ -27,6 +27,7 @@ from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, s
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.decoder_layers import find_decoder
 from steering.engines.canary import pool_prompt
+from steering.families import find_family, tokens_per_image
 from steering.resolution import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 from steering.token_spans import expand_image_tokens
@@ -110,15 +111,16 @@ def save_tiny_artifact(folder: Path, model_folder: Path, *, seed: int = 0, min_t
     auxiliary.text_projection.load_state_dict(auxiliary.vision_projection.state_dict())
     sae = VisionLanguageSAE(shared, concepts, active)
     images = [drawn_image(index) for index in range(4)]
-    prompt = processor.tokenizer("USER: <image>\nscene ASSISTANT:", add_special_tokens=False)["input_ids"]
+    content = [{"type": "image"}, {"type": "text", "text": "scene"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     pooled = []
     for image in images:
-        counts = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1]]).num_image_tokens
-        expanded = expand_image_tokens(prompt, model.config.image_token_id, counts)
-        pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        pooled.append(pool_prompt(model, decoder, expanded, pixels, layers - 2))
+        expanded = expand_image_tokens(prompt, model.config.image_token_id, tokens_per_image(processor, [image]))
+        inputs = find_family(decoder.family).image_inputs(processor.image_processor, [image])
+        pooled.append(pool_prompt(model, decoder, expanded, inputs, layers - 2))
     config = ArtifactConfig(
-        base_model=BaseModelInfo(name="tiny"), family="llava", hidden_size=hidden, num_layers=layers,
+        base_model=BaseModelInfo(name="tiny"), family=decoder.family, hidden_size=hidden, num_layers=layers,
         hook_layer=layers - 2, shared_size=shared, num_concepts=concepts, active_concepts=active,
         min_text_tokens=min_text_tokens, presets=tiny_presets(), canary_synthetic=False,
         alignment={"paired_overlap": 0.5, "shuffled_overlap": 0.2, "recall_at_1": 0.3},

@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from steering.decoder_layers import embed_prompt, find_decoder
+from steering.decoder_layers import embed_prompt, find_decoder, place_prompt
+from steering.families import find_family
 from steering.token_spans import find_spans
 from training.command_line import Settings, parse_settings
 from training.representations import Representations, write_representations
@@ -45,7 +46,7 @@ class CommandLine(CollectionSettings):
     """Collect from a file of pairs."""
 
     model: Path
-    """Checkpoint of a LLaVA."""
+    """Checkpoint of a model of a known family."""
     pairs: Path
     """JSON lines with `image` (a path, relative to the file) and `text`."""
     output: Path
@@ -59,14 +60,14 @@ class Pair:
     image: Image.Image
     """Any size and mode."""
     text: str
-    """Put into PROMPT."""
+    """Put into the prompt."""
     reference: str
     """Says later where the picture is from."""
 
 
 @torch.no_grad()
 def collect(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     processor: Any,
     pairs: Iterable[Pair],
     settings: CollectionSettings,
@@ -96,12 +97,13 @@ def collect(
 
 
 def pool_batch(
-    model: LlavaForConditionalGeneration, processor: Any, batch: Sequence[Pair], layers: Sequence[int]
+    model: Any, processor: Any, batch: Sequence[Pair], layers: Sequence[int]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """(v, t) [B, D] of one batch, by layer."""
+    family = model.config.model_type
     inputs = processor(
         images=[pair.image.convert("RGB") for pair in batch],
-        text=[PROMPT.format(text=pair.text) for pair in batch],
+        text=[fill_prompt(processor, family, pair.text) for pair in batch],
         padding=True,
         padding_side="right",
         return_tensors="pt",
@@ -110,11 +112,21 @@ def pool_batch(
     valid_BT = inputs["attention_mask"].bool()
     image_BT = ids_BT == model.config.image_token_id
     text_BT = _after_image(ids_BT, model.config.image_token_id) & valid_BT
-    hidden_BTD = embed_prompt(model, ids_BT, image_BT, inputs["pixel_values"])
+    image_inputs = {name: inputs[name] for name in find_family(family).image_input_names}
+    hidden_BTD = embed_prompt(model, ids_BT, image_BT, image_inputs)
+    rotary_BT = place_prompt(model, ids_BT, image_BT, valid_BT, image_inputs).rotary_BT
     result = {}
-    for layer, states_BTD in _run_layers(model, hidden_BTD, valid_BT, layers):
+    for layer, states_BTD in _run_layers(model, hidden_BTD, rotary_BT, valid_BT, layers):
         result[layer] = (masked_mean(states_BTD, image_BT), masked_mean(states_BTD, text_BT))
     return result
+
+
+def fill_prompt(processor: Any, family: str, text: str) -> str:
+    """A text in PROMPT; in families other than LLaVA, in the checkpoint's own chat template."""
+    if family == "llava":
+        return PROMPT.format(text=text)
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def masked_mean(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -130,19 +142,18 @@ def _after_image(ids_BT: Tensor, image_token_id: int) -> Tensor:
 
 
 def _run_layers(
-    model: LlavaForConditionalGeneration, hidden_BTD: Tensor, valid_BT: Tensor, layers: Sequence[int]
+    model: Any, hidden_BTD: Tensor, rotary_BT: Tensor, valid_BT: Tensor, layers: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
     """Each wanted layer with its output [B, T, D], in order; nothing after the deepest is computed."""
     decoder = find_decoder(model)
     if not all(0 <= layer < len(decoder.layers) for layer in layers):
         raise ValueError(f"the model has layers 0..{len(decoder.layers) - 1}, not all of {list(layers)}")
     tokens = valid_BT.shape[1]
-    positions_BT = torch.arange(tokens, device=valid_BT.device).expand_as(valid_BT)
     causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=valid_BT.device).tril()
     mask_B1TT = (causal_TT & valid_BT[:, None, :]).unsqueeze(1)
     done = 0
     for layer in sorted(set(layers)):
-        hidden_BTD = decoder.run(range(done, layer + 1), hidden_BTD, positions_BT, mask_B1TT, None)
+        hidden_BTD = decoder.run(range(done, layer + 1), hidden_BTD, rotary_BT, mask_B1TT, None)
         done = layer + 1
         yield layer, hidden_BTD
 
@@ -162,9 +173,9 @@ def read_pairs(file: Path) -> Iterator[Pair]:
                 yield Pair(image=image.convert("RGB"), text=row["text"], reference=row["image"])
 
 
-def manifest(settings: CollectionSettings, model_name: str) -> dict[str, Any]:
-    """What a later reader must know about a collection."""
-    return {"model": model_name, "prompt": PROMPT, "pooling": POOLING, **settings.model_dump(include={"layers"})}
+def manifest(settings: CollectionSettings, model_name: str, prompt: str = PROMPT) -> dict[str, Any]:
+    """What a later reader must know about a collection; `prompt` has `{text}` where the text goes."""
+    return {"model": model_name, "prompt": prompt, "pooling": POOLING, **settings.model_dump(include={"layers"})}
 
 
 def main() -> None:
@@ -172,10 +183,11 @@ def main() -> None:
     settings = parse_settings(
         CommandLine, program="python -m training.collect_representations", description=__doc__ or ""
     )
-    model = LlavaForConditionalGeneration.from_pretrained(settings.model).eval()
+    model = AutoModelForImageTextToText.from_pretrained(settings.model).eval()
     processor = AutoProcessor.from_pretrained(settings.model)
     found = collect(model, processor, read_pairs(settings.pairs), settings)
-    write_representations(settings.output, found, manifest(settings, str(settings.model)))
+    prompt = fill_prompt(processor, model.config.model_type, "{text}")
+    write_representations(settings.output, found, manifest(settings, str(settings.model), prompt))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from steering.artifact import Artifact, load_artifact
 from steering.errors import BadArtifact
+from steering.families import context_limit, find_family
 from steering.hooks import check_fits
 
 
@@ -20,6 +21,8 @@ class Checkpoint:
     path: str
     family: str
     """`model_type` of the checkpoint."""
+    architecture: str | None
+    """Its model class, as its configuration names it."""
     hidden_size: int
     """D of the language model."""
     num_layers: int
@@ -30,6 +33,7 @@ class Checkpoint:
     context_tokens: int
     """Most tokens of prompt and answer together."""
     artifact: Artifact | None
+    artifact_path: str | None
 
 
 def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tokens: int | None) -> Checkpoint:
@@ -39,6 +43,7 @@ def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tok
         config: Any = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise BadArtifact(f"no model could be loaded from {path}: {error}", field="model") from error
+    find_family(config.model_type)
     text = config.get_text_config()
     artifact = None
     if artifact_path is not None:
@@ -47,13 +52,15 @@ def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tok
     return Checkpoint(
         path=path,
         family=config.model_type,
+        architecture=(config.architectures or [None])[0],
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
         processor=processor,
         image_token_id=config.image_token_id,
         end_tokens=_end_tokens(path, text),
-        context_tokens=min(max_context_tokens or text.max_position_embeddings, text.max_position_embeddings),
+        context_tokens=min(max_context_tokens or context_limit(text), context_limit(text)),
         artifact=artifact,
+        artifact_path=None if artifact_path is None else str(artifact_path),
     )
 
 

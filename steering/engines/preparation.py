@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from itertools import pairwise
 
 from PIL.Image import Image
 
@@ -12,6 +13,7 @@ from steering.engines.sampling import Sampler
 from steering.engines.sequence import Emit, RunningRequest, Sequence
 from steering.engines.text_stream import TextStream
 from steering.errors import InvalidSteering
+from steering.families import find_family, tokens_per_image
 from steering.intervention import SequenceSteering
 from steering.resolution import ResolvedSteering, resolve
 from steering.token_spans import expand_image_tokens, find_spans
@@ -51,17 +53,25 @@ def prepare_with_pixels(checkpoint: Checkpoint, request: GenerationRequest, emit
     if request.sampling.response_format is not None:
         raise InvalidSteering("response_format is not supported by this engine", field="response_format")
     running = prepare(checkpoint, request, emit)
+    family = find_family(checkpoint.family)
+    if not family.images_may_touch:
+        _check_gaps(request.prompt_token_ids, checkpoint.image_token_id)
     if request.images:
-        made = checkpoint.processor.image_processor(images=list(request.images), return_tensors="pt")
-        running.pixel_values = made["pixel_values"]
+        running.image_inputs = family.image_inputs(checkpoint.processor.image_processor, list(request.images))
     return running
 
 
 def expand_prompt(checkpoint: Checkpoint, images: Rows[Image], token_ids: Rows[int]) -> list[int]:
     """The prompt with as many image tokens as the checkpoint's processor gives each image."""
-    sizes = [(image.height, image.width) for image in images]
-    counts = checkpoint.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
-    return expand_image_tokens(token_ids, checkpoint.image_token_id, counts)
+    return expand_image_tokens(token_ids, checkpoint.image_token_id, tokens_per_image(checkpoint.processor, images))
+
+
+def _check_gaps(token_ids: Rows[int], image_token_id: int) -> None:
+    if (image_token_id, image_token_id) in pairwise(token_ids):
+        raise InvalidSteering(
+            "two images follow each other with no token between them; the model's chat template puts some there",
+            field="messages",
+        )
 
 
 def _check_length(prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:

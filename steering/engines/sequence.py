@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from steering.engines.base import FinishReason, GenerationEnd, Receipt, SampledToken, TextDelta
 from steering.engines.sampling import Sampler
 from steering.engines.text_stream import TextStream
+from steering.families import ImageInputs
 from steering.intervention import SequenceSteering
 from steering.resolution import Reason, ResolvedSteering
 from steering.token_spans import TokenSpans
@@ -28,6 +27,8 @@ class Sequence:
     steering: SequenceSteering
     tokens: list[int]
     """Prompt (image tokens expanded) and everything generated."""
+    position_shift: int = 0
+    """What is added to the index of a token behind the prompt's last image to get its rotary position."""
     finish_reason: FinishReason | None = None
     completion_tokens: int = 0
     _unsent_tokens: list[int] = field(default_factory=list)
@@ -83,8 +84,8 @@ class RunningRequest:
     """Hook layer."""
     emit: Emit
     sequences: list[Sequence] = field(default_factory=list)
-    pixel_values: Tensor | None = None
-    """[images, 3, height, width] as the checkpoint's image processor made them, where the engine runs the tower."""
+    image_inputs: ImageInputs = field(default_factory=dict)
+    """The images as the model's vision side takes them, where the engine runs it; empty for a prompt without any."""
 
     @property
     def finished(self) -> bool:

@@ -4,6 +4,8 @@ equations (design, section 1). It shares no code with `steering/` but the two au
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -57,19 +59,47 @@ def _with_output(model, layer: int, inputs: dict, replacement: Tensor | None) ->
     return logits, seen["hidden"][0]
 
 
+def _inputs(model, prompt: list[int], generated: list[int], image_inputs: Mapping[str, Tensor]) -> dict:
+    """What a whole forward pass over prompt and generated tokens takes; a generated image token is text.
+
+    With M-RoPE the prompt's positions are the model's own, and every token after it stands one further on each axis.
+    """
+    token_ids = torch.tensor([*prompt, *generated])
+    is_image = token_ids[: len(prompt)] == model.config.image_token_id
+    embeds_TD = model.get_input_embeddings()(token_ids)
+    features = model.get_image_features(**image_inputs, return_dict=True).pooler_output
+    embeds_TD[: len(prompt)][is_image] = torch.cat(list(features))
+    if not hasattr(model.model, "get_rope_index"):
+        return {"inputs_embeds": embeds_TD[None]}
+    prompt_31T, _ = model.model.get_rope_index(
+        torch.tensor([prompt]), is_image[None].int(), image_inputs["image_grid_thw"]
+    )
+    following_T = prompt_31T.max() + 1 + torch.arange(len(generated))
+    positions_31T = torch.cat([prompt_31T, following_T.expand(3, 1, -1)], dim=2)
+    return {"inputs_embeds": embeds_TD[None], "position_ids": positions_31T}
+
+
 @torch.no_grad()
 def next_token_logprobs(
-    model, artifact, settings, prompt: list[int], generated: list[int], pixel_values: Tensor, min_text_tokens: int
+    model,
+    artifact,
+    settings,
+    prompt: list[int],
+    generated: list[int],
+    image_inputs: Tensor | Mapping[str, Tensor],
+    min_text_tokens: int,
 ) -> Tensor:
-    """Logprobs [V] of the token after prompt (image tokens expanded) and generated ones, blended and masked."""
+    """Logprobs [V] of the token after prompt (image tokens expanded) and generated ones, blended and masked.
+
+    `image_inputs` as the checkpoint's processor names them; a tensor alone is `pixel_values`.
+    """
+    if isinstance(image_inputs, Tensor):
+        image_inputs = {"pixel_values": image_inputs}
     layer = artifact.config.hook_layer
     token_ids = torch.tensor([*prompt, *generated])
     is_image = token_ids == model.config.image_token_id
     is_image[len(prompt) :] = False
-    embeds_TD = model.get_input_embeddings()(token_ids)
-    features = model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-    embeds_TD[is_image] = torch.cat(list(features))
-    inputs = {"inputs_embeds": embeds_TD[None]}
+    inputs = _inputs(model, prompt, generated, image_inputs)
     base_TV, hidden_TD = _with_output(model, layer, inputs, None)
     start = int(is_image.nonzero().max()) + 1
     image_D = hidden_TD[is_image].mean(0)

@@ -58,3 +58,9 @@ async def ask(engine, *args, **kwargs) -> Answer:
 async def send(engine, request: GenerationRequest) -> Answer:
     events = [event async for event in engine.generate(request)]
     return Answer(deltas=events[:-1], end=events[-1])
+
+
+def chat_text(processor, images: int, text: str) -> str:
+    """A user's turn, images first, in the checkpoint's own chat template."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
