@@ -20,7 +20,10 @@ HOST = "127.0.0.1"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 REPORT_EVERY_S = 10
-EXPLAINED = ("steering.errors.BadArtifact: ", "service.settings.SettingsError: ")
+EXPLAINED = tuple(
+    f"{family}: "
+    for family in ("steering.errors.BadArtifact", "steering.errors.EngineUnavailable", "service.settings.SettingsError")
+)
 """How a traceback names the errors whose message says it all."""
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks this machine itself, whatever proxy the environment names."""

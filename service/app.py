@@ -61,7 +61,7 @@ def build_application(settings: Settings) -> Application:
     'auto' means is settled here, so that the GPU asked of Ray is the one that the replica uses.
     """
     settings = settings.model_copy(update={"device": settings.resolved_device(), "dtype": settings.resolved_dtype()})
-    gpus = 1 if settings.resolved_device().startswith("cuda") else 0
+    gpus = settings.tensor_parallel_size if settings.resolved_device().startswith("cuda") else 0
     model = Model.options(
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         max_ongoing_requests=settings.max_ongoing_requests,

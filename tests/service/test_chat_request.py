@@ -13,8 +13,9 @@ from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
 from service.schemas import ChatCompletionRequest
 from service.settings import Settings
+from steering.engines.base import ResponseFormat
 from steering.request import SteeringRequest
-from tests.service.examples import body, encoded, image_part, picture, user
+from tests.service.examples import body, encoded, image_part, json_schema, picture, user
 
 SETTINGS = Settings(model="/models/tiny", artifact="/a")
 
@@ -138,6 +139,19 @@ def test_sampling_is_what_was_asked() -> None:
     assert (sampling.stop, sampling.top_logprobs, sampling.logit_bias) == (("a", "b"), 0, {7: -100.0})
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (1.0, -1.0)
     assert sampling_of(parsed(body(logprobs=False))).top_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, ResponseFormat()),
+        (json_schema(schema={"type": "array"}), ResponseFormat(json_schema='{"type":"array"}')),
+    ],
+)
+def test_the_response_format_is_what_was_asked(asked: dict | None, expected: ResponseFormat | None) -> None:
+    assert sampling_of(parsed(body(response_format=asked))).response_format == expected
 
 
 async def test_images_keep_their_places(decoder: ImageDecoder) -> None:

@@ -20,8 +20,9 @@ def test_a_taken_port_is_named() -> None:
     check_port(port)
 
 
-def test_our_own_errors_need_no_traceback() -> None:
-    words = 'Traceback:\n  File "a.py"\nsteering.errors.BadArtifact: /a: it was damaged\n'
+@pytest.mark.parametrize("family", ["steering.errors.BadArtifact", "steering.errors.EngineUnavailable"])
+def test_our_own_errors_need_no_traceback(family: str) -> None:
+    words = f'Traceback:\n  File "a.py"\n{family}: /a: it was damaged\n'
     assert startup_failure(words) == "/a: it was damaged"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -15,9 +16,9 @@ import pytest
 from service.chat_job import ChatJob, Turn
 from service.errors import ApiError
 from service.images import RgbImage
-from service.model_replica import AnswerStart, ModelReplica, max_tokens_for, system_fingerprint
+from service.model_replica import AnswerStart, ModelReplica, build_engine, max_tokens_for, system_fingerprint
 from service.settings import BUNDLED_ARTIFACT, Settings, SettingsError
-from steering.engines.base import GenerationEnd, Sampling, TextDelta
+from steering.engines.base import GenerationEnd, ResponseFormat, Sampling, TextDelta
 from steering.request import RequestedSteering, SteeringRequest
 from tests.tiny_models import drawn_image
 
@@ -83,6 +84,11 @@ async def test_without_max_tokens_the_default_counts(replica: ModelReplica) -> N
         ),
         ({"sampling": Sampling(max_tokens=1, logit_bias={10**6: 1.0})}, "invalid_value", "logit_bias.1000000"),
         (
+            {"sampling": Sampling(max_tokens=1, response_format=ResponseFormat())},
+            "unsupported_value",
+            "response_format",
+        ),
+        (
             {"images": 0, "steering": RequestedSteering(settings=SteeringRequest(enabled=True), explicit=True)},
             "invalid_steering",
             "steering",
@@ -109,6 +115,20 @@ async def test_the_bundled_miniature_is_served_by_default() -> None:
     assert start.system_fingerprint
     assert end.receipt.artifact == config["fingerprint"]
     assert end.receipt.preset == config["default_preset"]
+
+
+def test_vllm_is_built_as_set_and_sends_no_usage_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "0")
+    asked = {
+        "branches": 1, "cpu_threads": 3, "kv_cache_gib": 0.5, "gpu_memory_share": 0.4, "tensor_parallel_size": 2,
+        "compile": True, "max_batch_size": 5,
+    }  # fmt: skip
+    engine = build_engine(Settings(engine="vllm", device="cpu", **asked))
+    assert type(engine).__name__ == "VllmEngine"
+    built = dataclasses.asdict(vars(engine)["_options"])
+    assert {**built, **asked, "device": "cpu", "dtype": "float32"} == built
+    assert [os.environ[name] for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "OMP_NUM_THREADS")] == ["1", "1", "3"]
 
 
 async def test_closing_an_answer_frees_the_engine(replica: ModelReplica) -> None:

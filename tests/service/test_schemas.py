@@ -13,8 +13,8 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsStr
 
 from service.chat import parse_chat
 from service.errors import ApiError
-from service.schemas import ChatCompletionRequest
-from tests.service.examples import body, image_part, user
+from service.schemas import ChatCompletionRequest, SchemaFormat
+from tests.service.examples import body, image_part, json_schema, user
 
 
 def refused(content: Any) -> ApiError:
@@ -70,7 +70,6 @@ def test_a_full_request() -> None:
         ("tools", [], [{"type": "function"}]),
         ("tool_choice", "auto", "required"),
         ("functions", [], [{}]),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
         ("store", False, True),
         ("modalities", ["text"], ["text", "audio"]),
         ("service_tier", "auto", "flex"),
@@ -134,12 +133,40 @@ def test_an_answer_of_ours_can_be_sent_back() -> None:
         ({"steering": {"form": "best"}}, "steering.form"),
         ({"steering": 1}, "steering"),
         ({"model": None}, "model"),
+        ({"response_format": "json"}, "response_format.type"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "text", "json_schema": {}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": json_schema(name="")}, "response_format.json_schema.name"),
+        ({"response_format": json_schema(name="a b")}, "response_format.json_schema.name"),
+        ({"response_format": json_schema(strict="yes")}, "response_format.json_schema.strict"),
+        ({"response_format": json_schema(schemas={})}, "response_format.json_schema.schemas"),
+        ({"response_format": json_schema(schema="{}")}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema(schema={"type": "strng"})}, "response_format.json_schema.schema"),
     ],
 )
 def test_errors_name_the_field(changes: dict, param: str) -> None:
     error = refused({**body(), **changes})
     assert (error.status, error.param) == (400, param)
     assert error.message.startswith(param)
+
+
+def test_a_response_format() -> None:
+    for kind in ("text", "json_object"):
+        asked = parse_chat(json.dumps(body(response_format={"type": kind})).encode()).response_format
+        assert asked is not None
+        assert asked.type == kind
+    full = json_schema(strict=True, description="a place")
+    asked = parse_chat(json.dumps(body(response_format=full)).encode()).response_format
+    assert isinstance(asked, SchemaFormat)
+    assert asked.json_schema.canonical == '{"type":"object"}'
+
+
+def test_a_schema_is_required() -> None:
+    error = refused(body(response_format={"type": "json_schema", "json_schema": {"name": "place"}}))
+    assert (error.code, error.param) == ("missing_field", "response_format.json_schema.schema")
 
 
 @pytest.mark.parametrize("name", ["model", "messages"])

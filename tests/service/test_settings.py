@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import service.settings
 from service.settings import BUNDLED_ARTIFACT, Settings, SettingsError, check_installation, parse_settings
+
+REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def test_flags_win_over_environment_over_defaults() -> None:
@@ -39,6 +45,10 @@ def test_steering_off_loads_no_artifact() -> None:
         (["--max-image-pixels", "-1"], {}, "--max-image-pixels"),
         (["--request-timeout-s", "nan"], {}, "--request-timeout-s.*finite"),
         (["--device", "tpu"], {}, "--device"),
+        (["--branches", "3"], {}, "--branches.*2"),
+        (["--compile", "maybe"], {}, "--compile.*boolean"),
+        (["--kv-cache-gib", "0"], {}, "--kv-cache-gib"),
+        (["--gpu-memory-share", "90"], {}, "--gpu-memory-share.*1"),
         ([], {"VLSAE_MAX_IMAGE": "3"}, "VLSAE_MAX_IMAGE: there is no such setting"),
         ([], {"VLSAE_DEFAULT_STRENGTH": "2"}, "--default-strength"),
     ],
@@ -52,7 +62,14 @@ def test_help_shows_every_setting_with_its_unit(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         parse_settings(["--help"], {})
     shown = " ".join(capsys.readouterr().out.split())
-    units = {"_s": "second", "_bytes": "bytes", "_pixels": "pixels", "_tokens": "okens", "_side": "pixels"}
+    units = {
+        "_s": "second",
+        "_bytes": "bytes",
+        "_pixels": "pixels",
+        "_tokens": "okens",
+        "_side": "pixels",
+        "_gib": "GiB",
+    }
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.description in shown
@@ -66,9 +83,38 @@ def test_a_model_without_an_artifact_needs_steering_off(tiny_llava: Path) -> Non
     check_installation(parse_settings(["--model", str(tiny_llava), "--steering", "off"], {}))
 
 
-def test_vllm_is_refused_by_what_is_missing(tiny_llava: Path) -> None:
-    with pytest.raises(SettingsError, match=r"--engine: vllm needs .*not installed; use --engine huggingface"):
-        check_installation(parse_settings(["--model", str(tiny_llava), "--engine", "vllm"], {}))
+def test_a_missing_vllm_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = parse_settings(["--engine", "vllm"], {})
+    monkeypatch.setattr(service.settings, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"--engine: .*'vl-sae-steering\[vllm\]'.*make serve ENGINE=vllm") as caught:
+        check_installation(settings)
+    extra = str(caught.value).partition("[")[2].partition("]")[0]
+    assert extra in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    check_installation(parse_settings([], {}))
+
+
+@pytest.mark.vllm
+def test_looking_for_vllm_does_not_import_it() -> None:
+    program = (
+        "import sys; from service.settings import *; check_installation(parse_settings(['--engine', 'vllm'], {}));"
+        "print([name for name in ('vllm', 'torch') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_settings_of_vllm() -> None:
+    environment = {"VLSAE_COMPILE": "on", "VLSAE_BRANCHES": "1", "VLSAE_KV_CACHE_GIB": "0.5"}
+    arguments = ["--engine", "vllm", "--gpu-memory-share", "0.5", "--tensor-parallel-size", "2"]
+    settings = parse_settings(arguments, environment)
+    assert (settings.compile, settings.branches, settings.kv_cache_gib) == (True, 1, 0.5)
+    assert (settings.gpu_memory_share, settings.tensor_parallel_size) == (0.5, 2)
+    assert parse_settings(["--compile", "off"], environment).compile is False
+
+
+def test_only_vllm_shares_a_model_among_devices() -> None:
+    with pytest.raises(SettingsError, match="--tensor-parallel-size: only --engine vllm"):
+        check_installation(parse_settings(["--tensor-parallel-size", "2"], {}))
 
 
 @pytest.mark.parametrize("flag", ["--model", "--artifact"])
