@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steering.errors import BadArtifact
 from steering.families import ImageInputs, PromptPositions, context_limit, find_family
 
 
@@ -62,7 +63,8 @@ def find_decoder(model: Any) -> Decoder:
 def embed_prompt(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, image_inputs: ImageInputs) -> Tensor:
     """Input embeddings [B, T, D] with the image features at the image positions, row by row in order.
 
-    `image_inputs` are those of all rows' images, empty where there are none.
+    `image_inputs` are those of all rows' images, empty where there are none. Raises BadArtifact where the model makes
+    more or fewer features than its processor wrote tokens: every later image would stand in another one's place.
     """
     embeds_BTD = model.get_input_embeddings()(token_ids_BT)
     if not image_inputs:
@@ -72,6 +74,13 @@ def embed_prompt(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, image_
     }
     features = model.get_image_features(**inputs, return_dict=True).pooler_output
     features_ND = torch.cat(list(features), dim=0).to(embeds_BTD.dtype)
+    tokens = int(image_mask_BT.sum())
+    if len(features_ND) != tokens:
+        raise BadArtifact(
+            f"the model makes {len(features_ND)} features of images that its processor gives {tokens} tokens; "
+            "the checkpoint's processor and model do not belong together",
+            field="model",
+        )
     return embeds_BTD.masked_scatter(image_mask_BT[..., None], features_ND)
 
 

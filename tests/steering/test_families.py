@@ -41,6 +41,11 @@ def as_the_processor_makes_it(checkpoint, sizes):
     return checkpoint.processor.tokenizer(text, add_special_tokens=False)["input_ids"], images, made
 
 
+def test_every_published_weight_is_loaded(tiny_family):
+    _, report = AutoModelForImageTextToText.from_pretrained(tiny_family, output_loading_info=True)
+    assert report["missing_keys"] == report["unexpected_keys"] == report["mismatched_keys"] == set()
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_prompt_is_expanded_as_the_processor_expands_it(checkpoint, sizes):
     prompt, images, made = as_the_processor_makes_it(checkpoint, sizes)
@@ -135,6 +140,15 @@ def test_an_image_that_the_processor_refuses_is_the_caller_s_error(checkpoint):
     with pytest.raises(InvalidSteering, match="aspect ratio") as caught:
         tokens_per_image(checkpoint.processor, [stripe])
     assert caught.value.field == "messages"
+
+
+def test_a_processor_that_belongs_to_another_model_is_noticed(checkpoint, model):
+    _, images, made = as_the_processor_makes_it(checkpoint, ((64, 40),))
+    family = find_family(checkpoint.family)
+    other = family.image_inputs(checkpoint.processor.image_processor, [*images, drawn_image(1)])
+    image_1T = made["input_ids"] == checkpoint.image_token_id
+    with pytest.raises(BadArtifact, match="do not belong together"), torch.no_grad():
+        embed_prompt(model, made["input_ids"], image_1T, other)
 
 
 def test_an_unknown_family_is_told_the_known_ones():

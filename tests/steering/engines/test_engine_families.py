@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,12 +116,19 @@ async def test_strength_0_in_a_batch_is_plain_transformers_generate(engine, plai
             torch.testing.assert_close(dense(ours), logits[0].log_softmax(-1), atol=1e-5, rtol=0)
 
 
+def ending_at_its_image(engine, settings) -> GenerationRequest:
+    request = family_request(engine, SIZES[1], steering=settings)
+    behind = request.prompt_token_ids[::-1].index(engine.processor.image_token_id)
+    return replace(request, request_id=f"cut {settings}", prompt_token_ids=request.prompt_token_ids[:-behind])
+
+
 async def test_steered_requests_of_all_kinds_in_one_batch_follow_the_equations(engine, plain, tiny_family_artifact):
     """All forms, modes and branch counts with one to three images; more than a batch of prompts holds."""
     requests = [
-        family_request(engine, sizes, "x" * (5 * index), settings)
+        family_request(engine, sizes, "x" * (5 * index), settings, max_tokens=4 + index % 3)
         for index, (settings, sizes) in enumerate(zip(SETTINGS, itertools.cycle(SIZES), strict=False))
     ]
+    requests += [ending_at_its_image(engine, settings) for settings in (SETTINGS[0], SETTINGS[3])]
     text_only = family_request(engine, (), "hello")
     answers = await asyncio.gather(*(send(engine, request) for request in [text_only, *requests]))
     artifact = load_artifact(tiny_family_artifact)
@@ -165,6 +173,30 @@ async def test_the_library_alone_steers_as_the_engine_does(engine, plain, tiny_f
     assert torch.equal(before_logits, after_logits)
 
 
+def test_the_library_alone_steers_each_row_of_a_padded_batch(plain, tiny_family_artifact):
+    """Rows of different images, padded on the left as `generate` wants it."""
+    model, processor = plain
+    questions, images = ["what?", "what is this, and where?"], [[one] for one in drawn(((24, 20), (100, 31)))]
+    texts = [chat_text(processor, 1, question) for question in questions]
+
+    def first_logits(rows):
+        inputs = processor(
+            text=[texts[row] for row in rows], images=[images[row] for row in rows], padding=True, padding_side="left",
+            return_tensors="pt",
+        )  # fmt: skip
+        with steer(model, load_artifact(tiny_family_artifact), SteeringRequest(strength=1.0)) as steering:
+            made = model.generate(
+                **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        return torch.stack(made.logits, dim=1), [row.positions for row in steering.rows]
+
+    together, positions = first_logits([0, 1])
+    for row in (0, 1):
+        alone, alone_positions = first_logits([row])
+        torch.testing.assert_close(together[row, 0], alone[0, 0], atol=1e-4, rtol=0)
+        assert positions[row] == alone_positions[0]
+
+
 async def test_images_and_their_shapes_reach_the_answer(engine):
     """A picture, its mirror image, and its tokens in another order of the same number."""
     picture = drawn_image(1, (90, 60))
@@ -172,7 +204,7 @@ async def test_images_and_their_shapes_reach_the_answer(engine):
     first = []
     for image in pictures:
         request = family_request(engine, ((90, 60),), max_tokens=1)
-        answer = await send(engine, GenerationRequest(**{**vars(request), "images": (image,)}))
+        answer = await send(engine, replace(request, images=(image,)))
         first.append(dense(answer.logprobs()[0]))
     for one, other in itertools.combinations(first, 2):
         assert (one - other).abs().max() > 1e-2
@@ -183,7 +215,7 @@ async def test_images_that_touch(engine):
     request = family_request(engine, SIZES[2], steering={"strength": 1.0})
     image_token = engine.processor.image_token_id
     others = [token for token in request.prompt_token_ids if token != image_token]
-    touching = GenerationRequest(**{**vars(request), "prompt_token_ids": (image_token, image_token, *others)})
+    touching = replace(request, prompt_token_ids=(image_token, image_token, *others))
     if engine.capabilities().model_family == "qwen2_5_vl":
         with pytest.raises(InvalidSteering, match="no token between them"):
             await send(engine, touching)
