@@ -1,7 +1,9 @@
-"""Fixtures of the service's tests: tiny real tokenizers, and one real server for all tests marked `service`."""
+"""Fixtures of the service's tests: tiny real tokenizers; one real server per engine for all tests marked `service`."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 from transformers import AutoProcessor
 
 from service.settings import BUNDLED_MODEL
-from tests.service.running_server import RunningServer, start_server
+from tests.service.running_server import ENGINES, RunningServer, start_server
 from tests.tiny_models import save_tiny_artifact
 
 FOREIGN_RAY = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_TOKEN_PATH": "/nowhere"}
@@ -33,14 +35,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def server(checkpoint: tuple[Path, Path]) -> Iterator[RunningServer]:
-    """The one real server. Its end is a test too: Ctrl-C leaves no process and no folder."""
+def published(published_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint in a published layout, and its artifact. Its one head of 32 is the smallest vLLM takes on a CPU."""
+    folder = tmp_path_factory.mktemp("published_service")
+    model = Path(shutil.copytree(published_llava, folder / published_llava.name))
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"] |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
+    (model / "config.json").write_text(json.dumps(config))
+    return model, save_tiny_artifact(folder / "artifact", model)
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def server(request: pytest.FixtureRequest, checkpoint: tuple[Path, Path]) -> Iterator[RunningServer]:
+    """The one real server per engine, one at a time. Its end is a test too: Ctrl-C leaves no process and no folder."""
     model, artifact = checkpoint
     with tempfile.TemporaryDirectory(prefix="srv") as home:
         limits = ("--max-ongoing-requests", str(MAX_ONGOING), "--max-queued-requests", str(MAX_QUEUED))
-        running = start_server(
-            "--model", str(model), "--artifact", str(artifact), *limits, home=Path(home), environment=FOREIGN_RAY
-        )
+        paths = ("--model", str(model), "--artifact", str(artifact))
+        running = start_server(*paths, *limits, engine=request.param, home=Path(home), environment=FOREIGN_RAY)
         try:
             yield running
             family = running.family()

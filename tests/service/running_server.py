@@ -12,19 +12,25 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
 
 from service.local_ray import descendants
 
 REPOSITORY = Path(__file__).parent.parent.parent
 START_TIMEOUT_S = 240
+"""vLLM included: four processes import it, one after the other."""
 STOP_TIMEOUT_S = 40
+
+ENGINES = ["huggingface", pytest.param("vllm", marks=pytest.mark.vllm)]
+any_engine_will_do = pytest.mark.parametrize("server", ["huggingface"], indirect=True)
+"""For tests of what no engine changes."""
 
 
 class RunningServer:
     """A server process in the foreground of nobody."""
 
-    def __init__(self, process: subprocess.Popen, port: int, name: str, log: Path) -> None:
-        self.process, self.port, self.name, self._log = process, port, name, log
+    def __init__(self, process: subprocess.Popen, port: int, name: str, engine: str, log: Path) -> None:
+        self.process, self.port, self.name, self.engine, self._log = process, port, name, engine, log
         self.url = f"http://127.0.0.1:{port}"
 
     def log(self) -> str:
@@ -94,19 +100,21 @@ def run_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "service", *arguments]
 
 
-def start_server(*arguments: str, home: Path, environment: dict[str, str] | None = None) -> RunningServer:
+def start_server(
+    *arguments: str, engine: str = "huggingface", home: Path, environment: dict[str, str] | None = None
+) -> RunningServer:
     """Start one and wait until it says that it is ready. Its temporary files lie in `home`."""
     port, log = free_port(), home / "log.txt"
     name = Path(arguments[arguments.index("--model") + 1]).name
     with log.open("w") as sink:
         process = subprocess.Popen(
-            run_command("--port", str(port), *arguments),
+            run_command("--port", str(port), "--engine", engine, *arguments),
             cwd=REPOSITORY,
             stdout=sink,
             stderr=subprocess.STDOUT,
             env={**os.environ, "TMPDIR": str(home), **(environment or {})},
         )
-    server = RunningServer(process, port, name, log)
+    server = RunningServer(process, port, name, engine, log)
     deadline = time.monotonic() + START_TIMEOUT_S
     while "curl " not in server.log():
         assert process.poll() is None, server.log()

@@ -8,12 +8,14 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.service.examples import body, data_url, encoded, image_part, picture, user
+from tests.service.examples import body, data_url, encoded, image_part, json_schema, picture, user
 from tests.service.running_server import RunningServer
 from tests.service.test_images import bare_png
+from tests.service.test_json_schema import nested
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 CHAT = "/v1/chat/completions"
+SCHEMA = "response_format.json_schema"
 URL = "messages[0].content[0].image_url.url"
 
 
@@ -70,7 +72,10 @@ BAD_BODIES = {
     "unknown preset": ({"steering": {"preset": "none"}}, 400, "steering.preset"),
     "wrong type": ({"max_tokens": "2"}, 400, "max_tokens"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
-    "json mode": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "no such format": ({"response_format": {"type": "xml"}}, 400, "response_format.type"),
+    "no schema": ({"response_format": json_schema(schema={"type": "strng"})}, 400, f"{SCHEMA}.schema"),
+    "deep schema": ({"response_format": json_schema(schema=nested(40))}, 400, f"{SCHEMA}.schema"),
+    "remote schema": ({"response_format": json_schema(schema={"$ref": "http://a/"})}, 400, f"{SCHEMA}.schema"),
     "strength -1": ({"steering": {"strength": -1}}, 400, "steering.strength"),
     "strength 7": ({"steering": {"strength": 7}}, 400, "steering.strength"),
     "concepts": ({"steering": {"concepts": {"1": {"factor": 0}}}}, 400, "steering.concepts"),

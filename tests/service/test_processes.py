@@ -18,7 +18,7 @@ import pytest
 from transformers import AutoProcessor
 
 from tests.service.examples import body, encoded, image_part, user
-from tests.service.running_server import REPOSITORY, RunningServer, run_command
+from tests.service.running_server import REPOSITORY, RunningServer, any_engine_will_do, run_command
 from tests.tiny_models import drawn_image
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
@@ -101,6 +101,7 @@ def test_a_full_queue_is_503_and_everything_else_is_answered(server: RunningServ
     server.wait_until_idle()
 
 
+@any_engine_will_do
 def test_a_taken_port_is_named_before_anything_starts(server: RunningServer) -> None:
     command = run_command("--port", str(server.port))
     failed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
@@ -153,6 +154,7 @@ def token_of(server: RunningServer) -> str:
     return next(entry.partition("=")[2] for entry in environment if entry.startswith("RAY_AUTH_TOKEN="))
 
 
+@any_engine_will_do
 def test_only_who_has_the_token_can_use_ray(server: RunningServer, tmp_path: Path) -> None:
     tokens = {"tokenless": None, "wrong": "0" * 64, "right": token_of(server)}
     attempts = {name: join_ray(server, tmp_path, token) for name, token in tokens.items()}
@@ -164,6 +166,7 @@ def test_only_who_has_the_token_can_use_ray(server: RunningServer, tmp_path: Pat
     assert shown["right"][0] == "ran 42\n", shown["right"][1]
 
 
+@any_engine_will_do
 def test_a_killed_image_decoder_is_replaced(server: RunningServer) -> None:
     ask = body(user(image_part(), "what ?"), model=server.name, max_tokens=1)
     assert httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=30).status_code == 200

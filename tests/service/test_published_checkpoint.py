@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from tests.service.examples import encoded, image_part, user
-from tests.service.running_server import start_server
+from tests.service.running_server import ENGINES, start_server
 from tests.tiny_models import drawn_image
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 
 
-def test_it_is_served_and_steered(published_llava: Path, published_artifact: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_is_served_and_steered(engine: str, published: tuple[Path, Path]) -> None:
+    model, artifact = published
     with tempfile.TemporaryDirectory(prefix="srv") as home:
-        paths = ("--model", str(published_llava), "--artifact", str(published_artifact))
-        server = start_server(*paths, home=Path(home))
+        paths = ("--model", str(model), "--artifact", str(artifact))
+        server = start_server(*paths, engine=engine, home=Path(home))
         try:
             question = user(image_part(encoded(drawn_image(1, (640, 480)))), "What is in the image?")
             common = {"messages": [question], "temperature": 0, "max_tokens": 4, "logprobs": True}

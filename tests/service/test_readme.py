@@ -6,11 +6,12 @@ import re
 
 import pytest
 
-from tests.service.running_server import REPOSITORY, RunningServer
+from tests.service.running_server import REPOSITORY, RunningServer, any_engine_will_do
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 
 
+@any_engine_will_do
 def test_the_client_example_runs(server: RunningServer, monkeypatch, capsys) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     example = next(block for block in blocks if "OpenAI(" in block)
