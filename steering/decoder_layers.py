@@ -84,9 +84,7 @@ def embed_prompt(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, image_
     return embeds_BTD.masked_scatter(image_mask_BT[..., None], features_ND)
 
 
-def place_prompt(
-    model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, valid_BT: Tensor, image_inputs: ImageInputs
-) -> PromptPositions:
-    """Rotary positions of a batch of prompts, padded on the right; `valid` is False at padding."""
+def place_prompt(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, image_inputs: ImageInputs) -> PromptPositions:
+    """Rotary positions of a batch of prompts, padded on the right."""
     family = find_family(model.config.model_type)
-    return family.prompt_positions(model, token_ids_BT, image_mask_BT, valid_BT, image_inputs)
+    return family.prompt_positions(model, token_ids_BT, image_mask_BT, image_inputs)

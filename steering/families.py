@@ -50,8 +50,8 @@ class Family:
     decoder_parts: Callable[[Any], DecoderParts]
     image_inputs: Callable[[Any, list[Image]], dict[str, Tensor]]
     """From the checkpoint's image processor and RGB images to `ImageInputs`."""
-    prompt_positions: Callable[[Any, Tensor, Tensor, Tensor, ImageInputs], PromptPositions]
-    """From model, token ids [B, T], image mask [B, T], mask of what is no padding [B, T] and the batch's images."""
+    prompt_positions: Callable[[Any, Tensor, Tensor, ImageInputs], PromptPositions]
+    """From model, token ids [B, T], image mask [B, T] and the batch's images; padding on the right changes nothing."""
 
 
 def _language_model_parts(model: Any) -> DecoderParts:
@@ -73,23 +73,16 @@ def _inputs_tile_by_tile(image_processor: Any, images: list[Image]) -> dict[str,
     }
 
 
-def _counted_positions(
-    _model: Any, ids_BT: Tensor, _image_BT: Tensor, _valid_BT: Tensor, _inputs: ImageInputs
-) -> PromptPositions:
+def _counted_positions(_model: Any, ids_BT: Tensor, _image_BT: Tensor, _inputs: ImageInputs) -> PromptPositions:
     rows, tokens = ids_BT.shape
     indices_T = torch.arange(tokens, device=ids_BT.device)
     return PromptPositions(rotary_BT=indices_T.expand(rows, -1), shift_B=ids_BT.new_zeros(rows))
 
 
-def _positions_in_image_grids(
-    model: Any, ids_BT: Tensor, image_BT: Tensor, valid_BT: Tensor, inputs: ImageInputs
-) -> PromptPositions:
+def _positions_in_image_grids(model: Any, ids_BT: Tensor, image_BT: Tensor, inputs: ImageInputs) -> PromptPositions:
     """M-RoPE: an image's tokens count along its rows and columns, and text goes on behind the longer side."""
     positions_3BT, shift_B1 = model.model.get_rope_index(
-        ids_BT,
-        mm_token_type_ids=image_BT.int(),
-        image_grid_thw=inputs.get("image_grid_thw"),
-        attention_mask=valid_BT,
+        ids_BT, mm_token_type_ids=image_BT.int(), image_grid_thw=inputs.get("image_grid_thw")
     )
     return PromptPositions(rotary_BT=positions_3BT, shift_B=shift_B1[:, 0])
 

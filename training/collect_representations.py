@@ -114,7 +114,7 @@ def pool_batch(
     text_BT = _after_image(ids_BT, model.config.image_token_id) & valid_BT
     image_inputs = {name: inputs[name] for name in find_family(family).image_input_names}
     hidden_BTD = embed_prompt(model, ids_BT, image_BT, image_inputs)
-    rotary_BT = place_prompt(model, ids_BT, image_BT, valid_BT, image_inputs).rotary_BT
+    rotary_BT = place_prompt(model, ids_BT, image_BT, image_inputs).rotary_BT
     result = {}
     for layer, states_BTD in _run_layers(model, hidden_BTD, rotary_BT, valid_BT, layers):
         result[layer] = (masked_mean(states_BTD, image_BT), masked_mean(states_BTD, text_BT))

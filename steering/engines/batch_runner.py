@@ -91,12 +91,10 @@ class BatchRunner:
 
     def _place_prompts(self, new: Rows[Sequence], tokens_BT: Tensor, image_BT: Tensor, inputs: ImageInputs) -> Places:
         """Places of prompts padded on the right; each sequence keeps what the tokens behind its prompt will need."""
-        indices_T = torch.arange(tokens_BT.shape[1], device=self.device)
-        lengths_B = torch.tensor([len(sequence.tokens) for sequence in new], device=self.device)
-        valid_BT = indices_T < lengths_B[:, None]
-        rotary_BT, shift_B = place_prompt(self.model, tokens_BT, image_BT, valid_BT, inputs)
+        rotary_BT, shift_B = place_prompt(self.model, tokens_BT, image_BT, inputs)
         for sequence, shift in zip(new, shift_B.tolist(), strict=True):
             sequence.position_shift = shift
+        indices_T = torch.arange(tokens_BT.shape[1], device=self.device)
         return Places(index_BT=indices_T.expand(len(new), -1), rotary_BT=rotary_BT)
 
     def _place_text(self, sequences: Rows[Sequence], index_BT: Tensor) -> Places:

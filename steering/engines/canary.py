@@ -26,7 +26,7 @@ def pool_prompt(
     image_1T = tokens_1T == image_token
     inputs = {name: value.to(device) for name, value in image_inputs.items()}
     embeds_1TD = embed_prompt(model, tokens_1T, image_1T, inputs)
-    rotary_1T = place_prompt(model, tokens_1T, image_1T, torch.ones_like(image_1T), inputs).rotary_BT
+    rotary_1T = place_prompt(model, tokens_1T, image_1T, inputs).rotary_BT
     indices_T = torch.arange(len(token_ids), device=device)
     mask_11TT = (indices_T[:, None] >= indices_T)[None, None]
     hidden_1TD = decoder.run(range(hook_layer + 1), embeds_1TD, rotary_1T, mask_11TT, None).float()

@@ -42,7 +42,8 @@ def as_the_processor_makes_it(checkpoint, sizes):
 
 
 def test_every_published_weight_is_loaded(tiny_family):
-    _, report = AutoModelForImageTextToText.from_pretrained(tiny_family, output_loading_info=True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(tiny_family, output_loading_info=True)
+    report = loaded[1]
     assert report["missing_keys"] == report["unexpected_keys"] == report["mismatched_keys"] == set()
 
 
@@ -80,18 +81,17 @@ def test_prompts_of_a_batch_are_embedded_and_placed_as_each_alone(checkpoint, mo
     rows = [as_the_processor_makes_it(checkpoint, one) for one in (sizes, (), ((90, 29),))]
     ids = [made["input_ids"][0] for _, _, made in rows]
     ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    valid_BT = torch.arange(ids_BT.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-    image_BT = (ids_BT == checkpoint.image_token_id) & valid_BT
+    image_BT = ids_BT == checkpoint.image_token_id
     inputs = join_image_inputs(
         [family.image_inputs(checkpoint.processor.image_processor, images) if images else {} for _, images, _ in rows]
     )
     with torch.no_grad():
         embeds_BTD = embed_prompt(model, ids_BT, image_BT, inputs)
-    rotary, shift_B = place_prompt(model, ids_BT, image_BT, valid_BT, inputs)
+    rotary, shift_B = place_prompt(model, ids_BT, image_BT, inputs)
     for row, (_, _, made) in enumerate(rows):
         expected_TD, expected_positions, expected_next = first_layer_input(model, made)
         length = len(ids[row])
-        torch.testing.assert_close(embeds_BTD[row, :length], expected_TD, atol=1e-5, rtol=0)
+        torch.testing.assert_close(embeds_BTD[row, :length], expected_TD, atol=1e-4, rtol=0)
         assert torch.equal(rotary[..., row, :length], expected_positions)
         assert int(shift_B[row]) + length == expected_next
 
@@ -123,7 +123,7 @@ def test_only_multimodal_positions_shift(checkpoint, model):
     ids_1T = made["input_ids"]
     image_1T = ids_1T == checkpoint.image_token_id
     inputs = find_family(checkpoint.family).image_inputs(checkpoint.processor.image_processor, images)
-    placed = place_prompt(model, ids_1T, image_1T, torch.ones_like(image_1T), inputs)
+    placed = place_prompt(model, ids_1T, image_1T, inputs)
     if checkpoint.family == "qwen2_5_vl":
         assert placed.rotary_BT.shape == (3, *ids_1T.shape)
         assert int(placed.shift_B[0]) < 0

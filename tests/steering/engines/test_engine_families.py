@@ -95,25 +95,27 @@ def assert_matches_reference(plain, artifact, request, answer):
         generated.append(token)
 
 
-async def test_strength_0_in_a_batch_is_plain_transformers_generate(engine, plain):
-    """Images of all shapes, several, and none, side by side."""
+async def test_strength_0_alone_and_in_a_batch_is_plain_transformers_generate(engine, plain):
+    """Images of all shapes, several, and none; side by side float32 sums in another order."""
     requests = [
         family_request(engine, sizes, "x" * 3 * index, {"strength": 0.0} if sizes else None, max_tokens=12)
         for index, sizes in enumerate([*SIZES, ()])
     ]
-    answers = await asyncio.gather(*(send(engine, request) for request in requests))
+    together = await asyncio.gather(*(send(engine, request) for request in requests))
     model, processor = plain
-    for request, answer in zip(requests, answers, strict=True):
+    for request, beside_others in zip(requests, together, strict=True):
+        alone = await send(engine, request)
         inputs = processed(processor, request)
         made = model.generate(
             **inputs, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
         new_tokens = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        assert answer.end.prompt_tokens == inputs["input_ids"].shape[1]
-        assert answer.tokens() == new_tokens[: len(answer.tokens())]
-        assert len(answer.logprobs()) >= 3
-        for ours, logits in zip(answer.logprobs(), made.logits, strict=False):
-            torch.testing.assert_close(dense(ours), logits[0].log_softmax(-1), atol=1e-5, rtol=0)
+        for answer, tolerance in ((alone, 1e-5), (beside_others, 1e-4)):
+            assert answer.end.prompt_tokens == inputs["input_ids"].shape[1]
+            assert answer.tokens() == new_tokens[: len(answer.tokens())]
+            assert len(answer.logprobs()) >= 3
+            for ours, logits in zip(answer.logprobs(), made.logits, strict=False):
+                torch.testing.assert_close(dense(ours), logits[0].log_softmax(-1), atol=tolerance, rtol=0)
 
 
 def ending_at_its_image(engine, settings) -> GenerationRequest:
