@@ -39,11 +39,11 @@ class Checkpoint:
 def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tokens: int | None) -> Checkpoint:
     """Read everything but the weights. Raises BadArtifact naming what is wrong."""
     try:
-        processor = AutoProcessor.from_pretrained(path)
         config: Any = AutoConfig.from_pretrained(path)
+        find_family(config.model_type)
+        processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise BadArtifact(f"no model could be loaded from {path}: {error}", field="model") from error
-    find_family(config.model_type)
     text = config.get_text_config()
     artifact = None
     if artifact_path is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -151,10 +152,16 @@ def test_a_processor_that_belongs_to_another_model_is_noticed(checkpoint, model)
         embed_prompt(model, made["input_ids"], image_1T, other)
 
 
-def test_an_unknown_family_is_told_the_known_ones():
-    with pytest.raises(BadArtifact, match=r"'paligemma'.*llava.*llava_next.*qwen2_5_vl") as caught:
-        find_family("paligemma")
+def test_an_unknown_family_is_told_the_known_ones(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vipllava"}))
+    with pytest.raises(BadArtifact, match=r"'vipllava'.*llava.*llava_next.*qwen2_5_vl") as caught:
+        read_checkpoint(str(tmp_path), None, None)
     assert caught.value.field == "model"
+
+
+def test_an_answer_ends_where_the_family_ends_it(checkpoint):
+    ends = {"llava_next": {"</s>"}, "qwen2_5_vl": {"<|im_end|>", "<|endoftext|>"}}[checkpoint.family]
+    assert set(checkpoint.processor.tokenizer.convert_ids_to_tokens(sorted(checkpoint.end_tokens))) == ends
 
 
 def test_a_context_is_no_longer_than_a_sliding_window(model):
