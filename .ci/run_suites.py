@@ -15,7 +15,7 @@ BUDGETS_S = {
     "tests/steering": 180,
     "tests/steering/vllm": 420,
     "tests/training": 240,
-    "tests/service": 420,
+    "tests/service": 600,
     "tests/test_repository.py": 30,
     "tests/test_deploy.py": 30,
 }

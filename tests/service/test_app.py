@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 from pydantic import ValidationError
 from ray.serve import Application
@@ -19,7 +21,7 @@ def test_a_cluster_s_args_are_settings() -> None:
 @pytest.mark.parametrize(("args", "gpus"), [({"device": "cuda", "tensor_parallel_size": 2}, 2), ({"device": "cpu"}, 0)])
 def test_a_model_gets_the_gpus_it_computes_with(args: dict, gpus: int) -> None:
     application = build_application(Settings(engine="vllm", **args))
-    [model] = application._bound_deployment.init_args[1:]
+    _settings, model = cast(tuple[Any, Any], application._bound_deployment.init_args)
     assert model._bound_deployment.ray_actor_options["num_gpus"] == gpus
 
 
