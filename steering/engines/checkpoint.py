@@ -26,6 +26,8 @@ class Checkpoint:
     hidden_size: int
     """D of the language model."""
     num_layers: int
+    head_size: int
+    """Width of one attention head of the language model."""
     processor: Any
     """The checkpoint's processor: its tokenizer, image processor and chat template."""
     image_token_id: int
@@ -55,6 +57,7 @@ def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tok
         architecture=(config.architectures or [None])[0],
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
+        head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         processor=processor,
         image_token_id=config.image_token_id,
         end_tokens=_end_tokens(path, text),

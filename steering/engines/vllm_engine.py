@@ -216,7 +216,7 @@ class VllmEngine:
                     (told,) = (await asyncio.shield(vllm.collective_rpc("finish_steering", args=([sequence_id],))))[0]
                     _take_over(sequence, told)
         except Exception as error:
-            raise _as_steering_error(error) from error
+            raise _as_steering_error(error, request) from error
 
     async def _generate(
         self, vllm: AsyncLLM, request: GenerationRequest, sequence: Sequence, name: str, wire: WireSteering | None
@@ -243,6 +243,8 @@ class VllmEngine:
                     sequence.append(token, wanted, self._checkpoint.end_tokens)
                     if sequence.finish_reason:
                         return
+        if request.sampling.response_format is not None and not sequence.completion_tokens:
+            raise _bad_format("it cannot be made into a grammar")
         raise EngineUnavailable("vLLM ended the answer early; try again")
 
 
@@ -270,8 +272,17 @@ def _take_over(sequence: Sequence, told: dict[str, Any] | None) -> None:
     state.visited, state.visited_text = told["visited"], told["visited_text"]
 
 
-def _as_steering_error(error: Exception) -> Exception:
+def _as_steering_error(error: Exception, request: GenerationRequest) -> Exception:
+    from vllm.exceptions import VLLMValidationError
+
     if isinstance(error, (InvalidSteering, EngineUnavailable)):
         return error
+    if isinstance(error, VLLMValidationError) and request.sampling.response_format is not None:
+        return _bad_format(str(error))
     log.error("vLLM failed on a request", exc_info=error)
     return EngineUnavailable(f"the engine failed on this request ({type(error).__name__}); try again")
+
+
+def _bad_format(why: str) -> InvalidSteering:
+    field = "response_format.json_schema.schema"
+    return InvalidSteering(f"{field}: vLLM cannot follow this schema: {why}", field=field)

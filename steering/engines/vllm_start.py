@@ -61,6 +61,7 @@ def start_vllm(checkpoint: Checkpoint, options: EngineOptions, progress: Progres
     """Raises EngineUnavailable (no vLLM, refused settings, failed start) and BadArtifact (unknown architecture)."""
     check_version()
     _set_environment(options)
+    _check_device(checkpoint, options)
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -105,6 +106,30 @@ def _set_environment(options: EngineOptions) -> None:
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(options.cpu_threads)}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+    if options.device == "cpu":
+        os.environ["TORCHDYNAMO_DISABLE"] = "0" if options.compile else "1"
+
+
+def _check_device(checkpoint: Checkpoint, options: EngineOptions) -> None:
+    """What would end as a crash of vLLM's worker without a cause."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() != (options.device == "cpu"):
+        built_for = "a CPU (vllm-cpu)" if current_platform.is_cpu() else "a GPU (vllm)"
+        raise EngineUnavailable(
+            f"device {options.device!r}: the installed vLLM is the build for {built_for}; {INSTALL}", field="device"
+        )
+    if options.device != "cpu":
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if checkpoint.head_size not in sizes:
+        raise BadArtifact(
+            f"vLLM's attention on a CPU knows heads of {sizes}, this model's have {checkpoint.head_size}; "
+            "use the huggingface engine",
+            field="model",
+        )
 
 
 def _arguments(checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Any]:
@@ -117,6 +142,7 @@ def _arguments(checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Any]
         "enforce_eager": options.device == "cpu" and not options.compile,
         "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
         "max_logprobs": -1,
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "seed": 0,
     }
     if options.device == "cpu":

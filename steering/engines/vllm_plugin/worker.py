@@ -11,6 +11,7 @@ class SteeringWorker:
     """Called over vLLM's `collective_rpc`, between two steps."""
 
     vllm_config: Any
+    model_runner: Any
 
     def finish_steering(self, sequence_ids: list[str]) -> list[dict[str, Any] | None]:
         """Per sequence: positions, shift_sum, visited, visited_text, probe. It is forgotten thereby."""
@@ -23,6 +24,10 @@ class SteeringWorker:
     def count_steered_sequences(self) -> int:
         """Sequences whose steering state is still held."""
         return self._layer().batch.sequences
+
+    def model_runner_name(self) -> str:
+        """Module of the model runner: vLLM has two, and which one runs is its choice."""
+        return type(self.model_runner).__module__
 
     def _layer(self) -> SteeringLayer:
         return self.vllm_config.compilation_config.static_forward_context[STEERING_LAYER]

