@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,8 +109,9 @@ class ModelReplica:
         try:
             request = await asyncio.to_thread(self.prepare, job)
             yield AnswerStart(system_fingerprint=self._fingerprint)
-            async for event in self._engine.generate(request):
-                yield event
+            async with aclosing(self._engine.generate(request)) as events:
+                async for event in events:
+                    yield event
         except SteeringError as error:
             yield from_steering_error(error)
         except ApiError as error:

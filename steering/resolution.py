@@ -21,6 +21,7 @@ Reason = Literal[
     "delta_0",
     "no_text_position",
     "hook_detached",
+    "unsupported",
 ]
 
 

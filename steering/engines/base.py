@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -132,10 +132,11 @@ class Receipt:
     positions: list[int]
     """By choice: positions to which a delta was added (in 'exact', the span's length at the last step).
 
-    Counted where it happened: positions that came steered out of a prefix cache are not counted again.
+    Counted where it happens, with those that came steered out of a prefix cache; an engine that computes ahead may
+    count a position or two behind a stop string.
     """
     relative_shift: list[float]
-    """By choice: mean of |delta| / |hidden state| over the steered positions; 0 where there are none."""
+    """By choice: mean of |delta| / |hidden state| over the positions steered for it; 0 where there are none."""
     arm: str | None
 
 
@@ -191,7 +192,7 @@ class Engine(Protocol):
         """Load, verify the artifact's canary, and begin to serve. Raises BadArtifact, EngineUnavailable."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TextDelta | GenerationEnd]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | GenerationEnd, None]:
         """Deltas of all choices as they come, then one GenerationEnd. Raises InvalidSteering before the first.
 
         Closing the iterator cancels the request within a step.

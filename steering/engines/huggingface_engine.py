@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Rows
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -145,7 +145,7 @@ class HuggingFaceEngine:
         """Length of a prompt with its image tokens expanded."""
         return len(expand_prompt(self._checkpoint, images, token_ids))
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TextDelta | GenerationEnd]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | GenerationEnd, None]:
         """See `Engine`. Closing the iterator cancels the request."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception] = asyncio.Queue()

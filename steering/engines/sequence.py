@@ -53,6 +53,10 @@ class Sequence:
         elif text:
             self._send(text)
 
+    def end_here(self) -> None:
+        """End the choice after the tokens it has: the engine's own condition (a grammar) is met."""
+        self._finish("stop", self.text.finish())
+
     def _finish(self, reason: FinishReason, text: str) -> None:
         self.finish_reason = reason
         self._send(text)

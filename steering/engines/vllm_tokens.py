@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 
-def sampling_params(sampling: Sampling, choice: int, wire: WireSteering | None) -> SamplingParams:
+def sampling_params(
+    sampling: Sampling, choice: int, wire: WireSteering | None, end_tokens: frozenset[int]
+) -> SamplingParams:
     """One choice is one request of vLLM's. Text and stop strings are ours (`text_stream.py`), on every engine alike."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -29,6 +31,8 @@ def sampling_params(sampling: Sampling, choice: int, wire: WireSteering | None) 
         logit_bias=dict(sampling.logit_bias) or None,
         logprobs=sampling.top_logprobs,
         structured_outputs=_structured_outputs(sampling),
+        ignore_eos=sampling.response_format is None,
+        stop_token_ids=sorted(end_tokens),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args=wire.extra_args() if wire is not None else None,

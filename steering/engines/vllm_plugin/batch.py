@@ -6,6 +6,8 @@ their parameters, so that one which leaves the batch and comes back (preempted, 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
@@ -15,8 +17,9 @@ from torch import Tensor
 from steering.engines.vllm_plugin.pooling import IMAGE, OTHER, TEXT
 from steering.engines.vllm_plugin.wire import WireSteering
 
+log = logging.getLogger(__name__)
 MAX_FORGOTTEN = 4096
-"""Sequences outside the batch that are kept for their receipt; the oldest are dropped beyond."""
+"""Sequences kept, those outside the batch for their receipt; the oldest of these are dropped beyond."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,6 +35,10 @@ class SequenceState:
     """Position of the prompt's last image token."""
     encoded: bool = False
     """z_v is in the tables."""
+    seen: bool = False
+    """A step had rows of this sequence."""
+    reused: int = 0
+    """Positions that came steered out of the prefix cache."""
     counted: int = 0
     """Positions below are counted already; a preempted sequence computes them again."""
     visited: bool = False
@@ -68,22 +75,26 @@ class Step:
     counts_R: list[bool] = field(default_factory=list)
     """False for a position that was counted before."""
 
-    @property
-    def in_twin_R(self) -> list[bool]:
-        """Whether each steered row is steered in the twin, not in place."""
-        return [self.states[place].wire.branches == 2 for place in self.state_R]
+    def of_branches(self, branches: int) -> list[int]:
+        """Which of the R steered rows belong to sequences of one branch, or of two."""
+        return [index for index, place in enumerate(self.state_R) if self.states[place].wire.branches == branches]
 
 
 class Batch:
     """The sequences of one worker."""
 
-    def __init__(self, image_token_id: int, min_text_tokens: int) -> None:
+    def __init__(
+        self, image_token_id: int, min_text_tokens: int, *, branches: int = 2, has_control_images: bool = True
+    ) -> None:
         self._image_token_id, self._min_text_tokens = image_token_id, min_text_tokens
+        self._branches, self._has_control_images = branches, has_control_images
         self._by_id: dict[str, SequenceState] = {}
         self._free_slots: list[int] = []
         self._slots = 0
         self.rows: list[SequenceState | None] = []
         """The batch, row by row; None is a request that is off."""
+        self.elsewhere: Collection[SequenceState | None] = ()
+        """Sequences that the runner holds though they are in no row of this step."""
 
     @property
     def sequences(self) -> int:
@@ -91,13 +102,21 @@ class Batch:
         return len(self._by_id)
 
     def enter(self, wire: WireSteering | None, prompt_token_ids: Rows[int] | None) -> SequenceState | None:
-        """A sequence joins the batch, for the first time or again. None where there is nothing to do for it."""
+        """A sequence joins the batch, for the first time or again. None where there is nothing to do for it.
+
+        An impossible one is not steered, which its receipt and the log tell: this is no place to stop everybody else.
+        """
         if wire is None:
             return None
-        known = self._by_id.pop(wire.id, None)
+        known = self._by_id.get(wire.id)
         if known is not None:
-            self._by_id[wire.id] = known
-            return known
+            if known.wire == wire and len(known.is_image) == len(prompt_token_ids or ()):
+                return known
+            log.error("sequence %r is running with other settings; this one is not steered", wire.id)
+            return None
+        if wire.branches > self._branches or (wire.control == "other_image" and not self._has_control_images):
+            log.error("sequence %r asks for what this engine was not started with; it is not steered", wire.id)
+            return None
         is_image = np.asarray(prompt_token_ids, dtype=np.int64) == self._image_token_id
         if not is_image.any():
             return None
@@ -131,6 +150,9 @@ class Batch:
 
     def _describe(self, step: Step, state: SequenceState, start: int, stop: int, first: int) -> None:
         last = first + stop - start - 1
+        text_from = state.last_image + self._min_text_tokens
+        if not state.seen:
+            state.seen, state.reused = True, max(0, first - text_from)
         if first > state.last_image:
             step.class_N[start:stop] = step.asked_N[start:stop] = TEXT
         else:
@@ -151,7 +173,7 @@ class Batch:
             return
         if state.wire.branches == 2:
             step.two_branches.append((state, start, stop))
-        steered_from = max(first, state.last_image + self._min_text_tokens)
+        steered_from = max(first, text_from)
         if steered_from > last:
             return
         place = len(step.states)
@@ -168,11 +190,12 @@ class Batch:
         return self._slots - 1
 
     def _drop_forgotten(self) -> None:
-        """Who never asked for a receipt must not fill the memory (our engine always asks)."""
+        """Who never asks for a receipt must not fill the memory."""
         if len(self._by_id) < MAX_FORGOTTEN:
             return
-        present = {id(row) for row in self.rows}
+        present = {id(row) for row in (*self.rows, *self.elsewhere)}
         for sequence_id, state in list(self._by_id.items()):
             if id(state) not in present:
+                log.warning("nobody asked what was done to sequence %r; it is forgotten", sequence_id)
                 self.leave(sequence_id)
                 return

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from steering.errors import EngineUnavailable
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CUDAGraphMode, VllmConfig
 
 CONFIG_KEY = "vl_sae"
 OPERATOR = "vl_sae::steer"
@@ -24,6 +24,8 @@ class PluginConfig(BaseModel):
 
     artifact: str
     """Folder of the artifact."""
+    fingerprint: str
+    """The artifact's own: part of the engine's configuration, so that no graph compiled for another is reused."""
     branches: int = 2
     """1 builds no second tail: requests that need one cannot be served, its KV memory is saved."""
 
@@ -65,8 +67,10 @@ def _refusals(config: VllmConfig):
         yield Refusal("speculative_config", "drafted tokens would be accepted unsteered; start without it")
     if parallel.pipeline_parallel_size > 1:
         yield Refusal("pipeline_parallel_size", "hook layer and tail must be on one rank; use tensor_parallel_size")
-    if cache.cache_dtype.startswith(("fp8", "int8", "nvfp4")) or "per_token_head" in cache.cache_dtype:
-        yield Refusal("kv_cache_dtype", "the pooled states would be quantised; use 'auto'")
+    if cache.cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):
+        yield Refusal("kv_cache_dtype", "the pooled states would be rounded; use 'auto'")
+    if parallel.data_parallel_size > 1:
+        yield Refusal("data_parallel_size", "receipts would be asked of one engine only; start several services")
     if config.lora_config is not None:
         yield Refusal("enable_lora", "an adapter on the tail would not fit the artifact; merge it into the weights")
     if parallel.use_ubatching:
@@ -77,15 +81,23 @@ def _refusals(config: VllmConfig):
         yield Refusal("enable_prompt_embeds", "without token ids there is no telling image from text; leave it out")
     if cache.kv_sharing_fast_prefill:
         yield Refusal("kv_sharing_fast_prefill", "prompt positions would be skipped; leave it out")
-    if (
-        compilation.cudagraph_mode is not None
-        and compilation.cudagraph_mode.has_full_cudagraphs()
-        and config.device_config.device_type != "cpu"
-    ):
+    yield from graph_refusals(config, compilation.cudagraph_mode)
+
+
+def graph_refusals(config: VllmConfig, mode: CUDAGraphMode | None):
+    """A graph replays what was captured; our operator must stand between graphs, and runs eagerly there."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+    from vllm.config import CompilationMode
+
+    if mode is None or config.device_config.device_type == "cpu":
+        return
+    if mode.has_full_cudagraphs():
         yield Refusal("cudagraph_mode", "a full graph would replay without steering; use 'PIECEWISE' or 'NONE'")
-    if (
-        compilation.cudagraph_mode is not None
-        and compilation.cudagraph_mode.has_piecewise_cudagraphs()
-        and (OPERATOR not in (compilation.splitting_ops or []))
-    ):
+    if not mode.has_piecewise_cudagraphs():
+        return
+    if is_breakable_cudagraph_enabled():
+        yield Refusal("VLLM_USE_BREAKABLE_CUDAGRAPH", "graphs would not break at our operator; unset it")
+    if config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
+        yield Refusal("compilation_config.mode", "without compilation nothing splits the graphs; use enforce_eager")
+    if OPERATOR not in (config.compilation_config.splitting_ops or []):
         yield Refusal("splitting_ops", f"a graph would replay without steering; add {OPERATOR!r} to them")

@@ -24,6 +24,7 @@ class SteeringModelState(DefaultModelState):
         self._steering: SteeringLayer = context[STEERING_LAYER]
         self._sequences: dict[int, SequenceState | None] = {}
         """By the runner's request index, which is stable while a request is in the batch."""
+        self._steering.batch.elsewhere = self._sequences.values()
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)

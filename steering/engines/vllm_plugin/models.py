@@ -19,8 +19,13 @@ from steering.engines.vllm_plugin.pooling import PoolingAttention
 from steering.engines.vllm_plugin.steering_layer import STEERING_LAYER, SteeringLayer
 from steering.engines.vllm_plugin.tables import SlotTables
 from steering.engines.vllm_plugin.twin import TwinTail
+from steering.errors import BadArtifact
 from steering.hooks import check_fits
 from steering.realignment import Realignment
+
+IMPLAUSIBLE = 1e5
+"""Taken off an implausible token's logit. Its probability is then 0 in float32, yet a grammar that allows only
+implausible tokens still has one to choose, which with -inf it had not."""
 
 
 class _Steered(nn.Module):
@@ -30,12 +35,15 @@ class _Steered(nn.Module):
         plugin = read_config(vllm_config)
         check_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # pyright: ignore[reportCallIssue]
+        check_config(vllm_config)  # building the layers may have chosen another cache dtype
         language_model: Any = self.language_model
         decoder: Any = language_model.model
         hf_config: Any = vllm_config.model_config.hf_config
         device = next(decoder.parameters()).device
         artifact, tables = _load_tables(plugin.artifact, device)
         self._hidden_size = decoder.config.hidden_size
+        if artifact.config.fingerprint != plugin.fingerprint:
+            raise BadArtifact(f"{plugin.artifact} is not the artifact {plugin.fingerprint} any more", field="artifact")
         check_fits(artifact, family=hf_config.model_type, hidden_size=self._hidden_size, num_layers=len(decoder.layers))
         hook: Any = decoder.layers[artifact.config.hook_layer]
         base = hook.self_attn.attn
@@ -50,7 +58,15 @@ class _Steered(nn.Module):
         self.vl_sae_attention = nn.ModuleList([*pool.layers, *(twin.attention if twin else [])])
         """Among the model's modules, so that vLLM prepares their caches as it does the base's."""
         self.steering = SteeringLayer(
-            Batch(hf_config.image_token_id, artifact.config.min_text_tokens), tables, pool, twin
+            Batch(
+                hf_config.image_token_id,
+                artifact.config.min_text_tokens,
+                branches=plugin.branches,
+                has_control_images=len(artifact.control_image_MD) > 0,
+            ),
+            tables,
+            pool,
+            twin,
         )
         vllm_config.compilation_config.static_forward_context[STEERING_LAYER] = self.steering
         hook.__class__ = _steered_class(type(hook))
@@ -87,7 +103,7 @@ class _Steered(nn.Module):
 def _blend(base_TV: Tensor, steered_TV: Tensor, gamma_T1: Tensor, log_plausibility_T1: Tensor) -> Tensor:
     blended_TV = (1 - gamma_T1) * base_TV + gamma_T1 * steered_TV
     floor_T1 = base_TV.amax(1, keepdim=True) + log_plausibility_T1
-    return blended_TV.masked_fill(base_TV < floor_T1, -torch.inf)
+    return torch.where(base_TV < floor_T1, blended_TV - IMPLAUSIBLE, blended_TV)
 
 
 def _load_tables(path: str, device: torch.device) -> tuple[Artifact, SlotTables]:

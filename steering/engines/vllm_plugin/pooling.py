@@ -3,6 +3,7 @@
 An attention layer whose values are the residual stream and whose keys tell only a token's class: to a query of one
 class, keys of that class are all alike and all others weigh exp(-128) = 0, so the output is the mean over the class up
 to here. Chunked prefill, prefix caching and preemption then need nothing from us.
+The means are as exact as the model's dtype: summed in float32 by the attention, rounded once at its output.
 
 Shapes: N tokens of this step, D hidden size, P = kv_heads * head_size columns pooled by one layer.
 """

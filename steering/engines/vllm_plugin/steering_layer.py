@@ -59,10 +59,13 @@ class SteeringLayer:
         mean_ND = self._pool(step, stream_ND)
         row_R = torch.tensor(step.row_R, device=stream_ND.device, dtype=torch.int64)
         moved_RD = self._steered(step, row_R, stream_ND, mean_ND)
-        in_twin_R = torch.tensor(step.in_twin_R, device=stream_ND.device, dtype=torch.bool)
-        if step.two_branches:
-            self._run_twin(step, row_R[in_twin_R], moved_RD[in_twin_R], hidden_ND, residual_ND, positions)
-        _move(hidden_ND, residual_ND, row_R[~in_twin_R], moved_RD[~in_twin_R])
+        if not step.two_branches:
+            _move(hidden_ND, residual_ND, row_R, moved_RD)
+            return
+        of_one = torch.tensor(step.of_branches(1), device=row_R.device, dtype=torch.int64)
+        of_two = torch.tensor(step.of_branches(2), device=row_R.device, dtype=torch.int64)
+        self._run_twin(step, row_R[of_two], moved_RD[of_two], hidden_ND, residual_ND, positions)
+        _move(hidden_ND, residual_ND, row_R[of_one], moved_RD[of_one])
 
     def join(self, hidden_ND: Tensor) -> Tensor:
         """After the tail: [N, D], or with the steered branch and its settings beside, if this step has one."""
@@ -131,7 +134,7 @@ class SteeringLayer:
         blend = [NO_BLEND] * len(hidden_ND)
         for state, start, stop in step.two_branches:
             blend[start:stop] = [state.wire.blend] * (stop - start)
-        self._blend_N2 = torch.tensor(blend, device=hidden_ND.device)
+        self._blend_N2 = torch.tensor(blend, device=hidden_ND.device, dtype=torch.float32)
 
     def _rehearse(self, hidden_ND: Tensor, residual_ND: Tensor, positions: Tensor) -> None:
         """A pass without requests, in which vLLM measures memory: do all that a real one may do, and change nothing."""
@@ -141,7 +144,8 @@ class SteeringLayer:
         self.tables.rehearse(mean_ND)
         if self.twin is not None:
             self._twin_ND = self.twin(positions, hidden_ND.clone(), residual_ND.clone())
-            self._blend_N2 = torch.tensor([NO_BLEND], device=hidden_ND.device).repeat(len(hidden_ND), 1)
+            nobody_12 = torch.tensor([NO_BLEND], device=hidden_ND.device, dtype=torch.float32)
+            self._blend_N2 = nobody_12.repeat(len(hidden_ND), 1)
 
     # -- for the worker -------------------------------------------------------------------------------------------
 
@@ -150,10 +154,10 @@ class SteeringLayer:
         state = self.batch.leave(sequence_id)
         if state is None:
             return None
-        positions, shift_sum = self.tables.counted(state.slot) if state.encoded else (0, 0.0)
+        computed, shift_sum = self.tables.counted(state.slot) if state.encoded else (0, 0.0)
         return {
-            "positions": positions,
-            "shift_sum": shift_sum,
+            "positions": computed + state.reused if computed else 0,
+            "relative_shift": shift_sum / computed if computed else 0.0,
             "visited": state.visited,
             "visited_text": state.visited_text,
             "probe": {name: value.tolist() for name, value in state.probe.items()},

@@ -25,7 +25,7 @@ class WireSteering(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    id: str = Field(min_length=1, max_length=128)
+    id: str = Field(min_length=1, max_length=512)
     """Names the sequence when its receipt is asked for; unique among running ones."""
     task: Literal["steer", "probe"] = "steer"
     """'probe' changes nothing and keeps the pooled states v and t of the prompt, for the canary."""

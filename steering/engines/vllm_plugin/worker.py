@@ -14,7 +14,7 @@ class SteeringWorker:
     model_runner: Any
 
     def finish_steering(self, sequence_ids: list[str]) -> list[dict[str, Any] | None]:
-        """Per sequence: positions, shift_sum, visited, visited_text, probe. It is forgotten thereby."""
+        """Per sequence: positions, relative_shift, visited, visited_text, probe. It is forgotten thereby."""
         return [self._layer().finish(sequence_id) for sequence_id in sequence_ids]
 
     def detach_steering(self) -> None:

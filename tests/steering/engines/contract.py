@@ -65,6 +65,17 @@ async def test_closing_the_stream_frees_the_slot(engine):
     assert engine.health().running == 0
 
 
+async def test_choices_of_a_closed_stream_all_end(engine):
+    stream = engine.generate(make_request(engine, n=3, max_tokens=200, logit_bias={257: -100.0}))
+    await anext(stream)
+    await stream.aclose()
+    for _ in range(200):
+        if engine.health().running == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.health().running == 0
+
+
 async def test_a_vanishing_temperature_is_greedy_and_harms_nobody(engine):
     greedy, tiny = await asyncio.gather(ask(engine), ask(engine, temperature=1e-39, seed=1))
     assert greedy.tokens() == tiny.tokens()

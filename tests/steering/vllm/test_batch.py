@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from steering.engines.vllm_plugin import batch as batch_module
 from steering.engines.vllm_plugin.batch import Batch
 from steering.engines.vllm_plugin.pooling import IMAGE, OTHER, TEXT
 from steering.engines.vllm_plugin.wire import WireSteering
@@ -87,6 +88,15 @@ def test_a_preempted_sequence_is_counted_once():
     assert again.row_R == [6, 7, 8]
 
 
+def test_positions_out_of_the_cache_are_remembered_once():
+    batch = batch_with(("a", PROMPT), min_text_tokens=2)
+    for first in (11, 12, 0):
+        batch.step([0, 1], [first], 1)
+    state = batch.leave("a")
+    assert state is not None
+    assert state.reused == 4
+
+
 def test_a_second_branch_covers_all_rows_of_its_sequence():
     step = batch_with(("a", PROMPT), gamma=0.5).step([0, 3], [0], 3)
     assert step is not None
@@ -105,6 +115,32 @@ def test_coming_back_keeps_the_state_and_leaving_frees_the_slot():
     assert other is not None
     assert state is not None
     assert other.slot == state.slot
+
+
+def test_a_running_id_with_other_settings_is_not_steered():
+    batch = batch_with(("a", PROMPT))
+    assert batch.enter(WireSteering(id="a", scale=2.0), PROMPT) is None
+    assert batch.enter(WireSteering(id="a", scale=1.0), PROMPT[:-1]) is None
+    assert batch.sequences == 1
+
+
+def test_what_the_engine_was_not_started_with_is_not_steered():
+    batch = Batch(PICTURE, 1, branches=1, has_control_images=False)
+    assert batch.enter(WireSteering(id="a", gamma=0.5), PROMPT) is None
+    assert batch.enter(WireSteering(id="a", control="other_image"), PROMPT) is None
+    assert batch.enter(WireSteering(id="a"), PROMPT) is not None
+
+
+def test_the_oldest_that_nobody_asks_about_go_first_and_those_in_the_batch_stay(monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_FORGOTTEN", 3)
+    batch = batch_with(("inside", PROMPT))
+    held = batch.enter(WireSteering(id="elsewhere"), PROMPT)
+    batch.elsewhere = [held]
+    for name in ("old", "new", "newest"):
+        batch.enter(WireSteering(id=name), PROMPT)
+    assert batch.leave("old") is None
+    assert batch.leave("new") is None
+    assert None not in (batch.leave("inside"), batch.leave("elsewhere"), batch.leave("newest"))
 
 
 def test_nothing_to_do():

@@ -12,6 +12,7 @@ import pytest_asyncio
 from tests.steering.engines.driving import make_request, send
 from tests.steering.vllm.agreement import VOCABULARY, assert_agree
 from tests.steering.vllm.conftest import running_engine
+from tests.steering.vllm.conversations import conversation
 
 FORMS = ("published", "difference", "union")
 BRANCHES = ({"gamma": 1.0, "plausibility": 0.0}, {"gamma": 0.6, "plausibility": 0.3})
@@ -107,3 +108,12 @@ async def test_batched_with_different_settings_and_off(pair):
     assert_agree(answers, expected)
     assert [one.end.receipt.positions for one in answers] == [one.end.receipt.positions for one in expected]
     assert (engine.progress.preempted > preempted_before) == ("preempted" in name)
+
+
+@pytest.mark.parametrize("steering", [{"strength": 1.0}, {"strength": 1.0, "gamma": 0.5}], ids=["one", "two"])
+async def test_an_image_added_in_a_later_turn(pair, steering):
+    """What was text after the last image becomes text before it: cached as steered, it must not be reused."""
+    _, engine, reference = pair
+    for images in ((3,), (3, 5)):
+        answer = await send(engine, conversation(engine, images, steering=steering))
+        assert_agree([answer], [await send(reference, conversation(reference, images, steering=steering))])

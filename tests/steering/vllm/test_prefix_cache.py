@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from steering.engines import vllm_engine
+from steering.engines import vllm_choice
 from tests.steering.engines.driving import Answer, make_request, send
 from tests.steering.vllm.agreement import VOCABULARY, Disagreement, assert_agree
+from tests.steering.vllm.conversations import LONG, conversation
 
-LONG = "a word about everything that can be seen in this picture, one after the other, and where: "
 FULL, HALF, OFF = {"strength": 1.0}, {"strength": 0.5}, {"enabled": False}
 TWO = {"strength": 1.0, "gamma": 0.6, "plausibility": 0.2}
 
@@ -35,8 +35,9 @@ async def ask_in_turn(engine, text: str, settings: list[dict]) -> list[Answer]:
 async def test_one_request_after_the_other(engine, reference, settings, request):
     name = request.node.callspec.id
     before = engine.progress.cached_tokens
-    answers = await ask_in_turn(engine, name, settings)
-    assert_agree(answers, await ask_in_turn(reference, name, settings))
+    answers, expected = await ask_in_turn(engine, name, settings), await ask_in_turn(reference, name, settings)
+    assert_agree(answers, expected)
+    assert [one.end.receipt.positions for one in answers] == [one.end.receipt.positions for one in expected]
     reused = engine.progress.cached_tokens - before
     assert (reused > 0) == ("twice" in name)
 
@@ -47,22 +48,6 @@ async def test_gamma_and_plausibility_share_what_they_do_not_change(engine, refe
     answers = await ask_in_turn(engine, "gamma", settings)
     assert_agree(answers, await ask_in_turn(reference, "gamma", settings))
     assert engine.progress.cached_tokens > before
-
-
-def conversation(engine, images: tuple[int, ...], tenant: str = ""):
-    """One image, a long turn, and where there is a second image, another turn about it."""
-    prompt = f"USER: <image>\n{LONG} ASSISTANT: yes, that is so. USER: "
-    prompt += "<image>\nand this? ASSISTANT:" if len(images) == 2 else "and then? ASSISTANT:"
-    made = make_request(engine, images=images, steering=FULL, max_tokens=6, top_logprobs=VOCABULARY)
-    token_ids = engine.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return type(made)(**{**vars(made), "prompt_token_ids": tuple(token_ids), "tenant": tenant})
-
-
-async def test_an_image_added_in_a_later_turn(engine, reference):
-    """What was text after the last image becomes text before it: cached as steered, it must not be reused."""
-    for images in ((3,), (3, 5)):
-        answer = await send(engine, conversation(engine, images))
-        assert_agree([answer], [await send(reference, conversation(reference, images))])
 
 
 async def test_tenants_do_not_share(engine):
@@ -76,16 +61,16 @@ async def test_tenants_do_not_share(engine):
 
 async def test_without_the_salt_steered_after_off_is_wrong(engine, reference, monkeypatch):
     """The tests above can fail: here the salt they guard is taken away."""
-    monkeypatch.setattr(vllm_engine, "cache_salt", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(vllm_choice, "cache_salt", lambda *_args, **_kwargs: None)
     answers = await ask_in_turn(engine, "no salt", [OFF, FULL])
     with pytest.raises(Disagreement):
         assert_agree(answers, await ask_in_turn(reference, "no salt", [OFF, FULL]))
 
 
 async def test_without_the_image_index_in_the_salt_a_later_image_is_wrong(engine, reference, monkeypatch):
-    true_salt = vllm_engine.cache_salt
+    true_salt = vllm_choice.cache_salt
     monkeypatch.setattr(
-        vllm_engine, "cache_salt", lambda *args, **named: true_salt(*args, **{**named, "last_image_index": 0})
+        vllm_choice, "cache_salt", lambda *args, **named: true_salt(*args, **{**named, "last_image_index": 0})
     )
     pairs = []
     for images in ((6,), (6, 7)):

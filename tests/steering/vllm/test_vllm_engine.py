@@ -7,18 +7,22 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from steering.engines import vllm_start
-from steering.engines.base import ResponseFormat
+from steering.engines.base import ResponseFormat, Sampling
 from steering.engines.vllm_engine import VllmEngine
+from steering.engines.vllm_plugin.configuration import OPERATOR, graph_refusals
 from steering.engines.vllm_plugin.wire import EXTRA_ARG
 from steering.errors import BadArtifact, EngineUnavailable, InvalidSteering
+from steering.request import SteeringRequest, merge_sources
 from tests.steering.engines.contract import *  # noqa: F403 - the tests every engine must pass
 from tests.steering.engines.driving import ask, make_request, send
-from tests.steering.vllm.agreement import VOCABULARY, assert_agree
+from tests.steering.vllm.agreement import VOCABULARY, assert_agree, compare
 from tests.steering.vllm.conftest import running_engine
 from tests.tiny_models import save_tiny_artifact, save_tiny_llava
 
@@ -60,20 +64,46 @@ async def test_structured_output_follows_its_schema_steered_too(engine):
     assert anything.text().lstrip().startswith("{")
 
 
+async def test_plausibility_leaves_a_grammar_something_to_choose(engine):
+    """What the base branch favours is not what the grammar allows: with all others at -inf nothing would be left."""
+    for plausibility in (0.8, 1.0):
+        answer = await ask(
+            engine, steering={"plausibility": plausibility}, max_tokens=100,
+            response_format=ResponseFormat(json_schema='{"type": "boolean"}'),
+        )  # fmt: skip
+        assert json.loads(answer.text()) in (True, False)
+        assert answer.end.receipt.applied
+
+
 async def test_choices_share_a_request_and_each_has_its_receipt(engine, reference):
     settings = {"n": 3, "max_tokens": 6, "top_logprobs": VOCABULARY, "steering": {"gamma": 0.7}}
-    answer, expected = await ask(engine, **settings), await ask(reference, **settings)
-    assert len(answer.end.receipt.positions) == 3
+    answer, expected = await ask(engine, "three times", **settings), await ask(reference, "three times", **settings)
+    assert answer.end.receipt.positions == expected.end.receipt.positions
+    assert len(set(answer.end.receipt.positions)) == 1
+    assert answer.end.receipt.positions[0] > 6
     for choice in range(3):
-        assert answer.tokens(choice) == expected.tokens(choice)
-    assert_agree([answer], [expected])
+        compare(answer, expected, choice)
 
 
-async def test_requests_with_one_id_too_many_are_not_mixed_up(engine):
-    requests = [make_request(engine, f"number {index}", max_tokens=10) for index in range(3)]
-    together = await asyncio.gather(*(send(engine, one) for one in requests))
-    alone = [await send(engine, one) for one in requests]
-    assert [one.tokens() for one in together] == [one.tokens() for one in alone]
+async def test_a_second_request_under_a_running_one_s_id_is_refused(engine):
+    request = make_request(engine, max_tokens=100, logit_bias={257: -100.0})
+    stream = engine.generate(request)
+    await anext(stream)
+    with pytest.raises(InvalidSteering, match="running already") as caught:
+        await send(engine, request)
+    assert caught.value.field == "request_id"
+    await stream.aclose()
+    assert (await send(engine, replace(request, sampling=Sampling(max_tokens=2)))).finish_reasons() == {0: "length"}
+
+
+async def test_cancelled_before_its_first_step(engine):
+    request = make_request(engine, max_tokens=100)
+    listening = asyncio.create_task(send(engine, request))
+    await asyncio.sleep(0)
+    engine.cancel(request.request_id)
+    with pytest.raises(EngineUnavailable, match="cancelled"):
+        await asyncio.wait_for(listening, timeout=10)
+    assert await engine.vllm.collective_rpc("count_steered_sequences") == [0]
 
 
 # -- one branch --------------------------------------------------------------------------------------------------------
@@ -104,6 +134,13 @@ async def test_one_branch_refuses_what_needs_two(one_branch, steering, field):
     assert caught.value.field == field
 
 
+async def test_a_default_preset_that_needs_two_is_left_out_and_said_so(one_branch):
+    server = SteeringRequest(preset="paper_pope")
+    request = replace(make_request(one_branch), steering=merge_sources(server=(server,)))
+    answer = await send(one_branch, request)
+    assert (answer.end.receipt.applied, answer.end.receipt.reason) == (False, "unsupported")
+
+
 async def test_one_branch_needs_less_memory_for_keys_and_values(one_branch, engine):
     blocks = [each.vllm.vllm_config.cache_config.num_gpu_blocks for each in (one_branch, engine)]
     assert blocks[0] > blocks[1]
@@ -113,8 +150,8 @@ async def test_detaching_the_hook_turns_applied_false(one_branch):
     """Last of this engine's tests: there is no way back."""
     before = await ask(one_branch, "detached", steering={"strength": 1.0})
     await one_branch.detach_hook()
-    after = await ask(one_branch, "detached?", steering={"strength": 1.0})
-    plain = await ask(one_branch, "detached?", steering={"strength": 0.0})
+    after = await ask(one_branch, "detached", steering={"strength": 1.0})
+    plain = await ask(one_branch, "detached", steering={"strength": 0.0})
     assert before.end.receipt.applied
     assert (after.end.receipt.applied, after.end.receipt.reason) == (False, "hook_detached")
     assert after.end.receipt.positions == [0]
@@ -218,6 +255,7 @@ def test_the_tested_version_is_not_warned_of(caplog):
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"enable_lora": True}, "enable_lora"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
     ],
 )  # fmt: skip
@@ -226,6 +264,40 @@ async def test_what_would_unsteer_in_silence_is_refused(tiny_models, arguments, 
     with pytest.raises(EngineUnavailable, match="cannot be combined with steering") as caught:
         await VllmEngine(tiny.model, tiny.artifact, vllm_arguments=arguments).start()
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("graphs", "compiled", "splits", "setting"),
+    [
+        ("FULL_AND_PIECEWISE", "VLLM_COMPILE", True, "cudagraph_mode"),
+        ("PIECEWISE", "VLLM_COMPILE", False, "splitting_ops"),
+        ("PIECEWISE", "NONE", True, "compilation_config.mode"),
+        ("PIECEWISE", "VLLM_COMPILE", True, None),
+        ("NONE", "NONE", False, None),
+    ],
+)
+def test_graphs_that_would_replay_without_steering_are_refused(graphs, compiled, splits, setting):
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    config: Any = SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cuda"),
+        compilation_config=SimpleNamespace(
+            mode=CompilationMode[compiled], splitting_ops=[OPERATOR] if splits else ["vllm::unified_attention"]
+        ),
+    )
+    refused = next(graph_refusals(config, CUDAGraphMode[graphs]), None)
+    assert (refused.setting if refused else None) == setting
+
+
+async def test_stopping_fails_what_runs(tiny_models):
+    engine = VllmEngine(tiny_models["mha"].model, tiny_models["mha"].artifact, kv_cache_gib=0.05)
+    await engine.start()
+    listening = asyncio.create_task(send(engine, make_request(engine, max_tokens=200, logit_bias={257: -100.0})))
+    while not engine.health().running:
+        await asyncio.sleep(0.01)
+    await engine.stop()
+    with pytest.raises(EngineUnavailable):
+        await asyncio.wait_for(listening, timeout=10)
 
 
 async def test_an_engine_that_is_not_running_says_so(tiny_models):

@@ -5,7 +5,9 @@ so that a backend for the CPU need only look present.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 from triton.backends import backends  # pyright: ignore[reportMissingImports]
 
-backends.setdefault("cpu", SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None))
+looks_present: Any = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+backends.setdefault("cpu", looks_present)
