@@ -13,7 +13,7 @@ from pathlib import Path
 
 BUDGETS_S = {
     "tests/steering": 180,
-    "tests/steering/vllm": 480,
+    "tests/steering/vllm": 540,
     "tests/training": 240,
     "tests/service": 600,
     "tests/test_repository.py": 30,
