@@ -31,6 +31,7 @@ from steering.engines.base import (
     TokenLogprob,
 )
 from steering.engines.batch_runner import BatchRunner
+from steering.engines.capabilities import describe
 from steering.engines.loaded_model import load_model, make_intervention
 from steering.engines.preparation import expand_prompt, prepare_with_pixels
 from steering.engines.sampling import top_logprobs
@@ -116,19 +117,12 @@ class HuggingFaceEngine:
         return self._checkpoint.processor
 
     def capabilities(self) -> Capabilities:
-        checkpoint = self._checkpoint
-        config = checkpoint.artifact.config if checkpoint.artifact else None
-        return Capabilities(
+        return describe(
+            self._checkpoint,
             engine="huggingface",
-            model_family=checkpoint.family,
-            context_tokens=checkpoint.context_tokens,
-            forms=("published", "difference", "union"),
             modes=("causal", "exact"),
             branches=(1, 2),
             response_format=False,
-            artifact=config.fingerprint if config else None,
-            presets=tuple(config.presets) if config else (),
-            alignment=config.alignment if config else None,
         )
 
     def health(self) -> Health:

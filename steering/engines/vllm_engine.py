@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from steering.engines.base import Capabilities, GenerationEnd, GenerationRequest, Health, TextDelta
+from steering.engines.capabilities import describe
 from steering.engines.checkpoint import read_checkpoint
 from steering.engines.preparation import expand_prompt, prepare
 from steering.engines.sequence import RunningRequest
@@ -151,19 +152,12 @@ class VllmEngine:
         return self._checkpoint.processor
 
     def capabilities(self) -> Capabilities:
-        checkpoint = self._checkpoint
-        config = checkpoint.artifact.config if checkpoint.artifact else None
-        return Capabilities(
+        return describe(
+            self._checkpoint,
             engine="vllm",
-            model_family=checkpoint.family,
-            context_tokens=checkpoint.context_tokens,
-            forms=("published", "difference", "union"),
             modes=("causal",),
             branches=(1, 2) if self._options.branches == 2 else (1,),
             response_format=True,
-            artifact=config.fingerprint if config else None,
-            presets=tuple(config.presets) if config else (),
-            alignment=config.alignment if config else None,
         )
 
     def health(self) -> Health:

@@ -16,6 +16,15 @@ from tests.tiny_models import drawn_image
 VOCABULARY = 261
 
 
+async def assert_soon_idle(engine) -> None:
+    """Within two seconds nothing runs any more."""
+    for _ in range(200):
+        if engine.health().running == 0:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{engine.health().running} sequences still run")
+
+
 async def test_controls_keep_the_size_of_the_shift_and_change_its_direction(engine):
     answers = {
         control: await ask(
@@ -58,22 +67,14 @@ async def test_closing_the_stream_frees_the_slot(engine):
     await anext(stream)
     assert engine.health().running == 1
     await stream.aclose()
-    for _ in range(200):
-        if engine.health().running == 0:
-            break
-        await asyncio.sleep(0.01)
-    assert engine.health().running == 0
+    await assert_soon_idle(engine)
 
 
 async def test_choices_of_a_closed_stream_all_end(engine):
     stream = engine.generate(make_request(engine, n=3, max_tokens=200, logit_bias={257: -100.0}))
     await anext(stream)
     await stream.aclose()
-    for _ in range(200):
-        if engine.health().running == 0:
-            break
-        await asyncio.sleep(0.01)
-    assert engine.health().running == 0
+    await assert_soon_idle(engine)
 
 
 async def test_a_vanishing_temperature_is_greedy_and_harms_nobody(engine):
