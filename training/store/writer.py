@@ -1,0 +1,153 @@
+"""Puts finished portions into a store, in any order and by any number of processes. Knows no model.
+
+Shapes: N pairs of a portion, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from training.durable_files import sha256_of, write_bytes, write_json_lines, write_tensors
+from training.errors import InvalidTraining
+from training.store.layout import (
+    MANIFEST_FILE,
+    TEXT_HASH,
+    Collected,
+    Manifest,
+    ShardRecord,
+    hash_text,
+    read_manifest,
+    shard_file,
+)
+
+_HASHED = ("safetensors", "jsonl", "skipped.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRecord:
+    """Where a row comes from."""
+
+    pair: int
+    """Index in the source."""
+    text: str
+    image: str
+    """Reference of the picture, which the source can find again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedRecord:
+    """A pair that could not be used."""
+
+    pair: int
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Portion:
+    """Everything one shard holds."""
+
+    states: Mapping[str, tuple[Tensor, Tensor]]
+    """(image, text) [N, D] float32 by name of the states; empty where no pair could be used."""
+    pairs: Sequence[PairRecord]
+    """N of them, row by row."""
+    skipped: Sequence[SkippedRecord]
+
+
+def begin_store(folder: Path, collected: Collected, portions: int) -> Manifest:
+    """A new store, or the one that is there. Raises InvalidTraining if that was collected otherwise."""
+    planned = Manifest(collected=collected, portions=portions)
+    if not (folder / MANIFEST_FILE).exists():
+        _write_manifest(folder, planned)
+        return planned
+    found = read_manifest(folder)
+    before, now = found.collected.model_dump(mode="json"), collected.model_dump(mode="json")
+    changed = [name for name in now if before[name] != now[name]]
+    if changed:
+        name = changed[0]
+        raise InvalidTraining(
+            f"{folder / MANIFEST_FILE}: the collection there has {name} {before[name]!r}, this one {now[name]!r}; "
+            "go on with the settings it was begun with, or give another --output"
+        )
+    if found.portions != portions:
+        raise InvalidTraining(
+            f"{folder / MANIFEST_FILE}: the source had {found.portions} portions when this collection was begun, "
+            f"it has {portions} now; collect what changed into another --output"
+        )
+    return found
+
+
+def finished_shards(folder: Path, portions: int) -> dict[int, ShardRecord]:
+    """Shards that are whole: their record is there, and their files have the sizes and bytes it says."""
+    found = {}
+    for shard in range(portions):
+        file = shard_file(folder, shard, "json")
+        if not file.exists():
+            continue
+        try:
+            record = ShardRecord.model_validate_json(file.read_bytes())
+        except ValidationError:
+            continue
+        if all(_is_whole(file.parent / name, digest) for name, digest in record.sha256.items()):
+            found[shard] = record
+    return found
+
+
+def write_shard(folder: Path, shard: int, portion: Portion, collected: Collected) -> ShardRecord:
+    """One portion, its record last: a shard without a record is made again."""
+    dtype = getattr(torch, collected.stored_dtype)
+    tensors = {TEXT_HASH: torch.tensor([hash_text(row.text) for row in portion.pairs], dtype=torch.int64)}
+    for name in collected.names:
+        for modality, states_ND in zip(
+            ("image", "text"), portion.states.get(name, _no_states(collected.width)), strict=True
+        ):
+            assert states_ND.shape == (len(portion.pairs), collected.width), (states_ND.shape, len(portion.pairs))
+            tensors[f"{name}.{modality}"] = states_ND.to("cpu", dtype)
+    write_tensors(shard_file(folder, shard, "safetensors"), tensors)
+    rows = ({"pair": row.pair, "text": row.text, "image": row.image} for row in portion.pairs)
+    write_json_lines(shard_file(folder, shard, "jsonl"), rows)
+    skipped = ({"pair": row.pair, "image": row.image, "reason": row.reason} for row in portion.skipped)
+    write_json_lines(shard_file(folder, shard, "skipped.jsonl"), skipped)
+    files = [shard_file(folder, shard, ending) for ending in _HASHED]
+    record = ShardRecord(
+        shard=shard,
+        pairs=len(portion.pairs),
+        skipped=len(portion.skipped),
+        sha256={file.name: sha256_of(file) for file in files},
+    )
+    write_bytes(shard_file(folder, shard, "json"), (record.model_dump_json() + "\n").encode())
+    return record
+
+
+def complete_store(folder: Path, records: Mapping[int, ShardRecord]) -> Manifest:
+    """The manifest of a store all of whose shards are there."""
+    manifest = read_manifest(folder)
+    missing = sorted(set(range(manifest.portions)) - set(records))
+    assert not missing, missing
+    ordered = tuple(records[shard] for shard in range(manifest.portions))
+    pairs, skipped = sum(record.pairs for record in ordered), sum(record.skipped for record in ordered)
+    if not pairs:
+        raise InvalidTraining(
+            f"{folder}: none of the {skipped} pairs could be used; the reasons are in shards/*.skipped.jsonl"
+        )
+    manifest = manifest.model_copy(update={"complete": True, "pairs": pairs, "skipped": skipped, "shards": ordered})
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_bytes(folder / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
+
+
+def _no_states(width: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(0, width), torch.zeros(0, width)
+
+
+def _is_whole(file: Path, digest: str) -> bool:
+    return file.exists() and sha256_of(file) == digest
