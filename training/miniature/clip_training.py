@@ -112,7 +112,6 @@ class _CaptionTokens:
 
     def __init__(self) -> None:
         self.tokenizer = build_tokenizer(closing=True)
-        self.tokenizer.padding_side = "right"
         self.context = MODEL_CONFIG["text_cfg"]["context_length"]
 
     def __call__(self, texts: list[str]) -> Tensor:

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(*, closing: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer; `closing` appends </s> to every text, which is how CLIP's text tower reads it."""
+    """The tokenizer; `closing` appends </s> and pads behind it, which is how CLIP's text tower reads a text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -52,7 +52,7 @@ def build_tokenizer(*, closing: bool = False) -> PreTrainedTokenizerFast:
         extra_special_tokens={"image_token": "<image>"},
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
-        padding_side="left",
+        padding_side="right" if closing else "left",
     )
 
 
