@@ -13,10 +13,12 @@ import urllib.error
 import urllib.request
 
 from service.example import curl_command
-from service.local_ray import private_ray
 from service.settings import Settings, SettingsError, check_installation, parse_settings
+from steering.local_ray import private_ray
 
 HOST = "127.0.0.1"
+CPUS = 2
+"""What Ray may hand out: one for each of the two deployments."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 REPORT_EVERY_S = 10
@@ -87,7 +89,7 @@ def serve_until_interrupted(settings: Settings) -> None:
     say(f"model     {settings.model} ({settings.engine}, {settings.resolved_device()}, {settings.resolved_dtype()})")
     say(f"artifact  {settings.loaded_artifact or 'none: steering is off'}")
     say("starting Ray ...")
-    with private_ray():
+    with private_ray(cpus=CPUS):
         stop_on_signals()
         from ray import serve
 

@@ -1,11 +1,19 @@
-"""A command line from a settings model: one option per field, its docstring as the help. Knows no stage."""
+"""A command line from a settings model: one option per field, its docstring as the help; and how a stage ends.
+
+Knows no stage.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from steering.errors import SteeringError
+from training.errors import InvalidTraining
 
 
 class Settings(BaseModel):
@@ -34,6 +42,18 @@ def parse_settings(model: type[S], *, program: str, description: str | None = No
         first = error.errors()[0]
         where = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
         parser.error(f"{where}{first['msg']}")
+
+
+def run_stage(stage: Callable[[], None]) -> None:
+    """What a module's `__main__` calls: bad input ends the program with one line and status 2, Ctrl-C with 130."""
+    try:
+        stage()
+    except (InvalidTraining, SteeringError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _option(field: Any) -> dict[str, Any]:

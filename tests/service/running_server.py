@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from service.local_ray import descendants
+from steering.local_ray import descendants
 
 REPOSITORY = Path(__file__).parent.parent.parent
 START_TIMEOUT_S = 240

@@ -5,7 +5,9 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from training.command_line import Settings, parse_settings
+from steering.errors import BadArtifact
+from training.command_line import Settings, parse_settings, run_stage
+from training.errors import InvalidTraining
 
 
 class Example(Settings):
@@ -59,3 +61,24 @@ def test_the_help_says_what_the_docstrings_say(capsys: pytest.CaptureFixture):
     told = capsys.readouterr().out
     assert "What the help opens with." in told
     assert "Step, per update. (default: 0.1)" in told
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidTraining("--k: too many"), BadArtifact("a: broken"), OSError(28, "full", "f")]
+)
+def test_bad_input_ends_a_stage_with_one_line(error: Exception, capsys: pytest.CaptureFixture):
+    def stage() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_stage(stage)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_our_own_bugs_keep_their_traceback():
+    def stage() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        run_stage(stage)

@@ -1,7 +1,7 @@
 """A Ray of our own on this machine: private, token-protected, and gone without a trace when we are done.
 
-Ray's ports listen on every interface, so each start makes a fresh token; a client without it is refused. Knows
-nothing of what is served.
+Ray's ports listen on every interface, so each start makes a fresh token; a client without it is refused. Here because
+the service and training both need one; knows nothing of what runs on it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,18 +28,19 @@ FOREIGN_VARIABLES = (
 )
 """What could make us join somebody else's cluster, or take somebody else's token."""
 PR_SET_CHILD_SUBREAPER = 36
-CPUS = 2
-"""What Ray may hand out, and how many workers it starts in advance: one for each of the two deployments."""
 MAX_FOLDER_LENGTH = 28
 """107 less our folder's name and Ray's /session_DATE_TIME_PID/sockets/plasma_store."""
-OBJECT_STORE_BYTES = 512 * 1024 * 1024
 
 
 @contextmanager
-def private_ray() -> Iterator[None]:
-    """Ray runs inside the block. Must be entered before anything imports ray: it reads its environment then."""
+def private_ray(*, cpus: float, gpus: int | None = None, object_store_bytes: int = 512 * 1024 * 1024) -> Iterator[None]:
+    """Ray runs inside the block. Must be entered before anything imports ray: it reads its environment then.
+
+    `cpus` and `gpus`: what Ray may hand out; None: all GPUs it finds.
+    """
     prepare_environment()
     adopt_orphans()
+    not_ray_s = set(descendants(os.getpid()))
     import ray
 
     folder = tempfile.mkdtemp(prefix="vlsae-", dir=short_folder())
@@ -48,8 +49,9 @@ def private_ray() -> Iterator[None]:
             address="local",
             _node_ip_address="127.0.0.1",
             include_dashboard=False,
-            num_cpus=CPUS,
-            object_store_memory=OBJECT_STORE_BYTES,
+            num_cpus=cpus,
+            num_gpus=gpus,
+            object_store_memory=object_store_bytes,
             logging_level=logging.ERROR,
             log_to_driver=False,
             _temp_dir=folder,
@@ -57,7 +59,7 @@ def private_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        end_descendants()
+        end_descendants(spare=not_ray_s)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -70,7 +72,7 @@ def short_folder() -> str:
 def prepare_environment() -> None:
     """For this process and all that Ray starts: a token, no telemetry, no network, our own modules importable.
 
-    Ray starts its workers at niceness 15, as is right for batch jobs; these are the service.
+    Ray starts its workers at niceness 15; these are all there is to do here.
     """
     for name in FOREIGN_VARIABLES:
         os.environ.pop(name, None)
@@ -93,10 +95,10 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_descendants(grace_s: float = 5.0) -> None:
+def end_descendants(grace_s: float = 5.0, spare: Collection[int] = ()) -> None:
     """Whatever Ray left: given a moment to go by itself, then killed. Only our own descendants are touched."""
     deadline = time.monotonic() + grace_s
-    while remaining := descendants(os.getpid()):
+    while remaining := [pid for pid in descendants(os.getpid()) if pid not in spare]:
         if time.monotonic() > deadline:
             for pid in remaining:
                 _kill(pid)

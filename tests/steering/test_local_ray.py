@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from service.local_ray import descendants, prepare_environment, short_folder
-from tests.service.running_server import REPOSITORY
+from steering.local_ray import REPOSITORY, descendants, prepare_environment, short_folder
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ child.stdout.readline()
 """
 ORPHANED = f"""
 import os, subprocess, sys
-from service.local_ray import adopt_orphans, descendants, end_descendants
+from steering.local_ray import adopt_orphans, descendants, end_descendants
 adopt_orphans()
 subprocess.run([sys.executable, "-c", {MIDDLE!r}], check=True)
 assert len(descendants(os.getpid())) == 1, "the orphan has become ours"
