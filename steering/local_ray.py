@@ -33,7 +33,7 @@ MAX_FOLDER_LENGTH = 28
 
 
 @contextmanager
-def private_ray(*, cpus: float, gpus: int | None = None, object_store_bytes: int = 512 * 1024 * 1024) -> Iterator[None]:
+def private_ray(*, cpus: int, gpus: int | None = None, object_store_bytes: int = 512 * 1024 * 1024) -> Iterator[None]:
     """Ray runs inside the block. Must be entered before anything imports ray: it reads its environment then.
 
     `cpus` and `gpus`: what Ray may hand out; None: all GPUs it finds.
