@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import os
 import signal
@@ -9,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -51,20 +51,15 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(server: RunningServer, e
     assert server.metric("vlsae_requests_in_progress") == 0
 
 
-def test_a_client_that_does_not_wait_frees_the_engine(server: RunningServer, endless: dict) -> None:
+async def test_a_client_that_does_not_wait_frees_the_engine(server: RunningServer, endless: dict) -> None:
     """Without a stream: it hangs up as soon as the engine runs."""
-
-    def ask() -> None:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(server.url + "/v1/chat/completions", json=endless, timeout=0.3)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    most = 0
-    while asking.is_alive():
-        most = max(most, server.running())
-    asking.join()
-    assert most == 8, "it had begun"
+    async with httpx.AsyncClient() as client:
+        asking = asyncio.create_task(client.post(server.url + "/v1/chat/completions", json=endless, timeout=30))
+        while await asyncio.to_thread(server.running) < 8:
+            assert not asking.done(), "it was answered before it was seen to run"
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
     assert server.wait_until_idle() < LONGEST_STEP_S
 
 
