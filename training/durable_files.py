@@ -24,7 +24,7 @@ _HASH_CHUNK_BYTES = 4 * 1024 * 1024
 
 def write_bytes(file: Path, content: bytes) -> None:
     """Raises InvalidTraining where the disk refuses; a file that was there before is then still there."""
-    with _in_place_of(file) as made:
+    with in_place_of(file) as made:
         made.write_bytes(content)
 
 
@@ -34,13 +34,15 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def write_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One object a line."""
-    write_bytes(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    """One object a line, written as they come."""
+    with in_place_of(file) as made, made.open("wb") as opened:
+        for row in rows:
+            opened.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file; equal tensors give equal bytes."""
-    with _in_place_of(file) as made:
+    with in_place_of(file) as made:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made)
 
 
@@ -53,8 +55,15 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def remove_unfinished(folder: Path) -> None:
+    """What killed processes left half-written in a folder. Not while others write there."""
+    for part in folder.glob(".*.part"):
+        with suppress(FileNotFoundError):
+            part.unlink()
+
+
 @contextmanager
-def _in_place_of(file: Path) -> Iterator[Path]:
+def in_place_of(file: Path) -> Iterator[Path]:
     """Gives a temporary path; on success it becomes `file`, on failure it goes."""
     made = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
