@@ -1,0 +1,128 @@
+"""The sparse step against the equations written with dense tensors and autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from steering.sparse_autoencoder import DISTANCE_EPSILON, VisionLanguageSAE
+from training.losses import reconstruction_error
+from training.sparse_step import TrainableVLSAE, top_k
+
+PAIRS, SHARED, CONCEPTS, ACTIVE = 24, 16, 96, 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(dtype=torch.float64, concepts=CONCEPTS, active=ACTIVE):
+    torch.manual_seed(0)
+    sae = VisionLanguageSAE(SHARED, concepts, active).to(dtype)
+    image_NS, text_NS = torch.randn(PAIRS, SHARED, dtype=dtype), torch.randn(PAIRS, SHARED, dtype=dtype) * 3
+    return sae, image_NS, text_NS
+
+
+def dense_loss(sae, image_NS, text_NS):
+    loss = 0
+    for x_NS, decoder in ((image_NS, sae.vision_decoder), (text_NS, sae.text_decoder)):
+        cosine_NK = F.normalize(x_NS, dim=-1) @ F.normalize(sae.encoder, dim=-1).T
+        dense_NK = 2 - torch.sqrt(torch.clamp(2 - 2 * cosine_NK, min=DISTANCE_EPSILON))
+        top = torch.topk(dense_NK, sae.active_concepts, dim=-1)
+        code_NK = torch.zeros_like(dense_NK).scatter(-1, top.indices, top.values)
+        loss = loss + reconstruction_error(decoder(code_NK), x_NS)
+    return loss
+
+
+def compare(sae, image_NS, text_NS, tolerance, **options):
+    expected = dense_loss(sae, image_NS, text_NS)
+    expected.backward()
+    trainable = TrainableVLSAE(sae, **options)
+    step = trainable(image_NS, text_NS)
+    step.loss.backward()
+    assert step.loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    found = {
+        "encoder": trainable.encoder_KS.grad,
+        "vision_decoder.weight": trainable.decoder_2KS.grad[0::2].T,
+        "text_decoder.weight": trainable.decoder_2KS.grad[1::2].T,
+        "vision_decoder.bias": trainable.bias_2S.grad[0],
+        "text_decoder.bias": trainable.bias_2S.grad[1],
+    }
+    for name, parameter in sae.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=tolerance * scale, msg=name)
+    return step
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_loss_and_gradients_are_the_dense_ones(dtype, tolerance):
+    compare(*make(dtype), tolerance)
+
+
+@pytest.mark.parametrize("active", [1, CONCEPTS])
+def test_one_concept_and_all_of_them(active):
+    compare(*make(active=active), 1e-11)
+
+
+def test_a_row_on_a_concept_vector_stays_at_the_floor():
+    sae, image_NS, text_NS = make()
+    with torch.no_grad():
+        image_NS[0] = sae.encoder[3] * 2
+        text_NS[5] = sae.encoder[3] + 1e-7 * torch.randn(SHARED)
+    assert 2 - 2 * sae.cosines(image_NS[:1])[0, 3] < DISTANCE_EPSILON
+    compare(sae, image_NS, text_NS, 1e-11)
+
+
+def test_a_row_of_zeros_and_a_concept_of_zeros():
+    sae, image_NS, text_NS = make(active=CONCEPTS)
+    with torch.no_grad():
+        image_NS[2] = 0
+        sae.encoder[7] = 0
+    trainable = TrainableVLSAE(sae)
+    loss = trainable(image_NS, text_NS).loss
+    assert loss.item() == pytest.approx(dense_loss(sae, image_NS, text_NS).item(), rel=1e-12)
+    loss.backward()
+    others = torch.arange(CONCEPTS) != 7
+    dense_loss(sae, image_NS, text_NS).backward()
+    torch.testing.assert_close(trainable.encoder_KS.grad[others], sae.encoder.grad[others])
+    assert torch.isfinite(trainable.encoder_KS.grad).all()
+
+
+def test_use_of_concepts_is_counted_by_modality():
+    sae, image_NS, text_NS = make()
+    counts_K2 = TrainableVLSAE(sae)(image_NS, text_NS).counts_2K.view(CONCEPTS, 2)
+    for column, rows_NS in enumerate((image_NS, text_NS)):
+        expected = torch.bincount(sae.encode(rows_NS).concept_ids.flatten(), minlength=CONCEPTS)
+        assert torch.equal(counts_K2[:, column], expected.int())
+
+
+def test_weights_go_out_as_they_came_in():
+    sae, _, _ = make()
+    for name, tensor in TrainableVLSAE(sae).published().items():
+        assert torch.equal(tensor, sae.state_dict()[name]), name
+        assert tensor.is_contiguous()
+
+
+def test_the_product_in_bfloat16_keeps_codes_in_full():
+    """Well-separated concepts: the same are found, and their activations are not rounded."""
+    torch.manual_seed(0)
+    sae = VisionLanguageSAE(SHARED, SHARED, 1)
+    with torch.no_grad():
+        sae.encoder.copy_(torch.eye(SHARED) + 0.01 * torch.randn(SHARED, SHARED))
+    rows_NS = torch.eye(SHARED) + 0.05 * torch.randn(SHARED, SHARED)
+    compare(sae, rows_NS, rows_NS.flip(0), 1e-5, bfloat16_product=True)
+
+
+@pytest.mark.parametrize(("width", "k"), [(64, 3), (64, 4), (512, 16), (4096, 64), (100, 7)])
+def test_top_k_is_torch_topk(width, k):
+    torch.manual_seed(width)
+    values = torch.randn(9, width)
+    values[3] = values[3].round()  # ties
+    found, ids = top_k(values, k)
+    assert torch.equal(found, torch.topk(values, k, dim=1).values)
+    assert torch.equal(values.gather(1, ids), found)
+    assert all(len(set(row)) == k for row in ids.tolist())

@@ -1,0 +1,1 @@
+"""Fits an objective to a store of representations: batches, steps, checkpoints, workers, what is logged."""
