@@ -1,167 +1,159 @@
 """Stage 4: what each concept stands for, read off the pairs that activate it most.
 
-A label is the words that are much more common in a concept's texts than elsewhere: text statistics, no other model.
-Knows pooled representations and the two autoencoders; no LVLM.
+    python -m training.interpret_concepts --representations STORE --sparse RUN --auxiliary RUN --pairs SPEC --output DIR
 
-Shapes: N pairs, S shared width, K concepts, k active concepts.
+One pass over the store keeps the top texts and pictures of every concept and counts the corpus's phrases; a label is
+the phrases that a concept's texts have and the corpus has not. One pass over the pictures makes thumbnails and, with
+--clip, the paper's similarity scores. Leaves DIR/concepts.jsonl (what an artifact takes), DIR/similarity.json and
+DIR/atlas/index.html. Knows no LVLM: a store, a sparse autoencoder of any kind, for an LVLM's store the auxiliary one.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
+import numpy as np
 from PIL import Image
-from pydantic import Field
-from safetensors.torch import load_file
-from torch import Tensor
 
-from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from steering.sparse_autoencoder import SparseCode, VisionLanguageSAE
-from training.command_line import Settings, parse_settings
-from training.representations import Representations, read_representations
-from training.train_sparse_autoencoder import shared_representations
+from training.clip_model import ClipModel, load_clip
+from training.command_line import parse_settings, run_stage
+from training.durable_files import sha256_of, write_json, write_json_lines
+from training.errors import InvalidTraining
+from training.interpretation.atlas import THUMBNAILS, AtlasColumns, AtlasConcept, strongest_first, write_atlas
+from training.interpretation.concepts import Interpretation, InterpretationSettings, concept_records, interpret
+from training.interpretation.pictures import make_thumbnails, thumbnail_file
+from training.interpretation.scan import ConceptEncoder
+from training.interpretation.similarity import Similarity, SimilarityMeter
+from training.pairs import PairSource, open_pairs
+from training.run_folder import MODEL_FILE, read_auxiliary, read_centre, read_run_config, read_sparse, require_states
+from training.store.reader import RepresentationStore, open_store
 
-LoadImage = Callable[[str], Image.Image]
-"""From an image reference to the picture."""
-
-
-class InterpretationSettings(Settings):
-    """How much is kept of each concept."""
-
-    top_texts: int = Field(default=10, ge=0)
-    """Texts that activate it most."""
-    top_images: int = Field(default=10, ge=0)
-    """Pictures that activate it most."""
-    thumbnail_side_px: int = Field(default=32, ge=0)
-    """Longest side of their thumbnails; 0 = none."""
-    label_words: int = Field(default=2, gt=0)
-    """Words in a label."""
+CONCEPTS_FILE, SIMILARITY_FILE, ATLAS_FOLDER = "concepts.jsonl", "similarity.json", "atlas"
+Report = Callable[[str], None]
 
 
 class CommandLine(InterpretationSettings):
-    """Interpret a VL-SAE on a folder of representations."""
+    """What is interpreted."""
 
     representations: Path
-    """Folder written by collect_representations."""
-    layer: int
-    """Which of its layers."""
-    auxiliary: Path
-    """Weights written by train_auxiliary_autoencoder."""
+    """Store written by collect_representations."""
+    layer: int | None = None
+    """Which of its layers; needed where it has several."""
     sparse: Path
-    """Weights written by train_sparse_autoencoder."""
-    active_concepts: int
-    """k that it was trained with."""
-    images: Path
-    """Folder that the pairs' image references are relative to."""
+    """Run folder of train_sparse_autoencoder."""
+    auxiliary: Path | None = None
+    """Run folder of train_auxiliary_autoencoder; none for CLIP."""
+    pairs: str | None = None
+    """Where the pictures are, as for collect_representations; without it there are no thumbnails."""
+    clip: str | None = None
+    """Folder of an open_clip model that judges how alike a concept's pictures and texts are."""
+    device: str = "cpu"
+    """Where the autoencoders and CLIP run."""
     output: Path
-    """concepts.jsonl."""
+    """Folder for concepts.jsonl, similarity.json and atlas/."""
 
 
-def interpret_concepts(
-    auxiliary: AuxiliaryAutoencoder,
-    sae: VisionLanguageSAE,
-    pairs: Representations,
-    load_image: LoadImage,
+def write_interpretation(
+    folder: Path,
+    found: Interpretation,
     settings: InterpretationSettings,
-) -> list[dict[str, Any]]:
-    """One record per concept: id, label, mean_activation, texts, images."""
-    image_NS, text_NS = shared_representations(auxiliary, pairs)
-    with torch.no_grad():
-        image_NK, text_NK = dense_code(sae, sae.encode(image_NS)), dense_code(sae, sae.encode(text_NS))
-    mean_K = (image_NK.mean(0) + text_NK.mean(0)) / 2
-    words = _Words(pairs.texts)
-    thumbnails: dict[str, str] = {}
-    records = []
-    for concept in range(len(mean_K)):
-        references = [pairs.image_references[row] for row in strongest(image_NK[:, concept], settings.top_images)]
-        for reference in references:
-            if settings.thumbnail_side_px and reference not in thumbnails:
-                thumbnails[reference] = thumbnail(load_image(reference), settings.thumbnail_side_px)
-        records.append(
-            {
-                "id": concept,
-                "label": words.label(text_NK[:, concept], settings.label_words),
-                "mean_activation": round(float(mean_K[concept]), 6),
-                "texts": [pairs.texts[row] for row in strongest(text_NK[:, concept], settings.top_texts)],
-                "images": [{"reference": name, "thumbnail": thumbnails.get(name)} for name in references],
-            }
+    *,
+    source: PairSource | None,
+    clip: ClipModel | None,
+    about: str,
+    report: Report = print,
+) -> None:
+    """concepts.jsonl, atlas/ and, where there is a CLIP, similarity.json."""
+    thumbnails = folder / ATLAS_FOLDER / THUMBNAILS
+    pictures = [found.references(concept, settings.top_images) for concept in range(len(found.labels))]
+    texts = [found.texts(concept, settings.top_texts) for concept in range(len(found.labels))]
+    meter = SimilarityMeter(pictures, texts, clip, settings.seed) if clip else None
+    if source is not None:
+        references = sorted({reference for of_concept in pictures for reference in of_concept})
+        look = meter.see_pictures if meter else _ignore
+        make_thumbnails(source, references, thumbnails, settings.thumbnail_side_px, look, report)
+    scores_K: dict[str, np.ndarray] = {}
+    if meter is not None:
+        measured = meter.measure()
+        own = measured["concepts"]
+        scores_K = {"intra_image": own.intra_K["image"], "intra_text": own.intra_K["text"], "cross": own.cross_K}
+        write_json(folder / SIMILARITY_FILE, {name: part.as_dict() for name, part in measured.items()})
+        report("; ".join(f"{name}: {_in_words(part)}" for name, part in measured.items()))
+    write_json_lines(folder / CONCEPTS_FILE, concept_records(found, settings, thumbnails))
+    columns = AtlasColumns(
+        labels=found.labels,
+        mean_K=found.mean_K,
+        image_K=found.scan.mean_K["image"],
+        text_K=found.scan.mean_K["text"],
+        scores_K=scores_K,
+    )
+    show = partial(_atlas_concept, found, settings, folder / ATLAS_FOLDER)
+    write_atlas(folder / ATLAS_FOLDER, about, columns, map(show, strongest_first(found.mean_K).tolist()))
+    labelled = sum(bool(label) for label in found.labels)
+    report(f"wrote {folder}: {labelled} of {len(found.labels)} concepts have a label; see {ATLAS_FOLDER}/index.html")
+
+
+def _atlas_concept(found: Interpretation, settings: InterpretationSettings, atlas: Path, concept: int) -> AtlasConcept:
+    images = []
+    for reference in found.references(concept, settings.top_images):
+        file = thumbnail_file(atlas / THUMBNAILS, reference)
+        images.append(
+            {"reference": reference, "thumbnail": file.relative_to(atlas).as_posix() if file.exists() else None}
         )
-    return records
+    return AtlasConcept(found.texts(concept, settings.top_texts), images)
 
 
-def dense_code(sae: VisionLanguageSAE, code: SparseCode) -> Tensor:
-    """Activations [N, K], zeros included."""
-    zeros_NK = torch.zeros(len(code.concept_ids), len(sae.encoder))
-    return zeros_NK.scatter_(1, code.concept_ids, code.activations)
+def _ignore(references: Sequence[str], images: Sequence[Image.Image]) -> None:
+    """Looks at nothing."""
 
 
-def strongest(activation_N: Tensor, count: int) -> list[int]:
-    """Rows with the largest activations, strongest first; never a row that is zero."""
-    top = torch.topk(activation_N, min(count, len(activation_N)))
-    return [int(row) for row, value in zip(top.indices, top.values, strict=True) if value > 0]
+def _in_words(similarity: Similarity) -> str:
+    figures = similarity.as_dict()
+    within, between = figures["intra"], figures["inter"]
+    return (
+        f"pictures {within['image']} within, {between['image']} between concepts, texts {within['text']} within, "
+        f"{between['text']} between, pictures to texts {figures['cross']}"
+    )
 
 
-def thumbnail(image: Image.Image, side_px: int) -> str:
-    """A small JPEG as a data URL."""
-    small = image.convert("RGB")
-    small.thumbnail((side_px, side_px))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-class _Words:
-    """Which text holds which word."""
-
-    def __init__(self, texts: tuple[str, ...]) -> None:
-        found = [set(re.findall(r"\w{3,}", text.lower())) for text in texts]
-        self.vocabulary = sorted(set().union(*found))
-        column = {word: number for number, word in enumerate(self.vocabulary)}
-        self.presence_NW = torch.zeros(len(texts), len(self.vocabulary))
-        for row, words in enumerate(found):
-            self.presence_NW[row, [column[word] for word in words]] = 1.0
-        self.base_W = self.presence_NW.mean(0)
-
-    def label(self, activation_N: Tensor, count: int) -> str:
-        """The words whose share in the activating texts exceeds their share in all texts by most."""
-        if not activation_N.any():
-            return ""
-        share_W = activation_N @ self.presence_NW / activation_N.sum()
-        gain_W = (share_W - self.base_W) / (self.base_W * (1 - self.base_W)).sqrt().clamp(min=1e-3)
-        top = torch.topk(gain_W, min(count, len(self.vocabulary)))
-        chosen = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return " ".join(self.vocabulary[index] for index, gain in chosen if gain > 0)
-
-
-def write_concepts(file: Path, records: list[dict[str, Any]]) -> None:
-    """JSON lines."""
-    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+def read_encoder(store: RepresentationStore, sparse: Path, auxiliary: Path | None, device: str) -> ConceptEncoder:
+    """Both autoencoders, checked against the store and each other."""
+    require_states(store, sparse)
+    needed = read_run_config(sparse).auxiliary_sha256
+    if (needed is None) != (auxiliary is None):
+        missing = "--auxiliary is needed: the run was trained behind one" if needed else "give no --auxiliary"
+        raise InvalidTraining(f"{sparse}: {missing}")
+    if auxiliary is not None:
+        require_states(store, auxiliary)
+        if sha256_of(auxiliary / MODEL_FILE) != needed:
+            raise InvalidTraining(f"{sparse} was trained behind another auxiliary autoencoder than {auxiliary}")
+    sae, centre = read_sparse(sparse).to(device), read_centre(sparse)
+    return ConceptEncoder(
+        sae=sae,
+        auxiliary=read_auxiliary(auxiliary).to(device) if auxiliary else None,
+        centre=type(centre)(*(part.to(device) for part in centre)) if centre else None,
+    )
 
 
 def main() -> None:
     """The command line."""
-    settings = parse_settings(CommandLine, program="python -m training.interpret_concepts", description=__doc__ or "")
-    weights = load_file(settings.auxiliary)
-    shared_size, hidden_size = weights["vision_projection.weight"].shape
-    auxiliary = AuxiliaryAutoencoder(hidden_size, shared_size)
-    auxiliary.load_state_dict(weights)
-    sparse_weights = load_file(settings.sparse)
-    sae = VisionLanguageSAE(shared_size, len(sparse_weights["encoder"]), settings.active_concepts)
-    sae.load_state_dict(sparse_weights)
-    pairs = read_representations(settings.representations, settings.layer)
-
-    def load_image(reference: str) -> Image.Image:
-        return Image.open(settings.images / reference)
-
-    write_concepts(settings.output, interpret_concepts(auxiliary, sae, pairs, load_image, settings))
+    settings = parse_settings(CommandLine, program="python -m training.interpret_concepts", description=__doc__)
+    if settings.clip and not settings.pairs:
+        raise InvalidTraining("--clip judges pictures: say with --pairs where they are")
+    store = open_store(settings.representations, settings.layer)
+    encoder = read_encoder(store, settings.sparse, settings.auxiliary, settings.device)
+    source = open_pairs(settings.pairs) if settings.pairs else None
+    clip = load_clip(settings.clip, settings.device) if settings.clip else None
+    found = interpret(store, encoder, settings)
+    kind, collected = read_run_config(settings.sparse).kind, store.manifest.collected
+    about = (
+        f"{encoder.num_concepts:,} concepts of {collected.model} ({store.name}), {kind}; "
+        f"described by {len(store):,} pairs"
+    )
+    write_interpretation(settings.output, found, settings, source=source, clip=clip, about=about)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

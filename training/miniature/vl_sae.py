@@ -22,13 +22,15 @@ from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.resolution import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 from training.alignment import Alignment, measure_alignment
-from training.collect_representations import POOLING, PROMPT, CollectionSettings, Pair, collect
-from training.interpret_concepts import InterpretationSettings, interpret_concepts
+from training.collection.lvlm import POOLING, PROMPT
 from training.miniature.drawing import draw_scene
 from training.miniature.language import caption
 from training.miniature.llava_model import load_llava
+from training.miniature.old_collection import CollectionSettings, collect
+from training.miniature.old_concepts import InterpretationSettings, interpret_concepts
 from training.miniature.recipe import NOISE, Recipe
 from training.miniature.world import scene_from_seed, scenes
+from training.pairs import Pair
 from training.representations import Representations
 from training.train_auxiliary_autoencoder import describe, train_auxiliary_autoencoder
 from training.train_sparse_autoencoder import shared_representations, train_sparse_autoencoder
