@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steering.sparse_autoencoder import Modality, SparseCode, VisionLanguageSAE
+from training.losses import reconstruction_error
+from training.sparse_step import SparseStep
 
 
 class _LinearSparseAutoencoder(nn.Module):
@@ -81,6 +83,35 @@ class SAEV(_LinearSparseAutoencoder):
 
 
 SparseAutoencoder = VisionLanguageSAE | SAED | SAEV
+
+
+class TrainableBaseline(nn.Module):
+    """What `TrainableVLSAE` is for the VL-SAE: loss and use of the concepts; its gradients are autograd's."""
+
+    def __init__(self, sae: SAED | SAEV) -> None:
+        super().__init__()
+        self.sae = sae
+
+    def forward(self, image_NS: Tensor, text_NS: Tensor) -> SparseStep:
+        """Loss and use of the concepts for a batch of pairs."""
+        loss, counts = torch.zeros((), dtype=image_NS.dtype, device=image_NS.device), []
+        pairs: tuple[tuple[Modality, Tensor], ...] = (("image", image_NS), ("text", text_NS))
+        for modality, rows_NS in pairs:
+            code = self.sae.encode(rows_NS, modality)
+            loss = loss + reconstruction_error(self.sae.decode(code, modality), rows_NS)
+            used_L = code.concept_ids[code.activations > 0]
+            counts.append(torch.bincount(used_L, minlength=self.sae.num_concepts))
+        return SparseStep(loss, torch.stack(counts, dim=1).flatten())
+
+    def encode(self, shared_NS: Tensor, modality: Modality) -> SparseCode:
+        return self.sae.encode(shared_NS, modality)
+
+    def decode(self, code: SparseCode, modality: Modality) -> Tensor:
+        return self.sae.decode(code, modality)
+
+    def published(self) -> dict[str, Tensor]:
+        """Weights as they are."""
+        return self.sae.state_dict()
 
 
 def encode(sae: SparseAutoencoder, shared_NS: Tensor, modality: Modality) -> SparseCode:

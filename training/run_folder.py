@@ -12,6 +12,7 @@ Shapes: N rows, D width of the states, S shared width.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -63,6 +64,8 @@ class StoreIdentity(_Strict):
     """D."""
     pairs: int
     """Rows of the store, held-out ones included."""
+    data_sha256: str
+    """Digest of how they were collected and of every shard's bytes."""
 
 
 class RunConfig(_Strict):
@@ -93,6 +96,7 @@ class Centre(NamedTuple):
 def identify_store(store: RepresentationStore) -> StoreIdentity:
     """What a run records of the store it is trained on."""
     collected = store.manifest.collected
+    content = store.manifest.model_dump_json(include={"collected", "shards"})
     return StoreIdentity(
         model=collected.model,
         model_sha256=collected.model_sha256,
@@ -102,6 +106,7 @@ def identify_store(store: RepresentationStore) -> StoreIdentity:
         pooling=collected.pooling,
         width=store.width,
         pairs=len(store),
+        data_sha256=hashlib.sha256(content.encode()).hexdigest(),
     )
 
 

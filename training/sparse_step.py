@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from steering.sparse_autoencoder import DISTANCE_EPSILON, VisionLanguageSAE
+from steering.sparse_autoencoder import (
+    DISTANCE_EPSILON,
+    Modality,
+    SparseCode,
+    VisionLanguageSAE,
+    cosine_to_activation,
+)
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -57,6 +63,21 @@ class TrainableVLSAE(nn.Module):
         rows_MS = torch.cat((image_NS, text_NS))
         settings = _Settings(self.active_concepts, self.bfloat16_product, self._workspace)
         return SparseStep(*_Reconstruct.apply(self.encoder_KS, self.decoder_2KS, self.bias_2S, rows_MS, settings))
+
+    @torch.no_grad()
+    def encode(self, shared_NS: Tensor, modality: Modality) -> SparseCode:
+        """As `VisionLanguageSAE` encodes, whatever the modality; outside training."""
+        unit_NS, scale_K = F.normalize(shared_NS, dim=1), _inverse_norms(self.encoder_KS)
+        cosine_Nk, concept_ids_Nk = top_k((unit_NS @ self.encoder_KS.T).mul_(scale_K), self.active_concepts)
+        return SparseCode(concept_ids_Nk, cosine_to_activation(cosine_Nk))
+
+    @torch.no_grad()
+    def decode(self, code: SparseCode, modality: Modality) -> Tensor:
+        """As `VisionLanguageSAE` decodes; outside training."""
+        column = 0 if modality == "image" else 1
+        table_ids_Nk = code.concept_ids * 2 + column
+        sums_NS = F.embedding_bag(table_ids_Nk, self.decoder_2KS, per_sample_weights=code.activations, mode="sum")
+        return sums_NS + self.bias_2S[column]
 
     @torch.no_grad()
     def published(self) -> dict[str, Tensor]:
@@ -97,7 +118,7 @@ class _Reconstruct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         pairs = len(rows_MS) // 2
         unit_MS = F.normalize(rows_MS, dim=1)
-        scale_K = torch.linalg.vector_norm(encoder_KS, dim=1).clamp_min(_NORM_EPSILON).reciprocal_()
+        scale_K = _inverse_norms(encoder_KS)
         cosine_Mk, concept_ids_Mk = _nearest_concepts(unit_MS, encoder_KS, scale_K, settings)
         distance_Mk = (2 - 2 * cosine_Mk).clamp_min_(DISTANCE_EPSILON).sqrt_()
         activation_Mk = 2 - distance_Mk
@@ -158,6 +179,10 @@ def _sort_by_concept(
         distance_L=distance_Mk.flatten()[order_L],
         cosine_L=cosine_Mk.flatten()[order_L],
     )
+
+
+def _inverse_norms(encoder_KS: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(encoder_KS, dim=1).clamp_min(_NORM_EPSILON).reciprocal()
 
 
 def _nearest_concepts(

@@ -2,24 +2,31 @@
 
     loss = contrastive_weight * InfoNCE + MSE of the image states + MSE of the text states
 
-Reads a folder of `collect_representations`; knows no model and no sparse autoencoder.
+    python -m training.train_auxiliary_autoencoder --representations STORE --layer 30 --output RUN
+
+Reads a store of `collect_representations`, writes a run folder; knows no model and no sparse autoencoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from training.alignment import recall_at_1
-from training.command_line import Settings, parse_settings
-from training.losses import Similarity, info_nce, reconstruction_error, unexplained_variance
-from training.representations import Representations, read_representations
+from training.command_line import Settings, parse_settings, run_stage
+from training.fitting.batches import ShuffledBatches, read_held_out, sample_batches
+from training.fitting.fit import Fit, Objective, Report
+from training.fitting.options import RunOptions, begin_run, make_plan, recorded, report_finished
+from training.fitting.quality import reconstruction_quality, retrieval_of_vectors
+from training.fitting.workers import Worker, run_on_workers
+from training.losses import Similarity, info_nce, reconstruction_error
+from training.run_folder import RunConfig, identify_store
+from training.store.reader import PairBatch, RepresentationStore, open_store
+
+_WARMUP_SHARE = 0.05
 
 
 class AuxiliaryTraining(Settings):
@@ -34,101 +41,143 @@ class AuxiliaryTraining(Settings):
     similarity: Similarity = "cosine"
     """What InfoNCE compares with: cosine in the paper, dot in the authors' code."""
     learning_rate: float = Field(default=5e-5, gt=0)
-    """Peak, of AdamW; warm-up over a twentieth of the steps, then cosine."""
+    """Peak, of AdamW; linear warm-up over a twentieth of the steps, then cosine."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Of AdamW."""
     batch_size: int = Field(default=2048, gt=1)
-    """Pairs per step; all of them are each other's negatives."""
+    """Pairs per step, over all workers; all of them are each other's negatives."""
     epochs: int = Field(default=50, gt=0)
     """Passes over the pairs."""
     seed: int = 0
     """Of initial weights and order."""
 
 
-class CommandLine(AuxiliaryTraining):
-    """Train on a folder of representations."""
-
-    representations: Path
-    """Folder written by collect_representations."""
-    layer: int
-    """Which of its layers."""
-    held_out: int = Field(default=1000, gt=0)
-    """Pairs at the end that are kept for measuring."""
-    output: Path
-    """The weights are written here (safetensors)."""
+class CommandLine(AuxiliaryTraining, RunOptions):
+    """Train on a store of representations."""
 
 
-def train_auxiliary_autoencoder(
-    pairs: Representations, config: AuxiliaryTraining, report: Callable[[str], None] = print
-) -> AuxiliaryAutoencoder:
-    """An autoencoder for these pairs."""
-    torch.manual_seed(config.seed)
-    auxiliary = AuxiliaryAutoencoder(pairs.image_ND.shape[1], config.shared_size)
-    centre(auxiliary, pairs.image_ND, pairs.text_ND)
-    text_ids_N = pairs.text_ids_N
-    batches = -(-len(pairs.texts) // config.batch_size)
-    total_steps = config.epochs * batches
-    optimizer = torch.optim.AdamW(auxiliary.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=total_steps, pct_start=max(0.05, 2 / total_steps)
+class AuxiliaryObjective(Objective):
+    """Loss and measures of an auxiliary autoencoder."""
+
+    def __init__(self, auxiliary: AuxiliaryAutoencoder, config: AuxiliaryTraining, worker: Worker) -> None:
+        super().__init__()
+        self.auxiliary, self._config, self._worker = auxiliary, config, worker
+
+    def forward(self, image_ND: Tensor, text_ND: Tensor, text_ids_N: Tensor) -> Tensor:
+        """InfoNCE is over the pairs of all workers: every worker has it whole, so that their mean is it again."""
+        image_NS, text_NS = self.auxiliary(image_ND, text_ND)
+        image_back_ND, text_back_ND = self.auxiliary.reconstruct(image_NS, text_NS)
+        contrastive = info_nce(
+            *(self._worker.gather_rows(part) for part in (image_NS, text_NS, text_ids_N)),
+            temperature=self._config.temperature,
+            similarity=self._config.similarity,
+        )
+        rebuilt = reconstruction_error(image_back_ND, image_ND) + reconstruction_error(text_back_ND, text_ND)
+        return self._config.contrastive_weight * contrastive + rebuilt
+
+    @torch.no_grad()
+    def evaluate(self, held_out: PairBatch) -> dict[str, float]:
+        image_HS, text_HS = self.auxiliary(held_out.image_ND, held_out.text_ND)
+        image_back_HD, text_back_HD = self.auxiliary.reconstruct(image_HS, text_HS)
+        return {
+            **reconstruction_quality("image", image_back_HD, held_out.image_ND),
+            **reconstruction_quality("text", text_back_HD, held_out.text_ND),
+            **retrieval_of_vectors("shared", image_HS, text_HS),
+            "retrieval/pairs": len(image_HS),
+        }
+
+    def published(self) -> dict[str, Tensor]:
+        return self.auxiliary.state_dict()
+
+
+def train_auxiliary_autoencoder(settings: CommandLine, report: Report = print) -> None:
+    """Trains, or goes on training, into the run folder."""
+    store = open_store(settings.representations, settings.layer)
+    _batches(store, settings, Worker(count=settings.workers))
+    config = RunConfig(
+        kind="auxiliary",
+        settings=recorded(settings),
+        shared_size=settings.shared_size,
+        store=identify_store(store),
     )
-    for epoch in range(config.epochs):
-        for rows in torch.randperm(len(pairs.texts)).chunk(batches):
-            loss = auxiliary_loss(auxiliary, pairs.image_ND[rows], pairs.text_ND[rows], text_ids_N[rows], config)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        if (epoch + 1) % max(1, config.epochs // 5) == 0:
-            report(f"auxiliary autoencoder epoch {epoch + 1} of {config.epochs}: loss {loss:.4f}")
-    return auxiliary.eval()
+    if begin_run(settings.output, config):
+        run_on_workers(
+            partial(_train, settings, report),
+            workers=settings.workers,
+            device=settings.device,
+            ray_address=settings.ray_address,
+        )
+    report_finished(settings.output, report)
 
 
-def auxiliary_loss(
-    auxiliary: AuxiliaryAutoencoder, image_ND: Tensor, text_ND: Tensor, text_ids_N: Tensor, config: AuxiliaryTraining
-) -> Tensor:
-    """The loss of one batch."""
-    image_NS, text_NS = auxiliary(image_ND, text_ND)
-    image_back_ND, text_back_ND = auxiliary.reconstruct(image_NS, text_NS)
-    contrastive = info_nce(image_NS, text_NS, text_ids_N, temperature=config.temperature, similarity=config.similarity)
-    rebuilt = reconstruction_error(image_back_ND, image_ND) + reconstruction_error(text_back_ND, text_ND)
-    return config.contrastive_weight * contrastive + rebuilt
+def _train(settings: CommandLine, report: Report, worker: Worker) -> None:
+    """On each worker."""
+    store = open_store(settings.representations, settings.layer, verify=False)
+    batches = _batches(store, settings, worker)
+    torch.manual_seed(settings.seed)
+    auxiliary = AuxiliaryAutoencoder(store.width, settings.shared_size)
+    centre_biases(auxiliary, store, held_out=settings.held_out, seed=settings.seed)
+    objective = AuxiliaryObjective(auxiliary, settings, worker).to(worker.device)
+    optimizer = torch.optim.AdamW(
+        objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    plan = make_plan(
+        settings,
+        steps_per_epoch=batches.steps_per_epoch,
+        epochs=settings.epochs,
+        warmup_share=_WARMUP_SHARE,
+        learning_rate=settings.learning_rate,
+    )
+    fit = Fit(
+        run=settings.output,
+        objective=objective,
+        optimizer=optimizer,
+        batches=batches,
+        held_out=read_held_out(store, settings.held_out, worker),
+        plan=plan,
+        worker=worker,
+        report=report,
+    )
+    fit()
+
+
+def _batches(store: RepresentationStore, settings: CommandLine, worker: Worker) -> ShuffledBatches:
+    return ShuffledBatches(
+        store,
+        held_out=settings.held_out,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        rank=worker.rank,
+        workers=worker.count,
+    )
 
 
 @torch.no_grad()
-def centre(auxiliary: AuxiliaryAutoencoder, image_ND: Tensor, text_ND: Tensor) -> None:
-    """Biases such that the mean state maps to zero and back: both spaces start without their common offset."""
-    for projection, decoder, states_ND in (
-        (auxiliary.vision_projection, auxiliary.vision_decoder, image_ND),
-        (auxiliary.text_projection, auxiliary.text_decoder, text_ND),
+def centre_biases(auxiliary: AuxiliaryAutoencoder, store: RepresentationStore, *, held_out: int, seed: int) -> None:
+    """Biases such that the mean state maps to zero and back: both spaces start without their common offset.
+
+    The mean is over the training pairs, or over 65,536 of them drawn at random where there are more.
+    """
+    count, total_2D = 0, torch.zeros(2, store.width, dtype=torch.float64)
+    for batch in sample_batches(store, held_out=held_out, seed=seed):
+        count += len(batch.image_ND)
+        total_2D += torch.stack((batch.image_ND.sum(0, dtype=torch.float64), batch.text_ND.sum(0, dtype=torch.float64)))
+    for mean_D, projection, decoder in zip(
+        (total_2D / count).float(),
+        (auxiliary.vision_projection, auxiliary.text_projection),
+        (auxiliary.vision_decoder, auxiliary.text_decoder),
+        strict=True,
     ):
-        mean_D = states_ND.mean(0)
         projection.bias.copy_(-projection.weight @ mean_D)
         decoder.bias.copy_(mean_D)
 
 
-def describe(auxiliary: AuxiliaryAutoencoder, pairs: Representations) -> str:
-    """How good it is on pairs it has not seen, in a line."""
-    with torch.no_grad():
-        image_NS, text_NS = auxiliary(pairs.image_ND, pairs.text_ND)
-        image_back_ND, text_back_ND = auxiliary.reconstruct(image_NS, text_NS)
-    image_lost = unexplained_variance(image_back_ND, pairs.image_ND)
-    text_lost = unexplained_variance(text_back_ND, pairs.text_ND)
-    retrieval = recall_at_1(image_NS, text_NS)
-    return f"unexplained image {image_lost:.3f}, text {text_lost:.3f}, R@1 of {len(pairs.texts)} {retrieval:.3f}"
-
-
 def main() -> None:
     """The command line."""
-    settings = parse_settings(
-        CommandLine, program="python -m training.train_auxiliary_autoencoder", description=__doc__ or ""
+    train_auxiliary_autoencoder(
+        parse_settings(CommandLine, program="python -m training.train_auxiliary_autoencoder", description=__doc__)
     )
-    pairs, held_out = read_representations(settings.representations, settings.layer).split(settings.held_out)
-    auxiliary = train_auxiliary_autoencoder(pairs, settings)
-    print(describe(auxiliary, held_out))
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(auxiliary.state_dict(), settings.output)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)
