@@ -10,19 +10,23 @@ token, and the share of steps at which `causal`, led along the caption that `exa
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import replace
 from typing import Any
 
+from pydantic import Field
+
 from steering.artifact import read_config
 from steering.request import Mode, SteeringRequest
-from training.command_line import parse_settings
+from training.command_line import parse_settings, run_stage
+from training.durable_files import write_json
+from training.errors import InvalidTraining
 from training.evaluate_hallucination import EvaluationSettings, respondent
 from training.evaluation.asking import InProcess, Question, Reply, ask_all
+from training.evaluation.benchmark import Benchmark
+from training.evaluation.benchmark_settings import build_benchmark
 from training.evaluation.conditions import TASKS, Condition, TunedPresets, as_request, tuned_presets
 from training.evaluation.manifest import describe_benchmark, describe_run, weights_digest
 from training.evaluation.measuring import measure
-from training.evaluation.miniature_benchmark import Benchmark, miniature_benchmark
 from training.evaluation.scores import Scoreboard
 from training.evaluation.table import caption_table, question_table
 
@@ -32,9 +36,9 @@ MODES: tuple[Mode, ...] = ("causal", "exact")
 class ComparisonSettings(EvaluationSettings):
     """`causal` against `exact` on held-out scenes: benchmarks, equal captions, agreement step by step."""
 
-    captions: int = 300
-    """Scenes captioned, each with an absent partner."""
-    questions: int = 600
+    captions: int | None = Field(default=300, ge=0)
+    """Pictures captioned."""
+    questions: int | None = Field(default=600, ge=0)
     """Questions per POPE split; even."""
     led_captions: int = 100
     """Captions along which `causal` is led, one request per token."""
@@ -42,14 +46,14 @@ class ComparisonSettings(EvaluationSettings):
 
 async def compare(settings: ComparisonSettings) -> dict[str, Any]:
     """Run both modes and return the report."""
-    benchmark = miniature_benchmark(captions=settings.captions, questions=settings.questions, seed=settings.seed)
+    benchmark = build_benchmark(settings)
     config = read_config(settings.artifact)
     tuned = tuned_presets(config)
     chosen = [Condition(name="plain", requests=dict.fromkeys(TASKS, SteeringRequest(enabled=False)))]
     chosen += [steered_in(mode, tuned) for mode in MODES]
     async with respondent(settings) as answers:
         if not isinstance(answers, InProcess):
-            raise SystemExit("--engine: modes are compared in this process, since answers are led token by token")
+            raise InvalidTraining("--engine: modes are compared in this process, since answers are led token by token")
         measurements = {
             condition.name: await measure(benchmark, condition, answers, concurrency=2 * settings.batch)
             for condition in chosen
@@ -57,7 +61,8 @@ async def compare(settings: ComparisonSettings) -> dict[str, Any]:
         agreement = await token_agreement(benchmark, tuned, answers, settings)
     board = Scoreboard(measurements, seed=settings.seed, resamples=settings.resamples)
     scores = {name: board.scores(name) for name in measurements}
-    print("\n" + caption_table(scores) + "\n\n" + question_table(scores) + "\n")
+    tables = [caption_table(scores)] * bool(benchmark.captions) + [question_table(scores)] * bool(benchmark.questions)
+    print("\n" + "\n\n".join(tables) + "\n")
     equal = [a == b for a, b in zip(*(measurements[mode].captions for mode in MODES), strict=True)]
     agreement["exact_match"] = sum(equal) / max(1, len(equal))
     print("\n".join(f"{name}: {value:.4f}" for name, value in agreement.items()))
@@ -84,14 +89,16 @@ async def token_agreement(
     """Lead `causal` along the captions that `exact` writes, token by token."""
     concurrency = 2 * settings.batch
     asked = caption_questions(benchmark, steered_in("exact", tuned), settings.led_captions)
-    written = await ask_all(answers, asked, concurrency=concurrency, label="exact, to be followed")
+    written = await ask_all(answers, asked, concurrency=concurrency, label="exact, to be followed", total=len(asked))
     followed = caption_questions(benchmark, steered_in("causal", tuned), settings.led_captions)
     steps = [
         (replace(question, max_tokens=1, answer_so_far=reply.token_ids[:length]), reply.token_ids[length : length + 1])
         for question, reply in zip(followed, written, strict=True)
         for length in range(_followable(reply, answers.image_token_id, benchmark.caption_max_tokens))
     ]
-    replies = await ask_all(answers, [step for step, _ in steps], concurrency=concurrency, label="causal, led")
+    replies = await ask_all(
+        answers, [step for step, _ in steps], concurrency=concurrency, label="causal, led", total=len(steps)
+    )
     agreed = [reply.token_ids == chosen for reply, (_, chosen) in zip(replies, steps, strict=True)]
     return {"steps": len(agreed), "teacher_forced_agreement": sum(agreed) / max(1, len(agreed))}
 
@@ -120,8 +127,8 @@ def main() -> None:
     settings = parse_settings(ComparisonSettings, program="python -m training.compare_modes")
     report = asyncio.run(compare(settings))
     if settings.json_file:
-        settings.json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(settings.json_file, report)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,6 +1,8 @@
 """Stage 6: does steering make an LVLM invent less, and is it the image that does it?
 
     python -m training.evaluate_hallucination --benchmark miniature --captions 1000 --questions 2000 --json report.json
+    python -m training.evaluate_hallucination --benchmark pope --pope-files coco_pope_*.json --images val2014 ...
+    python -m training.evaluate_hallucination --benchmark coco --annotations annotations --images val2014 ...
 
 Runs the conditions of `training.evaluation.conditions` on scenes that nothing was trained or tuned on, CHAIR on
 captions and POPE on yes/no questions, each number with a paired-bootstrap interval, and says in words what they show.
@@ -9,22 +11,24 @@ captions and POPE on yes/no questions, each number with a paired-bootstrap inter
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from steering.artifact import read_config
 from steering.request import Mode
-from training.command_line import Settings, parse_settings
+from training.command_line import Settings, parse_settings, run_stage
+from training.durable_files import write_json
+from training.errors import InvalidTraining
 from training.evaluation.asking import InProcess, OverHttp, Respondent
+from training.evaluation.benchmark import Benchmark
+from training.evaluation.benchmark_settings import BenchmarkSettings, build_benchmark
 from training.evaluation.conditions import NAMES, Condition, conditions, tuned_presets
 from training.evaluation.manifest import describe_benchmark, describe_run, weights_digest
 from training.evaluation.measuring import Measurement, measure
-from training.evaluation.miniature_benchmark import Benchmark, miniature_benchmark
 from training.evaluation.scores import RESAMPLES, Scoreboard
 from training.evaluation.table import caption_table, question_table
 from training.evaluation.verdict import verdict
@@ -53,19 +57,9 @@ class EngineSettings(Settings):
     """CPU threads of torch; a miniature is fastest on one."""
 
 
-class EvaluationSettings(EngineSettings):
+class EvaluationSettings(EngineSettings, BenchmarkSettings):
     """CHAIR and POPE under steering and its controls, on scenes unused in training, with paired intervals."""
 
-    benchmark: Literal["miniature"] = "miniature"
-    """World of the scenes."""
-    captions: int = Field(default=1000, ge=0)
-    """Scenes captioned, each with an absent partner."""
-    questions: int = Field(default=2000, ge=0)
-    """Questions per POPE split; even."""
-    second_turn: bool = False
-    """Ask the questions in a second turn, after one in which the picture was described, truly."""
-    seed: int = Field(default=0, ge=0)
-    """Chooses the window of held-out scenes and seeds the bootstrap."""
     conditions: tuple[str, ...] = NAMES
     """Conditions to run; `plain` is always among them."""
     mode: Mode | None = None
@@ -78,9 +72,8 @@ class EvaluationSettings(EngineSettings):
 
 async def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     """Run everything and return the report."""
-    benchmark = miniature_benchmark(
-        captions=settings.captions, questions=settings.questions, seed=settings.seed, second_turn=settings.second_turn
-    )
+    benchmark = build_benchmark(settings)
+    described = describe_benchmark(benchmark)
     config = read_config(settings.artifact)
     chosen = conditions(
         tuned_presets(config),
@@ -94,7 +87,7 @@ async def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
             print(f"[{number}/{len(chosen)}] {condition.name}", flush=True)
             measurements[condition.name] = await measure(benchmark, condition, answers, concurrency=2 * settings.batch)
     manifest = describe_run(settings.model_dump(mode="json"))
-    manifest |= {"benchmark": describe_benchmark(benchmark), "artifact": config.fingerprint}
+    manifest |= {"benchmark": described, "artifact": config.fingerprint}
     manifest |= {"alignment": config.alignment, "model_sha256": weights_digest(settings.model)}
     return make_report(benchmark, chosen, measurements, manifest, seed=settings.seed, resamples=settings.resamples)
 
@@ -134,7 +127,7 @@ def _engine(settings: EngineSettings) -> Any:
         from steering.engines.vllm_engine import VllmEngine  # pyright: ignore[reportMissingImports]
 
         return VllmEngine(**arguments)
-    raise SystemExit(f"--engine: {settings.engine!r} is none of huggingface, vllm, http://...")
+    raise InvalidTraining(f"--engine: {settings.engine!r} is none of huggingface, vllm, http://...")
 
 
 def make_report(
@@ -178,7 +171,7 @@ def _record(benchmark: Benchmark, condition: Condition, measurements: dict[str, 
         "receipts": measured.receipts,
         "seconds": round(measured.seconds, 1),
         "examples": [
-            {"scene": scene.seed, "truth": sorted(scene.truth), "caption": caption}
+            {"scene": scene.name, "truth": sorted(scene.truth), "caption": caption}
             for scene, caption in list(zip(benchmark.scenes, measured.captions, strict=False))[:EXAMPLES]
         ],
     }
@@ -188,9 +181,9 @@ def main() -> None:
     settings = parse_settings(EvaluationSettings, program="python -m training.evaluate_hallucination")
     report = asyncio.run(evaluate(settings))
     if settings.json_file:
-        settings.json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(settings.json_file, report)
         print(f"\nreport: {settings.json_file}")
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,6 +1,7 @@
 """Stage 5: chooses the presets of an artifact on dev scenes and writes them into it. Never sees held-out scenes.
 
     python -m training.tune_presets --model M --artifact A
+    python -m training.tune_presets --model M --artifact A --benchmark coco --annotations annotations --images train2014
 
 1. The alignment gate: where the codes of a pair overlap hardly more than those of strangers there is nothing to
    realign to, and every preset stays off.
@@ -11,12 +12,13 @@
    by the accuracy on adversarial questions, with no split worse. Otherwise the preset is off.
 4. The server's default is `captions` where that harms no questions, else `questions` where that harms no captions,
    else `off`.
+
+On COCO the dev scenes are photographs of a split that no evaluation uses (train2014), the questions built from it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
@@ -28,9 +30,12 @@ from pydantic import Field
 from steering.artifact import ArtifactConfig, read_config, write_config
 from steering.request import Control, Form
 from steering.resolution import Preset
-from training.command_line import parse_settings
+from training.command_line import parse_settings, run_stage
+from training.durable_files import write_json
 from training.evaluate_hallucination import EngineSettings, respondent
 from training.evaluation.asking import Respondent
+from training.evaluation.benchmark import Benchmark
+from training.evaluation.benchmark_settings import PhotographSettings, check_options, coco_photographs
 from training.evaluation.conditions import FORMS, TASKS, Condition, Task, as_request, form_preset_key
 from training.evaluation.measuring import Measurement, measure
 from training.evaluation.miniature_benchmark import miniature_benchmark
@@ -50,12 +55,16 @@ SOFTENINGS = 3
 """How often the step of a form's best setting is made smaller where only recall speaks against it."""
 Stage = Literal["search", "final"]
 SEEDS: dict[Stage, int] = {"search": 20, "final": 21}
-"""Windows of the dev scenes: the final is held on scenes that the search has not seen."""
+"""Windows of the miniature's dev scenes: the final is held on scenes that the search has not seen."""
 
 
-class TuningSettings(EngineSettings):
+class TuningSettings(EngineSettings, PhotographSettings):
     """How thoroughly presets are searched for; every form gets the same."""
 
+    benchmark: Literal["miniature", "coco"] = "miniature"
+    """Where the dev scenes come from."""
+    coco_split: str = "train2014"
+    """Split of COCO that the dev scenes are drawn from; evaluate on another."""
     alphas: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     """Steps of the grid."""
     search_captions: int = Field(default=160, ge=1)
@@ -168,20 +177,25 @@ class Tuner:
         return self._plain[task, stage]
 
     async def _measure(self, preset: Preset, task: Task, stage: Stage, control: Control | None = None) -> Measurement:
-        amount = getattr(self._settings, f"{stage}_{task}")
-        benchmark = miniature_benchmark(
-            captions=amount if task == "captions" else 0,
-            questions=amount if task == "questions" else 0,
-            seed=SEEDS[stage],
-            scene_range="dev",
-        )
+        benchmark = dev_benchmark(self._settings, task, stage)
         condition = Condition(name="trial", requests=dict.fromkeys(TASKS, as_request(preset, control=control)))
         concurrency = 2 * self._settings.batch
         return await measure(benchmark, condition, self._answers, concurrency=concurrency, report=lambda line: None)
 
 
+def dev_benchmark(settings: TuningSettings, task: Task, stage: Stage) -> Benchmark:
+    """What a stage asks for a task; the final's scenes are not the search's."""
+    amount = getattr(settings, f"{stage}_{task}")
+    amounts = {"captions": amount if task == "captions" else 0, "questions": amount if task == "questions" else 0}
+    if settings.benchmark == "miniature":
+        return miniature_benchmark(**amounts, seed=SEEDS[stage], scene_range="dev")
+    searched = max(settings.search_captions, settings.search_questions // 2)
+    return coco_photographs(settings, **amounts, skip=0 if stage == "search" else searched)
+
+
 async def tune(settings: TuningSettings, report: Callable[[str], None] = print) -> tuple[ArtifactConfig, list[dict]]:
     """Search, write the artifact's config, and return it with all trials."""
+    check_options(settings, settings.benchmark)
     config = read_config(settings.artifact)
     passed, figures = alignment_gate(config.alignment)
     report(f"alignment gate {'passed' if passed else 'FAILED'}: {figures}")
@@ -270,8 +284,8 @@ def main() -> None:
     config, trials = asyncio.run(tune(settings, lambda line: print(line, flush=True)))
     if settings.json_file:
         report = {"trials": trials, "alignment": config.alignment, "fingerprint": config.fingerprint}
-        settings.json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(settings.json_file, report)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

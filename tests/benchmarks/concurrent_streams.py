@@ -25,8 +25,9 @@ from transformers import AutoProcessor
 from steering.engines.base import GenerationEnd, GenerationRequest, Sampling
 from steering.engines.huggingface_engine import HuggingFaceEngine
 from steering.request import RequestedSteering, SteeringRequest
+from training.evaluation.benchmark import Benchmark
 from training.evaluation.manifest import describe_run, weights_digest
-from training.evaluation.miniature_benchmark import Benchmark, miniature_benchmark
+from training.evaluation.miniature_benchmark import miniature_benchmark
 from training.miniature.paths import ARTIFACT, LLAVA
 
 STREAMS = 8

@@ -51,7 +51,7 @@ def question(index: int, **changed) -> Question:
 
 async def test_replies_come_in_the_order_of_the_questions_with_their_receipts(tiny: InProcess):
     questions = [question(index, max_tokens=1 + index) for index in range(5)]
-    together = await ask_all(tiny, questions, concurrency=5, report=lambda line: None)
+    together = await ask_all(tiny, questions, total=5, concurrency=5, report=lambda line: None)
     alone = [await tiny.reply(each) for each in questions]
     assert [reply.token_ids for reply in together] == [reply.token_ids for reply in alone]
     assert all(reply.applied and reply.positions > 0 and reply.relative_shift > 0 for reply in together)

@@ -1,7 +1,7 @@
 """Puts a question about an image to an LVLM, in this process or over HTTP. Knows nothing of benchmarks.
 
 Both ways take the same `Question` and `SteeringRequest` and give the same `Reply`, so that a benchmark cannot tell
-them apart. Decoding is greedy. All questions of a list are on their way at once, up to a limit, so that they batch.
+them apart. Decoding is greedy. Many questions are on their way at once, up to a limit, so that they batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import base64
 import io
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
@@ -144,7 +144,7 @@ class OverHttp:
         steering = question.steering.model_dump(exclude_none=True)
         completion = await self._client.chat.completions.create(
             model=await self.model_name(),
-            messages=_turns(question, _image_part(question.image)),
+            messages=_turns(question, await asyncio.to_thread(_image_part, question.image)),
             max_tokens=question.max_tokens,
             temperature=0,
             extra_body={"steering": steering} if steering else None,
@@ -194,30 +194,43 @@ def _text_part(text: str) -> Any:
 
 async def ask_all(
     respondent: Respondent,
-    questions: Sequence[Question],
+    questions: Iterable[Question],
     *,
+    total: int,
     concurrency: int,
     label: str = "",
     report: Callable[[str], None] = print,
     every_s: float = 30.0,
 ) -> list[Reply]:
-    """Replies in the order of the questions; the first failure cancels the rest. Reports progress by time."""
+    """Replies in the order of the questions; the first failure cancels the rest. Reports progress by time.
+
+    A question is taken only when there is room for it, so that at most `concurrency` pictures are in memory.
+    `total`: number of questions, for the reports.
+    """
     room = asyncio.Semaphore(concurrency)
     started = last = time.monotonic()
     done = 0
 
     async def one(question: Question) -> Reply:
         nonlocal done, last
-        async with room:
+        try:
             reply = await respondent.reply(question)
+        finally:
+            room.release()
         done += 1
         if (now := time.monotonic()) - last > every_s:
             last = now
-            report(f"  {label}: {done}/{len(questions)} ({done / (now - started):.0f} a second)")
+            report(f"  {label}: {done}/{total} ({done / (now - started):.3g} a second)")
         return reply
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(question)) for question in questions]
+    tasks: list[asyncio.Task[Reply]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            for question in questions:
+                await room.acquire()
+                tasks.append(group.create_task(one(question)))
+    except ExceptionGroup as failures:  # the first tells the user what to do; the others stay in its context
+        raise failures.exceptions[0] from failures
     seconds = time.monotonic() - started
-    report(f"  {label}: {len(questions)} in {seconds:.1f} s ({len(questions) / max(seconds, 1e-9):.0f} a second)")
+    report(f"  {label}: {done} in {seconds:.1f} s ({done / max(seconds, 1e-9):.3g} a second)")
     return [task.result() for task in tasks]

@@ -22,6 +22,7 @@ from typing import Literal, get_args
 from steering.artifact import ArtifactConfig
 from steering.request import Control, Form, Mode, SteeringRequest
 from steering.resolution import Preset
+from training.errors import InvalidTraining
 
 Task = Literal["captions", "questions"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -92,7 +93,7 @@ def conditions(
 ) -> list[Condition]:
     """The named conditions in the order of `NAMES`; `mode` replaces the presets' own where given."""
     if unknown := set(names) - set(NAMES):
-        raise ValueError(f"unknown conditions {sorted(unknown)}; known: {', '.join(NAMES)}")
+        raise InvalidTraining(f"--conditions: unknown conditions {sorted(unknown)}; known: {', '.join(NAMES)}")
     return [_condition(name, tuned, mode, over_http) for name in NAMES if name in names]
 
 

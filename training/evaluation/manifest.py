@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.miniature_benchmark import Benchmark
+from training.evaluation.benchmark import Benchmark
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "openai", "vllm")
 
@@ -28,7 +28,10 @@ def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_benchmark(benchmark: Benchmark) -> dict[str, Any]:
-    """Scenes, prompts and decoding; the digests change with any scene, pixel or question."""
+    """Scenes, files, prompts and decoding; the digests change with any scene, pixel or question.
+
+    Every picture is read once for it: one that cannot be read is found before anything is asked.
+    """
     pixels, questions = hashlib.sha256(), hashlib.sha256()
     for scene in benchmark.scenes:
         pixels.update(f"{scene.seed}{sorted(scene.truth)}".encode() + scene.image.tobytes())
@@ -42,10 +45,11 @@ def describe_benchmark(benchmark: Benchmark) -> dict[str, Any]:
         "questions": len(benchmark.questions),
         "first_scene_seed": min(seeds, default=None),
         "last_scene_seed": max(seeds, default=None),
+        "sources_sha256": dict(benchmark.sources),
         "scenes_sha256": pixels.hexdigest(),
         "questions_sha256": questions.hexdigest(),
         "caption_prompt": benchmark.caption_prompt,
-        "question_prompt": benchmark.question_text("circle"),
+        "question_prompt": benchmark.questions[0].text if benchmark.questions else None,
         "decoding": "greedy",
         "caption_max_tokens": benchmark.caption_max_tokens,
         "answer_max_tokens": benchmark.answer_max_tokens,
@@ -53,9 +57,10 @@ def describe_benchmark(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 over config.json and every safetensors file of a model folder."""
+    """sha256 over the configuration and every safetensors file of a model folder, an LVLM's or open_clip's."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    configurations = [file for name in ("config.json", "open_clip_config.json") if (file := folder / name).exists()]
+    for file in [*configurations, *sorted(folder.glob("*.safetensors"))]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

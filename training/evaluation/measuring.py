@@ -6,15 +6,17 @@ The result is a matrix of counts per scene for each benchmark, which is what the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
 from training import chair, pope
 from training.evaluation.asking import Question, Reply, Respondent, ask_all
+from training.evaluation.benchmark import Benchmark
 from training.evaluation.conditions import Condition
-from training.evaluation.miniature_benchmark import Benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +43,29 @@ async def measure(
 ) -> Measurement:
     """Ask everything once per seed of the condition; counts are summed over seeds, so ratios are pooled."""
     started = time.monotonic()
-    caption_keys, caption_questions = _captions_to_ask(benchmark, condition)
-    answer_keys, answer_questions = _answers_to_ask(benchmark, condition)
-    captions, answers = [
-        await ask_all(respondent, questions, concurrency=concurrency, label=f"{condition.name}, {task}", report=report)
-        for task, questions in (("captions", caption_questions), ("questions", answer_questions))
-    ]
+    numbers = list(range(benchmark.captions)) * len(condition.seeds)
+    captions = await ask_all(
+        respondent,
+        _captions_to_ask(benchmark, condition),
+        total=len(numbers),
+        concurrency=concurrency,
+        label=f"{condition.name}, captions",
+        report=report,
+    )
+    keys = _answers_wanted(benchmark, condition)
+    answers = await ask_all(
+        respondent,
+        _answers_to_ask(benchmark, condition, keys),
+        total=len(keys),
+        concurrency=concurrency,
+        label=f"{condition.name}, questions",
+        report=report,
+    )
     counts = {}
     if captions:
-        counts["captions"] = _count_captions(benchmark, caption_keys, captions)
+        counts["captions"] = _count_captions(benchmark, numbers, captions)
     if answers:
-        counts |= _count_answers(benchmark, answer_keys, answers)
+        counts |= _count_answers(benchmark, keys, answers)
     return Measurement(
         counts=counts,
         captions=[reply.text for reply in captions[: benchmark.captions]],
@@ -60,37 +74,45 @@ async def measure(
     )
 
 
-def _captions_to_ask(benchmark: Benchmark, condition: Condition) -> tuple[list[int], list[Question]]:
-    """Scene numbers, seed by seed, and what is asked about each."""
-    numbers = list(range(benchmark.captions)) * len(condition.seeds)
-    questions = [
-        Question(
-            image=scene.image,
-            text=benchmark.caption_prompt,
-            max_tokens=benchmark.caption_max_tokens,
-            steering=condition.request("captions", seed=seed, scene_seed=scene.seed),
-        )
-        for seed in condition.seeds
-        for scene in benchmark.scenes[: benchmark.captions]
-    ]
-    return numbers, questions
+class AnswerKey(NamedTuple):
+    """What tells the answers of one condition apart."""
+
+    seed: int
+    scene: int
+    text: str
 
 
-def _answers_to_ask(benchmark: Benchmark, condition: Condition) -> tuple[list[tuple[int, int, str]], list[Question]]:
-    """(seed, scene number, object) and its question: the splits share questions, and each is asked once."""
-    pairs = list(dict.fromkeys((question.scene, question.object) for question in benchmark.questions))
-    keys = [(seed, *pair) for seed in condition.seeds for pair in pairs]
-    questions = [
-        Question(
-            image=benchmark.scenes[scene].image,
-            text=benchmark.question_text(name),
-            earlier=benchmark.before_question(scene),
-            max_tokens=benchmark.answer_max_tokens,
-            steering=condition.request("questions", seed=seed, scene_seed=benchmark.scenes[scene].seed),
-        )
-        for seed, scene, name in keys
-    ]
-    return keys, questions
+def _captions_to_ask(benchmark: Benchmark, condition: Condition) -> Iterator[Question]:
+    """What is asked about each scene, seed by seed; a picture is read when its turn comes."""
+    for seed in condition.seeds:
+        for scene in benchmark.scenes[: benchmark.captions]:
+            yield Question(
+                image=scene.image,
+                text=benchmark.caption_prompt,
+                max_tokens=benchmark.caption_max_tokens,
+                steering=condition.request("captions", seed=seed, scene_seed=scene.seed),
+            )
+
+
+def _answers_wanted(benchmark: Benchmark, condition: Condition) -> list[AnswerKey]:
+    """The splits share questions, and each is asked once per seed; those about a scene stand together."""
+    pairs = sorted(dict.fromkeys((one.scene, one.text) for one in benchmark.questions), key=lambda pair: pair[0])
+    return [AnswerKey(seed, *pair) for seed in condition.seeds for pair in pairs]
+
+
+def _answers_to_ask(benchmark: Benchmark, condition: Condition, keys: list[AnswerKey]) -> Iterator[Question]:
+    """Reads a picture once for all that is asked about it."""
+    for (seed, number), about_scene in groupby(keys, key=lambda key: (key.seed, key.scene)):
+        scene = benchmark.scenes[number]
+        image = scene.image
+        for key in about_scene:
+            yield Question(
+                image=image,
+                text=key.text,
+                earlier=benchmark.before_question(number),
+                max_tokens=benchmark.answer_max_tokens,
+                steering=condition.request("questions", seed=seed, scene_seed=scene.seed),
+            )
 
 
 def _count_captions(benchmark: Benchmark, numbers: list[int], replies: list[Reply]) -> np.ndarray:
@@ -101,14 +123,14 @@ def _count_captions(benchmark: Benchmark, numbers: list[int], replies: list[Repl
     return chair.counts_matrix(counts).reshape(-1, benchmark.captions, len(chair.COUNT_NAMES)).sum(axis=0)
 
 
-def _count_answers(benchmark: Benchmark, keys: list[tuple[int, int, str]], replies: list[Reply]) -> dict:
+def _count_answers(benchmark: Benchmark, keys: list[AnswerKey], replies: list[Reply]) -> dict[str, np.ndarray]:
     said = {key: pope.parse_answer(reply.text) for key, reply in zip(keys, replies, strict=True)}
-    seeds = dict.fromkeys(seed for seed, _, _ in keys)
+    seeds = dict.fromkeys(key.seed for key in keys)
     counts = {}
-    for split in pope.SPLITS:
+    for split in benchmark.splits:
         rows = [(seed, asked) for seed in seeds for asked in benchmark.questions if asked.split == split]
         counts[split] = pope.counts_matrix(
-            [pope.count_answer(said[seed, asked.scene, asked.object], asked.truth) for seed, asked in rows],
+            [pope.count_answer(said[AnswerKey(seed, asked.scene, asked.text)], asked.truth) for seed, asked in rows],
             [asked.scene for _, asked in rows],
             number_of_scenes=benchmark.question_scenes,
         )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from training.evaluation.paired_bootstrap import Interval
 from training.evaluation.scores import Scores
-from training.pope import SPLITS
 
 CHAIR_COLUMNS = ("chair_s", "chair_i", "recall", "length", "objects", "empty")
 POPE_COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_rate")
@@ -24,13 +23,13 @@ def question_table(scores: Mapping[str, Scores]) -> str:
     header = ["questions", "split", *POPE_COLUMNS]
     rows = [
         [
-            name if split == SPLITS[0] else "",
+            name if number == 0 else "",
             split,
             _cell(row.pope[split]["accuracy"]),
             *(f"{row.pope[split][column].value:.3f}" for column in POPE_COLUMNS[1:]),
         ]
         for name, row in scores.items()
-        for split in SPLITS
+        for number, split in enumerate(row.pope)
     ]
     return _align([header, *rows])
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from training.evaluation.conditions import CONTROLS, FORMS
 from training.evaluation.paired_bootstrap import Interval
 from training.evaluation.scores import Scoreboard
-from training.pope import SPLITS
 
 MAX_RECALL_DROP = 0.02
 """Share of the true objects that a steered caption may lose."""
@@ -121,25 +120,26 @@ def _default_questions(board: Scoreboard) -> list[str]:
     change = board.difference("default", "plain").pope
     if _is_nothing(change):
         return ["default: no POPE split is worse than plain: every score is plain's own, since no answer was changed."]
-    worse = [split for split in SPLITS if change[split]["accuracy"].below()]
+    worse = [split for split in change if change[split]["accuracy"].below()]
     if worse:
         told = "; ".join(f"{split} {_show(change[split]['accuracy'])}" for split in worse)
         return [f"default: HARMS questions beyond its interval: accuracy {told}."]
-    told = "; ".join(f"{split} {_show(change[split]['accuracy'])}" for split in SPLITS)
+    told = "; ".join(f"{split} {_show(change[split]['accuracy'])}" for split in change)
     return [f"default: no POPE split is worse than plain beyond its interval (accuracy {told})."]
 
 
 def _steered_questions(board: Scoreboard) -> list[str]:
-    if _is_nothing(board.difference("steered", "plain").pope):
+    change = board.difference("steered", "plain").pope
+    if _is_nothing(change):
         return [
             "steered: questions score exactly as plain's do: the preset is off, or they end before steering begins."
         ]
     lines = []
-    for split in SPLITS:
-        change = board.difference("steered", "plain").pope[split]["accuracy"]
-        effect = "better" if change.above() else "WORSE" if change.below() else "not different from plain"
-        lines.append(f"steered, {split} questions: accuracy {effect} ({_show(change)}).")
-    gain = board.difference("steered", "plain").pope["adversarial"]["accuracy"]
+    for split, metrics in change.items():
+        accuracy = metrics["accuracy"]
+        effect = "better" if accuracy.above() else "WORSE" if accuracy.below() else "not different from plain"
+        lines.append(f"steered, {split} questions: accuracy {effect} ({_show(accuracy)}).")
+    gain = change["adversarial"]["accuracy"] if "adversarial" in change else NOTHING
     if gain.above() and "other_image" in board:
         gap = board.difference("steered", "other_image").pope["adversarial"]["accuracy"]
         beyond = "is beyond" if gap.above() else "is NOT beyond"

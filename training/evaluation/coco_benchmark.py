@@ -1,0 +1,97 @@
+"""COCO photographs as a benchmark: CHAIR on captions, and yes/no questions in the manner of POPE. No model.
+
+Captions are judged as by Rohrbach et al. 2018: what is outlined or named in a reference caption is there. Questions,
+where asked for, are built from the same truth (see `training.pope`); POPE's published ones are
+`training.evaluation.pope_benchmark`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from random import Random
+
+from training.errors import InvalidTraining
+from training.evaluation.benchmark import Benchmark, BenchmarkQuestion, BenchmarkScene
+from training.evaluation.coco_annotations import CocoAnnotations, read_annotations
+from training.evaluation.coco_objects import coco_categories, objects_mentioned
+from training.evaluation.picture_files import pictures_in
+from training.pope import build_questions
+
+CAPTION_PROMPT = "Please describe this image in detail."
+CAPTION_MAX_TOKENS = 512
+ANSWER_MAX_TOKENS = 16
+
+
+@cache
+def coco_benchmark(
+    annotations: Path,
+    images: Path,
+    *,
+    split: str = "val2014",
+    captions: int,
+    questions: int = 0,
+    seed: int = 0,
+    skip: int = 0,
+    second_turn: bool = False,
+    caption_prompt: str = CAPTION_PROMPT,
+    caption_max_tokens: int = CAPTION_MAX_TOKENS,
+    answer_max_tokens: int = ANSWER_MAX_TOKENS,
+) -> Benchmark:
+    """`questions` per POPE split, half of them about an object that is there; one of each kind per picture and split.
+
+    `seed` puts the pictures into an order of its own; the first are taken, or those after the first `skip`.
+    """
+    if questions % 2:
+        raise InvalidTraining(f"--questions: half are about objects that are there; {questions} is odd")
+    read = read_annotations(annotations, split)
+    chosen = _draw(read, max(captions, questions // 2), seed=seed, skip=skip)
+    truths = [read.truth(picture) for picture in chosen]
+    pictures = pictures_in(images, [read.file_names[picture] for picture in chosen])
+    return Benchmark(
+        name="coco",
+        scenes=tuple(
+            BenchmarkScene(
+                name=read.file_names[picture],
+                seed=picture,
+                read=pictures[read.file_names[picture]],
+                truth=truth,
+                caption=read.captions[picture][0],
+            )
+            for picture, truth in zip(chosen, truths, strict=True)
+        ),
+        captions=captions,
+        questions=_questions(truths[: questions // 2], seed),
+        caption_prompt=caption_prompt,
+        mentions=objects_mentioned,
+        caption_max_tokens=caption_max_tokens,
+        answer_max_tokens=answer_max_tokens,
+        second_turn=second_turn,
+        sources=read.sources,
+    )
+
+
+def existence_question(category: str) -> str:
+    """In POPE's words."""
+    if category in ("skis", "scissors"):
+        return f"Are there {category} in the image?"
+    article = "an" if category[0] in "aeiou" else "a"
+    return f"Is there {article} {category} in the image?"
+
+
+def _draw(read: CocoAnnotations, number: int, *, seed: int, skip: int) -> list[int]:
+    """Ids of pictures with a caption and at least one outlined object, which a question about what is there needs."""
+    usable = sorted(read.captions.keys() & read.outlined.keys())
+    Random(seed).shuffle(usable)
+    if len(usable) < skip + number:
+        raise InvalidTraining(
+            f"--captions, --questions: {skip + number} pictures are needed, the annotations have {len(usable)}"
+        )
+    return usable[skip : skip + number]
+
+
+def _questions(truths: list[frozenset[str]], seed: int) -> tuple[BenchmarkQuestion, ...]:
+    return tuple(
+        BenchmarkQuestion(split=one.split, scene=one.scene, text=existence_question(one.object), truth=one.truth)
+        for one in build_questions(truths, coco_categories(), seed=seed)
+    )
