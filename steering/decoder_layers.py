@@ -26,8 +26,12 @@ class Decoder:
     context_tokens: int
     """Positions the model was made for."""
 
-    def run(self, layers: range, hidden_BTD: Tensor, rotary_BT: Tensor, mask_B1TJ: Tensor, cache: object) -> Tensor:
+    def run(
+        self, layers: range, hidden_BTD: Tensor, rotary_BT: Tensor, mask_B1TJ: Tensor | None, cache: object
+    ) -> Tensor:
         """Pass [B, T, D] through some of the layers; `mask` is True where key J may be seen by query T.
+
+        Without a mask a token sees those before it (SDPA attention).
 
         `rotary` holds the positions as `PromptPositions` has them, [B, T] or [3, B, T].
         """

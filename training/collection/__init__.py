@@ -1,0 +1,1 @@
+"""Stage 1 in parts: what turns pairs into states, how a portion becomes a shard, who makes which portion."""
