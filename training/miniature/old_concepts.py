@@ -26,7 +26,6 @@ from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.sparse_autoencoder import SparseCode, VisionLanguageSAE
 from training.command_line import Settings, parse_settings
 from training.representations import Representations, read_representations
-from training.train_sparse_autoencoder import shared_representations
 
 LoadImage = Callable[[str], Image.Image]
 """From an image reference to the picture."""
@@ -72,8 +71,8 @@ def interpret_concepts(
     settings: InterpretationSettings,
 ) -> list[dict[str, Any]]:
     """One record per concept: id, label, mean_activation, texts, images."""
-    image_NS, text_NS = shared_representations(auxiliary, pairs)
     with torch.no_grad():
+        image_NS, text_NS = auxiliary(pairs.image_ND, pairs.text_ND)
         image_NK, text_NK = dense_code(sae, sae.encode(image_NS)), dense_code(sae, sae.encode(text_NS))
     mean_K = (image_NK.mean(0) + text_NK.mean(0)) / 2
     words = _Words(pairs.texts)

@@ -6,6 +6,7 @@ Texts follow the distribution LLaVA was last trained on: clean ones would tell t
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -32,8 +33,13 @@ from training.miniature.recipe import NOISE, Recipe
 from training.miniature.world import scene_from_seed, scenes
 from training.pairs import Pair
 from training.representations import Representations
-from training.train_auxiliary_autoencoder import describe, train_auxiliary_autoencoder
-from training.train_sparse_autoencoder import shared_representations, train_sparse_autoencoder
+from training.run_folder import read_auxiliary, read_sparse
+from training.store.layout import Collected, layer_name
+from training.store.writer import PairRecord, Portion, begin_store, complete_store, write_shard
+from training.train_auxiliary_autoencoder import CommandLine as AuxiliaryCommandLine
+from training.train_auxiliary_autoencoder import train_auxiliary_autoencoder
+from training.train_sparse_autoencoder import CommandLine as SparseCommandLine
+from training.train_sparse_autoencoder import train_sparse_autoencoder
 
 MODEL_NAME = "miniature-llava"
 CANARY_IMAGES = 4
@@ -64,14 +70,50 @@ def picture(reference: str) -> Image.Image:
 
 def train_vl_sae(pairs: Representations, recipe: Recipe, report: Report) -> TrainedVLSAE:
     """Both autoencoders, and their alignment."""
-    training, held_out = pairs.split(recipe.held_out_pairs)
-    auxiliary = train_auxiliary_autoencoder(training, recipe.auxiliary, report)
-    report(describe(auxiliary, held_out))
-    sae = train_sparse_autoencoder(*shared_representations(auxiliary, training), recipe.sparse, report)
+    with tempfile.TemporaryDirectory() as made:
+        store, auxiliary_run, sparse_run = (Path(made) / name for name in ("store", "auxiliary", "sparse"))
+        _write_store(store, pairs, recipe.hook_layer)
+        options: dict[str, Any] = {"representations": store, "held_out": recipe.held_out_pairs}
+        train_auxiliary_autoencoder(
+            AuxiliaryCommandLine(**recipe.auxiliary.model_dump(), **options, output=auxiliary_run), report
+        )
+        train_sparse_autoencoder(
+            SparseCommandLine(**recipe.sparse.model_dump(), **options, auxiliary=auxiliary_run, output=sparse_run),
+            report,
+        )
+        auxiliary, sae = read_auxiliary(auxiliary_run), read_sparse(sparse_run)
+    assert isinstance(sae, VisionLanguageSAE)
+    _, held_out = pairs.split(recipe.held_out_pairs)
     alignment = measure_alignment(auxiliary, sae, held_out.image_ND, held_out.text_ND)
     figures = ", ".join(f"{name} {value:.3f}" for name, value in alignment.as_dict().items())
     report(f"alignment gate {'passed' if alignment.passes else 'FAILED'}: {figures}")
     return TrainedVLSAE(auxiliary=auxiliary, sae=sae, alignment=alignment)
+
+
+def _write_store(folder: Path, pairs: Representations, layer: int) -> None:
+    name = layer_name(layer)
+    collected = Collected(
+        model=MODEL_NAME,
+        model_sha256="",
+        family="llava",
+        names=(name,),
+        width=pairs.image_ND.shape[1],
+        num_layers=None,
+        pooling=POOLING,
+        prompt=PROMPT,
+        model_dtype="float32",
+        stored_dtype="float32",
+        batch_size=1,
+        portion_size=len(pairs.texts),
+        source={"miniature": True},
+    )
+    begin_store(folder, collected, 1)
+    records = [
+        PairRecord(pair=row, text=text, image=image)
+        for row, (text, image) in enumerate(zip(pairs.texts, pairs.image_references, strict=True))
+    ]
+    portion = Portion(states={name: (pairs.image_ND, pairs.text_ND)}, pairs=records, skipped=())
+    complete_store(folder, {0: write_shard(folder, 0, portion, collected)})
 
 
 def build_artifact(llava: Path, output: Path, recipe: Recipe, report: Report) -> ArtifactConfig:
