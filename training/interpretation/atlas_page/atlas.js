@@ -90,7 +90,7 @@ function card(position, entry) {
     element("div", { class: "thumbnails" }, ...pictures),
     element("h2", { dir: "auto" }, label),
     element("p", { class: "text", dir: "auto" }, entry.texts[0] || "no text activates it"),
-    element("p", { class: "figures" }, `#${column("id", position)} · mean activation ${number(column("mean", position))}`));
+    element("p", { class: "figures" }, `#${column("id", position)} · activation ${number(column("mean", position))}`));
 }
 
 async function showPositions(positions, at, view) {
