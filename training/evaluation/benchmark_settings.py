@@ -22,9 +22,10 @@ NEEDED: dict[BenchmarkName, tuple[str, ...]] = {
     "pope": ("pope_files", "images"),
     "coco": ("annotations", "images"),
 }
+_COCO_ONLY = ("annotations", "coco_split", "caption_prompt", "caption_max_tokens")
 FOREIGN: dict[BenchmarkName, tuple[str, ...]] = {
-    "miniature": ("pope_files", "images", "annotations", "caption_prompt", "caption_max_tokens", "answer_max_tokens"),
-    "pope": ("annotations", "captions", "second_turn", "caption_prompt", "caption_max_tokens"),
+    "miniature": ("pope_files", "images", "answer_max_tokens", *_COCO_ONLY),
+    "pope": ("captions", "second_turn", *_COCO_ONLY),
     "coco": ("pope_files",),
 }
 """Options that mean nothing to a benchmark; given all the same, they are refused."""

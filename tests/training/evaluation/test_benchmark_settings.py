@@ -44,6 +44,7 @@ def test_coco_from_the_command_line(coco: CocoFolders):
         ({"benchmark": "coco", "images": "a"}, "--annotations: --benchmark coco needs it"),
         ({"benchmark": "pope", "pope_files": ["a"], "images": "b", "captions": 5}, "--captions: --benchmark pope has"),
         ({"images": "a"}, "--images: --benchmark miniature has no use for it"),
+        ({"coco_split": "val2017"}, "--coco-split: --benchmark miniature has no use for it"),
         (
             {"benchmark": "coco", "annotations": "a", "images": "b", "pope_files": ["c"]},
             "--pope-files: --benchmark coco has no use for it",

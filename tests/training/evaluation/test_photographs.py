@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.published_benchmarks import CocoFolders, picture_name
-from training.evaluate_hallucination import EvaluationSettings, evaluate
+from training.command_line import run_stage
+from training.evaluate_hallucination import EvaluationSettings, evaluate, main
 from training.evaluation.miniature_benchmark import miniature_benchmark
 from training.miniature.paths import ARTIFACT
 from training.tune_presets import TuningSettings, dev_benchmark
@@ -101,10 +100,12 @@ def test_presets_are_tuned_on_pictures_that_the_final_does_not_share(coco: CocoF
         assert (search.captions, bool(search.questions)) == ((2, False) if task == "captions" else (0, True))
 
 
-def test_bad_input_ends_the_program_with_one_line(tmp_path: Path):
-    command = [sys.executable, "-m", "training.evaluate_hallucination", "--benchmark", "pope"]
-    command += ["--pope-files", "gone_random.json", "--images", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == "error: --pope-files: gone_random.json is missing"
-    assert "Traceback" not in ended.stderr
+def test_bad_input_ends_the_program_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    files = ["--pope-files", "gone_random.json", "--images", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["evaluate_hallucination", "--benchmark", "pope", *files])
+    with pytest.raises(SystemExit) as ended:
+        run_stage(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --pope-files: gone_random.json is missing\n"

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.published_benchmarks import POPE_ABSENT, CocoFolders, picture_name, pope_line, write_pope
 from training.errors import InvalidTraining
@@ -29,6 +31,16 @@ def test_every_line_is_a_question_in_the_files_words(coco: CocoFolders, tmp_path
     assert benchmark.scenes[1].image.size == (32, 24)
     assert benchmark.captions == 0
     assert set(benchmark.sources) == {f"coco_pope_{split}.json" for split in POPE_ABSENT}
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), truth=st.booleans(), escaped=st.booleans())
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_words_are_asked_as_they_stand(coco: CocoFolders, tmp_path: Path, text: str, truth: bool, escaped: bool):
+    file = tmp_path / "pope_random.jsonl"
+    row = {"image": picture_name(42), "text": text, "label": "yes" if truth else "no"}
+    file.write_text("\n" + json.dumps(row, ensure_ascii=escaped) + "\n\n", encoding="utf-8")
+    (asked,) = pope_benchmark([file], coco.images).questions
+    assert (asked.text, asked.truth) == (text, truth)
 
 
 def test_one_split_alone_will_do(coco: CocoFolders, tmp_path: Path):
