@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
 from training.clip_model import ClipModel, load_clip
@@ -46,11 +48,12 @@ class CommandLine(InterpretationSettings):
     auxiliary: Path | None = None
     """Run folder of train_auxiliary_autoencoder; none for CLIP."""
     pairs: str | None = None
-    """Where the pictures are, as for collect_representations; without it there are no thumbnails."""
+    """Where the pictures are, as for collect_representations; not given: where the store's pairs were from; none: no
+    pictures."""
     clip: str | None = None
     """Folder of an open_clip model that judges how alike a concept's pictures and texts are."""
-    device: str = "cpu"
-    """Where the autoencoders and CLIP run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the autoencoders and CLIP run; auto: a GPU if there is one."""
     output: Path
     """Folder for concepts.jsonl, similarity.json and atlas/."""
 
@@ -137,15 +140,28 @@ def read_encoder(store: RepresentationStore, sparse: Path, auxiliary: Path | Non
     )
 
 
+def open_source(store: RepresentationStore, spec: str | None) -> PairSource | None:
+    """The pairs that the store was collected from, or where else they are; None for 'none'."""
+    return None if spec == "none" else open_pairs(spec or store.manifest.collected.source["spec"])
+
+
+def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> str:
+    """Raises InvalidTraining where a GPU is asked for and there is none."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise InvalidTraining("--device is cuda, but torch finds no CUDA device here; give --device cpu")
+    return "cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu"
+
+
 def main() -> None:
     """The command line."""
     settings = parse_settings(CommandLine, program="python -m training.interpret_concepts", description=__doc__)
-    if settings.clip and not settings.pairs:
-        raise InvalidTraining("--clip judges pictures: say with --pairs where they are")
+    if settings.clip and settings.pairs == "none":
+        raise InvalidTraining("--clip judges pictures: it needs --pairs")
+    device = choose_device(settings.device)
     store = open_store(settings.representations, settings.layer)
-    encoder = read_encoder(store, settings.sparse, settings.auxiliary, settings.device)
-    source = open_pairs(settings.pairs) if settings.pairs else None
-    clip = load_clip(settings.clip, settings.device) if settings.clip else None
+    encoder = read_encoder(store, settings.sparse, settings.auxiliary, device)
+    source = open_source(store, settings.pairs)
+    clip = load_clip(settings.clip, device) if settings.clip else None
     found = interpret(store, encoder, settings)
     kind, collected = read_run_config(settings.sparse).kind, store.manifest.collected
     about = (

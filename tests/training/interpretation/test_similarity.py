@@ -6,7 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.interpretation.similarity import MemberSums, measure_similarity
+from steering.artifact import load_artifact
+from training.clip_model import load_clip
+from training.interpretation.similarity import MemberSums, SimilarityMeter, measure_similarity
+from training.miniature.drawing import draw_scene
+from training.miniature.paths import ARTIFACT, CLIP
+from training.miniature.world import scene_from_seed
 
 
 def unit(rows, seed):
@@ -56,3 +61,17 @@ def test_cross_is_the_mean_cosine_of_its_pictures_with_its_texts(similarity):
     ]
     np.testing.assert_allclose(similarity.cross_K, expected)
     assert similarity.as_dict()["cross"] == pytest.approx(np.nanmean(expected), abs=1e-6)
+
+
+def test_the_miniature_s_concepts_are_alike_within_and_shuffled_ones_are_not():
+    concepts = [concept for concept in load_artifact(ARTIFACT).concepts if len(concept["images"]) > 2][:50]
+    pictures = [[image["reference"] for image in concept["images"]] for concept in concepts]
+    meter = SimilarityMeter(pictures, [concept["texts"] for concept in concepts], load_clip(CLIP), seed=0)
+    shown = sorted({reference for of_concept in pictures for reference in of_concept})
+    scenes = [scene_from_seed(int(reference.removeprefix("scene:"))) for reference in shown]
+    meter.see_pictures(shown, [draw_scene(scene) for scene in scenes])
+    measured = {name: similarity.as_dict() for name, similarity in meter.measure().items()}
+    for modality in ("image", "text"):
+        assert measured["concepts"]["intra"][modality] > measured["concepts"]["inter"][modality] + 0.2
+        assert measured["concepts"]["intra"][modality] > measured["shuffled"]["intra"][modality] + 0.2
+    assert measured["concepts"]["cross"] > measured["shuffled"]["cross"] + 0.2
