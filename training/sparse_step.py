@@ -32,6 +32,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 _NORM_EPSILON = 1e-12
 """As F.normalize has it."""
+_CHUNK_BYTES = 1024 * 1024
+"""Of a gradient made at once on a CPU: memory of this size is used again by the allocator."""
 _GROUP = 8
 """Entries whose maximum stands for them in the first pass of `top_k`."""
 
@@ -46,7 +48,10 @@ class SparseStep(NamedTuple):
 
 
 class TrainableVLSAE(nn.Module):
-    """The parameters of a `VisionLanguageSAE`, laid out for training."""
+    """The parameters of a `VisionLanguageSAE`, laid out for training.
+
+    On a CPU the gradients of one step lie where those of the step before did, if `zero_grad` has let go of these.
+    """
 
     def __init__(self, sae: VisionLanguageSAE, *, bfloat16_product: bool = False) -> None:
         """`bfloat16_product`: which concepts are the nearest is found in bfloat16 (GPU); codes stay float32."""
@@ -90,7 +95,7 @@ class TrainableVLSAE(nn.Module):
 
 
 class _Workspace:
-    """The two big tensors of a step, kept from one to the next: fresh memory costs more than what is written to it."""
+    """The big tensors of a step, kept from one to the next: fresh memory costs more than what is written to it."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -129,6 +134,7 @@ class _Reconstruct(torch.autograd.Function):
         error_MS.sub_(rows_MS)
         code = _sort_by_concept(table_ids_Mk, activation_Mk, distance_Mk, cosine_Mk, len(decoder_2KS))
         ctx.save_for_backward(encoder_KS, decoder_2KS, scale_K, unit_MS, error_MS, *code)
+        ctx.workspace, ctx.parameters = settings.workspace, (encoder_KS, decoder_2KS)
         counts_2K = code.starts_2K1.diff()
         ctx.mark_non_differentiable(counts_2K)
         return error_MS.square().sum() / (pairs * rows_MS.shape[1]), counts_2K
@@ -138,18 +144,29 @@ class _Reconstruct(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         encoder_KS, decoder_2KS, scale_K, unit_MS, error_MS, *code = ctx.saved_tensors
         table_ids_L, starts_2K1, rows_L, activation_L, distance_L, cosine_L = _ByConcept(*code)
+        kept = ctx.workspace if _may_set_gradients(ctx.parameters) else None
         gradient_MS = error_MS * (loss_gradient * 2 / (error_MS.numel() // 2))
         bias_2S = gradient_MS.unflatten(0, (2, -1)).sum(1)
-        decoder_gradient_2KS = _sum_rows(gradient_MS, rows_L, starts_2K1, activation_L)
+        decoder_gradient_2KS = _sum_rows(gradient_MS, rows_L, starts_2K1, activation_L, "decoder", kept)
         activation_gradient_L = _products(decoder_2KS, gradient_MS, rows_L, starts_2K1)
         moves_L = 2 - 2 * cosine_L >= DISTANCE_EPSILON
         cosine_gradient_L = torch.where(moves_L, activation_gradient_L / distance_L, 0)
         starts_K1 = starts_2K1[::2].contiguous()
         cosine_gradient_L *= scale_K[table_ids_L // 2]
-        encoder_gradient_KS = _sum_rows(unit_MS, rows_L, starts_K1, cosine_gradient_L)
+        encoder_gradient_KS = _sum_rows(unit_MS, rows_L, starts_K1, cosine_gradient_L, "encoder", kept)
         along_K = torch.segment_reduce(cosine_gradient_L * cosine_L, "sum", offsets=starts_K1.long())
         encoder_gradient_KS.addcmul_(encoder_KS, (along_K * scale_K)[:, None], value=-1)
+        if kept is not None:
+            ctx.parameters[0].grad, ctx.parameters[1].grad = encoder_gradient_KS, decoder_gradient_2KS
+            return None, None, bias_2S, None, None
         return encoder_gradient_KS, decoder_gradient_2KS, bias_2S, None, None
+
+
+def _may_set_gradients(parameters: tuple[Tensor, ...]) -> bool:
+    """Into memory of ours: autograd would copy them into fresh memory. Not where they are to be added to those of
+    another step, nor where other workers wait for autograd to say that they are there."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return alone and not any(one.is_cuda or not one.is_leaf or one.grad is not None for one in parameters)
 
 
 class _ByConcept(NamedTuple):
@@ -198,29 +215,44 @@ def _nearest_concepts(
         cosine_L = _products(unit_MS, concepts_KS, concept_ids_Mk.flatten().int(), starts_M1)
         return cosine_L.view_as(concept_ids_Mk), concept_ids_Mk
     cosines_MK = settings.workspace.take("cosines", (len(unit_MS), len(encoder_KS)), encoder_KS)
-    return top_k(torch.mm(unit_MS, concepts_KS.T, out=cosines_MK), settings.active_concepts)
+    torch.mm(unit_MS, concepts_KS.T, out=cosines_MK)
+    return top_k(cosines_MK, settings.active_concepts, in_order=False)
 
 
-def top_k(values_MK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(values_MK: Tensor, k: int, *, in_order: bool = True) -> tuple[Tensor, Tensor]:
     """torch.topk, faster on a CPU: whatever is among the k largest lies in one of the k groups of largest maximum."""
     rows, width = values_MK.shape
     groups = width // _GROUP
     if values_MK.is_cuda or width % _GROUP or groups < 2 * k:
-        largest = torch.topk(values_MK, k, dim=1)
+        largest = torch.topk(values_MK, k, dim=1, sorted=in_order)
         return largest.values, largest.indices
     maxima_MG = values_MK.view(rows, _GROUP, groups).amax(1)
     found_Mk = torch.topk(maxima_MG, k, dim=1, sorted=False).indices
     members = torch.arange(0, width, groups, device=values_MK.device)
     candidates_MC = (found_Mk[:, None] + members[:, None]).flatten(1)
-    largest = torch.topk(values_MK.gather(1, candidates_MC), k, dim=1)
+    largest = torch.topk(values_MK.gather(1, candidates_MC), k, dim=1, sorted=in_order)
     return largest.values, candidates_MC.gather(1, largest.indices)
 
 
-def _sum_rows(rows_MS: Tensor, rows_L: Tensor, starts_B1: Tensor, weights_L: Tensor) -> Tensor:
-    """[B, S]: for each B the weighted sum of the rows that it names."""
-    return F.embedding_bag(
-        rows_L, rows_MS, starts_B1, per_sample_weights=weights_L, mode="sum", include_last_offset=True
-    )
+def _sum_rows(
+    rows_MS: Tensor, rows_L: Tensor, starts_B1: Tensor, weights_L: Tensor, name: str, kept: _Workspace | None
+) -> Tensor:
+    """[B, S]: for each B the weighted sum of the rows that it names; into the memory kept as `name`, if any."""
+    if kept is None:
+        return F.embedding_bag(
+            rows_L, rows_MS, starts_B1, per_sample_weights=weights_L, mode="sum", include_last_offset=True
+        )
+    bags = len(starts_B1) - 1
+    sums_BS = kept.take(name, (bags, rows_MS.shape[1]), rows_MS)
+    bags_at_once = max(1, _CHUNK_BYTES // (rows_MS.element_size() * rows_MS.shape[1]))
+    for first in range(0, bags, bags_at_once):
+        part_C1 = starts_B1[first : first + bags_at_once + 1]
+        part = slice(int(part_C1[0]), int(part_C1[-1]))
+        sums_BS[first : first + bags_at_once] = F.embedding_bag(
+            rows_L[part], rows_MS, part_C1 - part_C1[0], per_sample_weights=weights_L[part], mode="sum",
+            include_last_offset=True,
+        )  # fmt: skip
+    return sums_BS
 
 
 def _products(table_BS: Tensor, rows_MS: Tensor, rows_L: Tensor, starts_B1: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ def dense_loss(sae, image_NS, text_NS):
     return loss
 
 
+def gradient(parameter):
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def compare(sae, image_NS, text_NS, tolerance, **options):
     expected = dense_loss(sae, image_NS, text_NS)
     expected.backward()
@@ -45,11 +50,11 @@ def compare(sae, image_NS, text_NS, tolerance, **options):
     step.loss.backward()
     assert step.loss.item() == pytest.approx(expected.item(), rel=tolerance)
     found = {
-        "encoder": trainable.encoder_KS.grad,
-        "vision_decoder.weight": trainable.decoder_2KS.grad[0::2].T,
-        "text_decoder.weight": trainable.decoder_2KS.grad[1::2].T,
-        "vision_decoder.bias": trainable.bias_2S.grad[0],
-        "text_decoder.bias": trainable.bias_2S.grad[1],
+        "encoder": gradient(trainable.encoder_KS),
+        "vision_decoder.weight": gradient(trainable.decoder_2KS)[0::2].T,
+        "text_decoder.weight": gradient(trainable.decoder_2KS)[1::2].T,
+        "vision_decoder.bias": gradient(trainable.bias_2S)[0],
+        "text_decoder.bias": gradient(trainable.bias_2S)[1],
     }
     for name, parameter in sae.named_parameters():
         scale = parameter.grad.abs().max().item()
@@ -88,8 +93,8 @@ def test_a_row_of_zeros_and_a_concept_of_zeros():
     loss.backward()
     others = torch.arange(CONCEPTS) != 7
     dense_loss(sae, image_NS, text_NS).backward()
-    torch.testing.assert_close(trainable.encoder_KS.grad[others], sae.encoder.grad[others])
-    assert torch.isfinite(trainable.encoder_KS.grad).all()
+    torch.testing.assert_close(gradient(trainable.encoder_KS)[others], gradient(sae.encoder)[others])
+    assert torch.isfinite(gradient(trainable.encoder_KS)).all()
 
 
 def test_use_of_concepts_is_counted_by_modality():
@@ -126,3 +131,29 @@ def test_top_k_is_torch_topk(width, k):
     assert torch.equal(found, torch.topk(values, k, dim=1).values)
     assert torch.equal(values.gather(1, ids), found)
     assert all(len(set(row)) == k for row in ids.tolist())
+
+
+def test_gradients_add_up_and_start_anew():
+    """They share memory from step to step, which nobody must notice."""
+    sae, image_NS, text_NS = make()
+    trainable = TrainableVLSAE(sae)
+    parameters = list(trainable.parameters())
+
+    def step(*pairs):
+        trainable(*pairs).loss.backward()
+        return [gradient(parameter).clone() for parameter in parameters]
+
+    first = step(image_NS, text_NS)
+    for both, one in zip(step(image_NS, text_NS), first, strict=True):
+        torch.testing.assert_close(both, 2 * one)
+    for _ in range(2):
+        trainable.zero_grad(set_to_none=True)
+        for again, one in zip(step(image_NS, text_NS), first, strict=True):
+            assert torch.equal(again, one)
+    trainable.zero_grad(set_to_none=True)
+    places = []
+    for _ in range(2):
+        trainable.zero_grad(set_to_none=True)
+        step(text_NS, image_NS)
+        places.append([gradient(parameter).data_ptr() for parameter in parameters[:2]])
+    assert places[0] == places[1]
