@@ -25,6 +25,8 @@ from steering.resolution import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 
 FORMAT_VERSION = 1
+Pooling = Literal["text_after_last_image", "non_special_text"]
+"""How text tokens become one state; an engine refuses one that it lacks."""
 CONFIG_FILE, WEIGHTS_FILE, CONCEPTS_FILE, CANARY_FOLDER = "config.json", "model.safetensors", "concepts.jsonl", "canary"
 CONTROL_KEY = "control.image_representations"
 INFERENCE_KEYS = (
@@ -70,7 +72,7 @@ class ArtifactConfig(_Strict):
     collection_point: Literal["output", "input"] = "output"
     """Side of the hook layer the training representations were read at; a record."""
     intervention_point: Literal["output"] = "output"
-    pooling: Literal["text_after_last_image", "non_special_text"] = "text_after_last_image"
+    pooling: Pooling = "text_after_last_image"
     shared_size: int = Field(gt=0)
     """S."""
     num_concepts: int = Field(gt=0)

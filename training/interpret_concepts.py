@@ -152,9 +152,8 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> str:
     return "cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu"
 
 
-def main() -> None:
-    """The command line."""
-    settings = parse_settings(CommandLine, program="python -m training.interpret_concepts", description=__doc__)
+def interpret_store(settings: CommandLine) -> None:
+    """The stage: a store's pairs through the autoencoders, into the output folder."""
     if settings.clip and settings.pairs == "none":
         raise InvalidTraining("--clip judges pictures: it needs --pairs")
     device = choose_device(settings.device)
@@ -169,6 +168,11 @@ def main() -> None:
         f"described by {len(store):,} pairs"
     )
     write_interpretation(settings.output, found, settings, source=source, clip=clip, about=about)
+
+
+def main() -> None:
+    """The command line."""
+    interpret_store(parse_settings(CommandLine, program="python -m training.interpret_concepts", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Builds the miniature from its seed: CLIP, a clean LLaVA, its noisy last stage, the VL-SAE, the presets.
+"""Builds the miniature from its seed: CLIP, a clean LLaVA, its noisy last stage, and the artifact by `pipeline.sh`.
 
 python -m training.miniature                    everything, into training/miniature/bundle
-python -m training.miniature --only vl_sae      one stage, from what the earlier ones left
+python -m training.miniature --only artifact    one stage, from what the earlier ones left
 """
 
 from __future__ import annotations
 
-import asyncio
+import shutil
+import subprocess
 import time
 from itertools import islice
 from pathlib import Path
@@ -25,12 +26,11 @@ from training.miniature.paths import BUNDLE
 from training.miniature.pictures import pixels_of
 from training.miniature.quality import measure_quality
 from training.miniature.recipe import Recipe
-from training.miniature.vl_sae import build_artifact
 from training.miniature.world import Scene, scenes
-from training.tune_presets import TuningSettings, tune
 
-Stage = Literal["clip", "clean", "noisy", "vl_sae", "presets"]
-STAGES: tuple[Stage, ...] = ("clip", "clean", "noisy", "vl_sae", "presets")
+Stage = Literal["clip", "clean", "noisy", "artifact"]
+STAGES: tuple[Stage, ...] = ("clip", "clean", "noisy", "artifact")
+PIPELINE = Path(__file__).parent.parent / "pipeline.sh"
 QUALITY_SCENES = 500
 
 
@@ -40,11 +40,11 @@ class BuildSettings(Settings):
     output: Path = BUNDLE
     """Folder for llava, clip and artifact."""
     scratch: Path = Path("build/miniature")
-    """Folder for the clean LLaVA, which only later stages need."""
+    """Folder for what only later stages need: the clean LLaVA, and all that the pipeline leaves."""
     only: Stage | None = None
     """Make this stage alone, from what the earlier ones left; default: all."""
     threads: int = Field(default=1, gt=0)
-    """CPU threads of torch. Another number gives other weights: sums are rounded in another order."""
+    """CPU threads of torch for CLIP and LLaVA. Another number gives other weights: sums are rounded in another order."""
 
 
 class Build:
@@ -86,14 +86,13 @@ class Build:
         )
         self._train(trainer, self.recipe.noisy, self.llava)
 
-    def make_vl_sae(self) -> None:
-        """The artifact, with no preset but `off`."""
-        config = build_artifact(self.llava, self.artifact, self.recipe, self.report)
-        self.report(f"artifact {config.fingerprint[:12]} in {self.artifact}")
-
-    def make_presets(self) -> None:
-        """Presets chosen on dev scenes."""
-        asyncio.run(tune(TuningSettings(model=self.llava, artifact=self.artifact), self.report))
+    def make_artifact(self) -> None:
+        """The VL-SAE and its presets, as for any other model."""
+        runs = self.settings.scratch.absolute() / "pipeline"
+        shutil.rmtree(runs, ignore_errors=True)
+        options = {"--model": self.llava.absolute(), "--output": runs, "--artifact": self.artifact.absolute()}
+        given = [part for name, value in options.items() for part in (name, str(value))]
+        subprocess.run([str(PIPELINE), "--miniature", "--thorough", *given], check=True)
 
     def training_scenes(self) -> tuple[list[Scene], Tensor]:
         """The scenes of CLIP and LLaVA with their pixel values, drawn once."""

@@ -1,0 +1,78 @@
+"""`training/pipeline.sh --miniature` as a user runs it: every stage, up to an artifact that steers the committed LLaVA.
+
+One run for all tests here; it takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from steering.artifact import load_artifact, read_config
+from training.miniature.label_quality import label_quality
+
+REPOSITORY = Path(__file__).parents[2]
+PIPELINE = REPOSITORY / "training" / "pipeline.sh"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def run_pipeline(*options: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **variables}
+    return subprocess.run([str(PIPELINE), *options], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    finished = run_pipeline("--miniature", "--output", str(folder))
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return folder
+
+
+def test_the_artifact_is_whole_and_aligned(output: Path) -> None:
+    artifact = load_artifact(output / "artifact")
+    assert artifact.config.alignment["paired_overlap"] >= 1.5 * artifact.config.alignment["shuffled_overlap"]
+    assert len(artifact.canary.images) == 4
+    assert sum(bool(concept["label"]) for concept in artifact.concepts) > 100
+
+
+def test_it_steers_this_miniature_away_from_inventions(output: Path) -> None:
+    report = json.loads((output / "evaluation.json").read_text())
+    assert read_config(output / "artifact").default_preset == "captions"
+    helped = report["differences"]["default_minus_plain"]["chair_s"]
+    assert helped["high"] < 0, helped
+    assert report["differences"]["default_minus_other_image"]["chair_s"]["high"] < 0
+
+
+def test_the_concepts_are_named_after_what_is_in_the_pictures(output: Path) -> None:
+    lines = (output / "concepts" / "concepts.jsonl").read_text(encoding="utf-8").splitlines()
+    scores = label_quality([json.loads(line) for line in lines])
+    assert scores["difference"]["shown"]["low"] > 0.1, scores
+    assert scores["difference"]["told"]["low"] > 0.1, scores
+
+
+def test_what_is_made_is_not_made_again(output: Path) -> None:
+    """Going on from a finished collection and finished trainings: nothing is written."""
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors") if "artifact" not in path.parts}
+    again = run_pipeline("--miniature", "--output", str(output), TUNE="", EVALUATE="", INTERPRET="--pairs none")
+    assert "is complete: 6,000 pairs" in again.stdout, again.stdout + again.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--pairs", "x"], "--model"),
+        (["--miniature", "--layer"], "--layer needs a value"),
+        (["--minature"], "unknown option --minature"),
+    ],
+)
+def test_a_mistake_is_named(options: list[str], named: str) -> None:
+    finished = run_pipeline(*options)
+    assert finished.returncode == 2
+    assert named in finished.stderr

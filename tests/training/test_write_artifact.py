@@ -1,0 +1,180 @@
+"""Every stage on a handful of pairs, for each family: what comes out is an artifact that its own model steers with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from steering.artifact import load_artifact
+from steering.engines.base import GenerationEnd, GenerationRequest, Sampling
+from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.request import RequestedSteering, SteeringRequest
+from tests.tiny_models import drawn_image
+from training import interpret_concepts, train_auxiliary_autoencoder, train_sparse_autoencoder
+from training.collection.lvlm import LvlmSettings, tokenize_prompt
+from training.collection.run import CollectionOptions, collect_store
+from training.errors import InvalidTraining
+from training.interpret_concepts import interpret_store
+from training.write_artifact import ArtifactSettings, write_artifact
+
+LAYER, HELD_OUT, CONCEPTS = 1, 8, 16
+TEXTS = ("a red circle", "a star", "an arrow in green, a moon", "nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What the stages before left."""
+
+    model: Path
+    folder: Path
+
+    def settings(self, **changes) -> ArtifactSettings:
+        given = {
+            "model": self.model,
+            "representations": self.folder / "store",
+            "auxiliary": self.folder / "auxiliary",
+            "sparse": self.folder / "vl_sae",
+            "concepts": self.folder / "concepts",
+            "held_out": HELD_OUT,
+            "control_images": 4,
+            "output": self.folder / "artifact",
+        }
+        return ArtifactSettings.model_validate(given | changes)
+
+
+def write_pairs(folder: Path) -> str:
+    folder.mkdir(parents=True)
+    rows = []
+    for index in range(40):
+        drawn_image(index, (40 + index, 60)).save(folder / f"{index}.png")
+        rows.append(json.dumps({"image": f"{index}.png", "text": f"{TEXTS[index % 4]} {index}"}))
+    (folder / "pairs.jsonl").write_text("\n".join(rows) + "\n")
+    return f"jsonl:{folder / 'pairs.jsonl'}"
+
+
+def run_stages(model: Path, folder: Path) -> Made:
+    spec, where = write_pairs(folder / "pairs"), {"representations": folder / "store", "held_out": HELD_OUT}
+    wanted = LvlmSettings(model=model, layers=(LAYER,))
+    collect_store(folder / "store", spec, wanted, CollectionOptions(workers=(0,), batch_size=8), print)
+    auxiliary = train_auxiliary_autoencoder.CommandLine(
+        **where, output=folder / "auxiliary", shared_size=12, batch_size=16, epochs=30, learning_rate=1e-2
+    )
+    train_auxiliary_autoencoder.train_auxiliary_autoencoder(auxiliary)
+    for kind in ("vl_sae", "sae_d"):
+        sparse = train_sparse_autoencoder.CommandLine.model_validate(
+            where
+            | {"auxiliary": folder / "auxiliary", "output": folder / kind, "kind": kind, "num_concepts": CONCEPTS,
+               "active_concepts": 4, "batch_size": 16, "epochs": 20, "learning_rate": 1e-2, "centre": True}
+        )  # fmt: skip
+        train_sparse_autoencoder.train_sparse_autoencoder(sparse)
+    interpret_store(
+        interpret_concepts.CommandLine(
+            representations=folder / "store",
+            auxiliary=folder / "auxiliary",
+            sparse=folder / "vl_sae",
+            top_texts=2,
+            top_images=1,
+            output=folder / "concepts",
+        )
+    )
+    return Made(model=model, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return run_stages(tiny_llava, tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="module")
+def made_of_family(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return run_stages(tiny_family, tmp_path_factory.mktemp("stages_of_family"))
+
+
+def check_it_is_whole(made: Made) -> None:
+    config = write_artifact(made.settings())
+    artifact = load_artifact(made.folder / "artifact")
+    assert artifact.config == config
+    assert (config.hook_layer, config.num_concepts, config.active_concepts) == (LAYER, CONCEPTS, 4)
+    assert config.presets.keys() == {"off"}
+    assert len(artifact.canary.images) == 4
+    assert artifact.control_image_MD.shape == (4, config.hidden_size)
+    assert [concept["id"] for concept in artifact.concepts] == list(range(CONCEPTS))
+
+
+async def steered_shift(made: Made) -> float:
+    """Mean relative shift of an answer; the engine's start has then judged the canary."""
+    engine = HuggingFaceEngine(model=str(made.model), artifact=str(made.folder / "artifact"), device="cpu")
+    await engine.start()
+    try:
+        processor = AutoProcessor.from_pretrained(made.model)
+        family = load_artifact(made.folder / "artifact").config.family
+        asked = SteeringRequest(enabled=True, form="difference", alpha=1.0, strength=1.0)
+        request = GenerationRequest(
+            request_id="one",
+            prompt_token_ids=tuple(tokenize_prompt(processor, family, "what is this?")),
+            images=(drawn_image(3, (64, 64)),),
+            sampling=Sampling(max_tokens=6, temperature=0.0),
+            steering=RequestedSteering(settings=asked, explicit=True),
+        )
+        (end,) = [event async for event in engine.generate(request) if isinstance(event, GenerationEnd)]
+        assert end.receipt.applied, end.receipt
+        return end.receipt.relative_shift[0]
+    finally:
+        await engine.stop()
+
+
+async def test_an_artifact_of_llava_steers_it(made: Made) -> None:
+    check_it_is_whole(made)
+    assert await steered_shift(made) > 0
+
+
+async def test_an_artifact_of_the_other_families_steers_them(made_of_family: Made) -> None:
+    check_it_is_whole(made_of_family)
+    assert await steered_shift(made_of_family) > 0
+
+
+def test_what_was_taken_off_between_the_autoencoders_is_in_the_artifact(made: Made) -> None:
+    """Trained with --centre: the artifact's auxiliary gives centred states, whose mean over training pairs is small."""
+    from training.run_folder import read_auxiliary, read_centre
+    from training.store.reader import open_store
+
+    write_artifact(made.settings())
+    artifact, centre = load_artifact(made.folder / "artifact"), read_centre(made.folder / "vl_sae")
+    assert centre is not None
+    batch = open_store(made.folder / "store").read(range(10))
+    with torch.no_grad():
+        plain = read_auxiliary(made.folder / "auxiliary")(batch.image_ND, batch.text_ND)
+        folded = artifact.auxiliary(batch.image_ND, batch.text_ND)
+    torch.testing.assert_close(folded[0], plain[0] - centre.image_S, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(folded[1], plain[1] - centre.text_S, atol=1e-5, rtol=1e-5)
+
+
+def test_the_card_is_what_its_maker_says_and_what_is_known(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text('{"licence": "Apache-2.0", "data": "drawn"}')
+    card = write_artifact(made.settings(card=tmp_path / "card.json")).card
+    assert (card["licence"], card["data"]) == ("Apache-2.0", "drawn")
+    assert "MiB" in card["memory"]
+
+
+def test_parts_that_do_not_belong_together_are_named(made: Made, untrained_llava, tmp_path: Path) -> None:
+    from training.miniature.llava_model import save_llava
+
+    save_llava(untrained_llava, tmp_path / "other")
+    with pytest.raises(InvalidTraining, match="--model"):
+        write_artifact(made.settings(model=tmp_path / "other"))
+    with pytest.raises(InvalidTraining, match="kind is 'sae_d'"):
+        write_artifact(made.settings(sparse=made.folder / "sae_d"))
+    with pytest.raises(InvalidTraining, match="run interpret_concepts"):
+        write_artifact(made.settings(concepts=tmp_path))
+    (tmp_path / "concepts.jsonl").write_text('{"id": 0}\n')
+    with pytest.raises(InvalidTraining, match=f"{CONCEPTS} concepts"):
+        write_artifact(made.settings(concepts=tmp_path))
+    with pytest.raises(InvalidTraining, match="--card"):
+        write_artifact(made.settings(card=tmp_path / "none.json"))
+    with pytest.raises(InvalidTraining, match="layer 3 was not collected"):
+        write_artifact(made.settings(layer=3))

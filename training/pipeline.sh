@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# From image-text pairs to an artifact that serves and the evidence for it: every stage, in order.
+#
+#   training/pipeline.sh --miniature                      # the bundled LLaVA; minutes on two cores
+#   training/pipeline.sh --model /models/llava-1.5-7b-hf --pairs 'webdataset:/data/cc3m/*.tar' --layer 30 \
+#       --output /data/llava-vlsae --device cuda --dtype float16
+#
+# Stopped at any moment, the same command goes on where it was. Further options of a stage are given in an environment
+# variable: COLLECT, AUXILIARY, SPARSE, INTERPRET, ARTIFACT, TUNE, EVALUATE, each as on that stage's command line
+# (SPARSE="--num-concepts 65536"). TUNE and EVALUATE say what the presets are tuned and judged on; where they are not
+# set for a real model, the presets stay off.
+set -euo pipefail
+here=$(pwd)
+cd "$(dirname "$0")/.."
+
+model="" pairs="" layer="" output="" artifact="" device=cpu dtype=float32 miniature="" thorough=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --miniature) miniature=yes ;;
+        --thorough) thorough=yes ;;  # with --miniature: presets are searched for as long as those of the bundle were
+        --model | --pairs | --layer | --output | --artifact | --device | --dtype)
+            [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+            declare "${1#--}=$2"
+            shift ;;
+        *) echo "error: unknown option $1; see the top of training/pipeline.sh" >&2; exit 2 ;;
+    esac
+    shift
+done
+from_caller() { case $1 in /* | "") echo "$1" ;; *) echo "$here/$1" ;; esac; }
+model=$(from_caller "$model") output=$(from_caller "$output") artifact=$(from_caller "$artifact")
+
+if [ -n "$miniature" ]; then
+    # another number of threads would round sums in another order: the bundle's artifact is rebuilt byte for byte
+    export OMP_NUM_THREADS=1
+    model=${model:-training/miniature/bundle/llava} pairs=${pairs:-miniature:vl_sae_pairs:6000} layer=${layer:-3}
+    output=${output:-build/pipeline}
+    COLLECT="--batch-size 64 --portion-size 1000 ${COLLECT:-}"
+    # contrastive weight a twentieth of the paper's: here .01 to 1 steer about equally well (miniature/README.md)
+    AUXILIARY="--shared-size 128 --contrastive-weight 0.05 --learning-rate 1e-3 --batch-size 512 --epochs 60
+        --held-out 500 ${AUXILIARY:-}"
+    SPARSE="--num-concepts 1024 --active-concepts 32 --learning-rate 2e-3 --batch-size 256 --epochs 20
+        --held-out 500 ${SPARSE:-}"
+    INTERPRET="--top-texts 5 --top-images 3 --clip training/miniature/bundle/clip ${INTERPRET:-}"
+    # a caption's second object is reached at the twelfth text token; a short yes/no question ends before
+    ARTIFACT="--name miniature-llava --min-text-tokens 12 --held-out 500 --card training/miniature/card.json
+        ${ARTIFACT:-}"
+    if [ -z "$thorough" ]; then
+        TUNE=${TUNE-"--alphas 1.5 --search-captions 60 --search-questions 60 --refined 0 --finalists 1
+            --final-captions 200 --final-questions 200"}
+        EVALUATE=${EVALUATE-"--captions 200 --questions 200 --conditions default reversed other_image"}
+    else
+        TUNE=${TUNE-"--batch 64"}
+    fi
+fi
+for needed in model pairs layer output; do
+    [ -n "${!needed}" ] || { echo "error: --$needed is needed (or --miniature)" >&2; exit 2; }
+done
+artifact=${artifact:-$output/artifact}
+
+[ -e .venv/.ready-dev ] || make -s .venv/.ready-dev
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 DO_NOT_TRACK=1
+
+stage() {
+    local began=$SECONDS
+    echo "== $1"
+    .venv/bin/python -m "training.$1" "${@:2}"
+    echo "   $1: $((SECONDS - began)) s"
+}
+
+# shellcheck disable=SC2086  # the variables hold several options each
+{
+    stage collect_representations --model "$model" --pairs "$pairs" --layers "$layer" --output "$output/store" \
+        --device "$device" --dtype "$dtype" ${COLLECT:-}
+    stage train_auxiliary_autoencoder --representations "$output/store" --layer "$layer" --output "$output/auxiliary" \
+        --device "$device" ${AUXILIARY:-}
+    stage train_sparse_autoencoder --representations "$output/store" --layer "$layer" \
+        --auxiliary "$output/auxiliary" --output "$output/sparse" --device "$device" ${SPARSE:-}
+    stage interpret_concepts --representations "$output/store" --layer "$layer" --auxiliary "$output/auxiliary" \
+        --sparse "$output/sparse" --output "$output/concepts" ${INTERPRET:-}
+    stage write_artifact --model "$model" --representations "$output/store" --layer "$layer" \
+        --auxiliary "$output/auxiliary" --sparse "$output/sparse" --concepts "$output/concepts" \
+        --device "$device" --dtype "$dtype" --output "$artifact" ${ARTIFACT:-}
+    if [ -n "${TUNE:-}" ]; then
+        stage tune_presets --model "$model" --artifact "$artifact" --device "$device" --dtype "$dtype" \
+            --json "$output/presets.json" $TUNE
+    fi
+    if [ -n "${EVALUATE:-}" ]; then
+        stage evaluate_hallucination --model "$model" --artifact "$artifact" --device "$device" --dtype "$dtype" \
+            --json "$output/evaluation.json" $EVALUATE
+    fi
+}
+echo "done in $SECONDS s. The concepts: $output/concepts/atlas/index.html. Serve it:"
+echo "  make serve MODEL=$model ARTIFACT=$artifact"

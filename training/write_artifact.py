@@ -1,0 +1,235 @@
+"""Stage 5: everything that training left, as the one folder that serving takes (design, section 3).
+
+    python -m training.write_artifact --model M --representations STORE --auxiliary RUN --sparse RUN --concepts FOLDER \
+        --output ARTIFACT
+
+Reads the model once more for the canary: a few pairs whose pooled states an engine recomputes at start. The presets
+are all off; `training.tune_presets` chooses them.
+
+Shapes: N pairs, M control images, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import Field
+from transformers import AutoProcessor
+
+from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, Pooling, save_artifact
+from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
+from steering.resolution import Preset
+from steering.sparse_autoencoder import VisionLanguageSAE
+from training.alignment import Alignment, measure_alignment
+from training.collection.lvlm import LvlmRepresenter, LvlmSettings, tokenize_prompt
+from training.collection.representer import ModelDtype, Prepared
+from training.command_line import Settings, parse_settings, run_stage
+from training.errors import InvalidTraining
+from training.evaluation.preset_rules import alignment_gate
+from training.interpret_concepts import CONCEPTS_FILE, read_encoder
+from training.pairs import Pair, PairSource, open_pairs
+from training.run_folder import CONFIG_FILE, fold_centre, read_run_config
+from training.store.reader import RepresentationStore, open_store, require_model
+
+CANARY_PAIRS = 4
+CANARY_SIDE_PX = 336
+"""Longest side of a canary's image: it is for recognising a model, and travels with the artifact."""
+OFF = {"off": Preset(strength=0.0, alpha=0.0)}
+
+
+class ArtifactSettings(Settings):
+    """What goes into the artifact."""
+
+    model: Path
+    """Checkpoint that the representations were collected from."""
+    representations: Path
+    """Folder written by collect_representations."""
+    layer: int | None = None
+    """Which of its layers; needed where there are several."""
+    auxiliary: Path
+    """Folder written by train_auxiliary_autoencoder."""
+    sparse: Path
+    """Folder written by train_sparse_autoencoder, of kind vl_sae."""
+    concepts: Path
+    """Folder written by interpret_concepts."""
+    pairs: str | None = None
+    """Where the pairs are, if no longer where they were collected from."""
+    name: str | None = None
+    """Name of the base model; default: the path it was collected from."""
+    revision: str | None = None
+    """Revision of the base model."""
+    min_text_tokens: int = Field(default=1, ge=1)
+    """A position is steered once so many text tokens are in the mean."""
+    held_out: int = Field(default=1000, gt=1)
+    """Pairs at the end that the autoencoders were not trained on: alignment is measured on them."""
+    control_images: int = Field(default=256, ge=1)
+    """Of them, image states that the control `other_image` takes."""
+    card: Path | None = None
+    """JSON object for people: data, language, licence, where it hurts."""
+    device: str = "cpu"
+    """Where the model runs for the canary."""
+    dtype: ModelDtype = "float32"
+    """Its number format there."""
+    output: Path
+    """Folder of the artifact; one that is there is replaced."""
+
+
+def write_artifact(settings: ArtifactSettings) -> ArtifactConfig:
+    """Raises InvalidTraining where the parts do not belong together."""
+    store = open_store(settings.representations, settings.layer)
+    if store.layer is None:
+        raise InvalidTraining(f"{store.folder}: {store.name} of {store.manifest.collected.family} cannot be steered")
+    model = LvlmSettings(model=settings.model, layers=(store.layer,), dtype=settings.dtype, device=settings.device)
+    require_model(store, model.describe().model_sha256, str(settings.model))
+    auxiliary, sae = read_parts(settings, store)
+    held_out = store.read(range(max(0, len(store) - settings.held_out), len(store)))
+    alignment = measure_alignment(auxiliary, sae, held_out.image_ND, held_out.text_ND)
+    artifact = Artifact(
+        config=artifact_config(settings, store, alignment),
+        auxiliary=auxiliary,
+        sae=sae,
+        canary=make_canary(model, _source(settings, store)),
+        control_image_MD=held_out.image_ND[-settings.control_images :],
+        concepts=read_concepts(settings.concepts, len(sae.encoder)),
+    )
+    return save_artifact(settings.output, artifact)
+
+
+def read_parts(
+    settings: ArtifactSettings, store: RepresentationStore
+) -> tuple[AuxiliaryAutoencoder, VisionLanguageSAE]:
+    """Both autoencoders, trained on this store's states; what was taken off between them is in the first one."""
+    found = read_encoder(store, settings.sparse, settings.auxiliary, "cpu")
+    if not isinstance(found.sae, VisionLanguageSAE):
+        raise InvalidTraining(
+            f"{settings.sparse / CONFIG_FILE}: kind is {read_run_config(settings.sparse).kind!r}; only a vl_sae has "
+            "concepts that image and text share, and can steer"
+        )
+    assert found.auxiliary is not None
+    return (fold_centre(found.auxiliary, found.centre) if found.centre else found.auxiliary), found.sae
+
+
+def artifact_config(settings: ArtifactSettings, store: RepresentationStore, alignment: Alignment) -> ArtifactConfig:
+    """The artifact's record of what it is."""
+    collected, auxiliary, sparse = (
+        store.manifest.collected,
+        read_run_config(settings.auxiliary),
+        read_run_config(settings.sparse),
+    )
+    assert collected.num_layers is not None
+    assert store.layer is not None
+    assert sparse.num_concepts is not None
+    assert sparse.active_concepts is not None
+    return ArtifactConfig(
+        base_model=BaseModelInfo(name=settings.name or collected.model, revision=settings.revision),
+        family=collected.family,
+        hidden_size=collected.width,
+        num_layers=collected.num_layers,
+        hook_layer=store.layer,
+        collection_point=collected.point,
+        pooling=cast(Pooling, collected.pooling),
+        shared_size=sparse.shared_size,
+        num_concepts=sparse.num_concepts,
+        active_concepts=sparse.active_concepts,
+        similarity=auxiliary.settings["similarity"],
+        min_text_tokens=settings.min_text_tokens,
+        presets=OFF,
+        default_preset="off",
+        alignment=alignment.as_dict(),
+        training={
+            "pairs": max(0, len(store) - settings.held_out),
+            "skipped_pairs": store.manifest.skipped,
+            "source": collected.source,
+            "prompt": collected.prompt,
+            "model_dtype": collected.model_dtype,
+            "stored_dtype": collected.stored_dtype,
+            "model_sha256": collected.model_sha256,
+            "auxiliary": auxiliary.settings,
+            "sparse": sparse.settings,
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        },
+        card=_card(settings, store, sparse.shared_size, sparse.num_concepts),
+    )
+
+
+def make_canary(model: LvlmSettings, source: PairSource) -> Canary:
+    """The first usable pairs of the source, their pictures made small, as the model sees them now."""
+    representer, processor = model.load(), AutoProcessor.from_pretrained(model.model)
+    chosen = list(islice(_usable(representer, source), CANARY_PAIRS))
+    if not chosen:
+        raise InvalidTraining(f"--pairs {source.describe()['spec']}: no pair can be read any more, for the canary")
+    images, texts = [pair.image for pair, _ in chosen], [pair.text for pair, _ in chosen]
+    (states,) = representer.represent([prepared for _, prepared in chosen]).values()
+    family = model.describe().family
+    return Canary(
+        images=tuple(images),
+        token_ids=tuple(tuple(tokenize_prompt(processor, family, text)) for text in texts),
+        image_ND=states.image_BD,
+        text_ND=states.text_BD,
+    )
+
+
+def _usable(representer: LvlmRepresenter, source: PairSource) -> Iterator[tuple[Pair, Prepared]]:
+    for portion in source.portions(CANARY_PAIRS):
+        for _, pair in source.read(portion):
+            if isinstance(pair, Pair):
+                image = pair.image.convert("RGB")
+                image.thumbnail((CANARY_SIDE_PX, CANARY_SIDE_PX))
+                small = Pair(image=image, text=pair.text, reference=pair.reference)
+                if isinstance(prepared := representer.prepare(small), Prepared):
+                    yield small, prepared
+
+
+def read_concepts(folder: Path, num_concepts: int) -> tuple[dict[str, Any], ...]:
+    """Raises InvalidTraining unless there is one record per concept, in order."""
+    file = folder / CONCEPTS_FILE
+    try:
+        records = tuple(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    except OSError as error:
+        raise InvalidTraining(f"{file} cannot be read: {error.strerror}; run interpret_concepts") from error
+    except ValueError as error:
+        raise InvalidTraining(f"{file} is not JSON lines: {error}; run interpret_concepts again") from error
+    if [record.get("id") for record in records] != list(range(num_concepts)):
+        raise InvalidTraining(f"{file} has not one record for each of the {num_concepts} concepts: another --sparse's?")
+    return records
+
+
+def _source(settings: ArtifactSettings, store: RepresentationStore) -> PairSource:
+    return open_pairs(settings.pairs or store.manifest.collected.source["spec"])
+
+
+def _card(settings: ArtifactSettings, store: RepresentationStore, shared: int, concepts: int) -> dict[str, Any]:
+    """What its maker says, and what can be computed."""
+    width = store.width
+    numbers = 4 * shared * width + 3 * concepts * shared + concepts * width
+    computed = {
+        "data": f"{len(store)} pairs of {store.manifest.collected.source['spec']}",
+        "memory": f"(4 S D + 3 K S + K D) float32 values when loaded: {4 * numbers / 2**20:.0f} MiB",
+        "where_it_hurts": "not measured yet: run training.tune_presets and training.evaluate_hallucination",
+    }
+    if settings.card is None:
+        return computed
+    try:
+        written = json.loads(settings.card.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidTraining(f"--card {settings.card} is not a readable JSON file: {error}") from error
+    if not isinstance(written, dict):
+        raise InvalidTraining(f"--card {settings.card} must hold one JSON object")
+    return computed | written
+
+
+def main() -> None:
+    settings = parse_settings(ArtifactSettings, program="python -m training.write_artifact", description=__doc__ or "")
+    config = write_artifact(settings)
+    passed, figures = alignment_gate(config.alignment)
+    print(f"alignment gate {'passed' if passed else 'NOT passed'}: {figures}")
+    print(f"artifact {config.fingerprint[:12]} in {settings.output}; presets: off")
+
+
+if __name__ == "__main__":
+    run_stage(main)
