@@ -1,4 +1,4 @@
-"""An open_clip model out of a local folder: pictures and texts to unit vectors. Knows no store and no autoencoder.
+"""An open_clip model out of a local folder: pictures and texts to vectors of one space. Knows no autoencoder.
 
 The folder is what open_clip loads as `local-dir:FOLDER`: open_clip_config.json, weights, and a tokenizer of its own
 where the architecture needs one.
@@ -33,16 +33,16 @@ class ClipModel:
         return next(self._model.parameters()).device
 
     @torch.no_grad()
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """[N, E] of unit length, on the CPU."""
+    def embed_images(self, images: Sequence[Image.Image], *, unit: bool = True) -> Tensor:
+        """[N, E] on the CPU; of unit length, or as the encoder gives them, which is what a store holds."""
         pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in images]).to(self.device)
-        return self._model.encode_image(pixels, normalize=True).float().cpu()
+        return self._model.encode_image(pixels, normalize=unit).float().cpu()
 
     @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """[N, E] of unit length, on the CPU; a text longer than the model's context is cut off."""
+    def embed_texts(self, texts: Sequence[str], *, unit: bool = True) -> Tensor:
+        """[N, E] on the CPU, likewise; a text longer than the model's context is cut off."""
         tokens = self._tokenize(list(texts)).to(self.device)
-        return self._model.encode_text(tokens, normalize=True).float().cpu()
+        return self._model.encode_text(tokens, normalize=unit).float().cpu()
 
 
 def load_clip(folder: str | Path, device: str = "cpu") -> ClipModel:

@@ -42,7 +42,7 @@ class ConceptEncoder:
     @property
     def num_concepts(self) -> int:
         """K."""
-        return len(self.sae.encoder) if isinstance(self.sae, VisionLanguageSAE) else self.sae.num_concepts
+        return num_concepts(self.sae)
 
     @torch.no_grad()
     def codes(self, batch: PairBatch) -> dict[Modality, SparseCode]:
@@ -51,6 +51,11 @@ class ConceptEncoder:
         moved = PairBatch(batch.image_ND.to(device), batch.text_ND.to(device), batch.text_ids_N)
         shared = shared_representations(moved, self.auxiliary, self.centre)
         return {name: encode(self.sae, part, name) for name, part in zip(MODALITIES, shared, strict=True)}
+
+
+def num_concepts(sae: SparseAutoencoder) -> int:
+    """K, whatever the kind."""
+    return len(sae.encoder) if isinstance(sae, VisionLanguageSAE) else sae.num_concepts
 
 
 class Scan(NamedTuple):

@@ -23,9 +23,10 @@ SEED_RANGES = {
     "dev": range(2_000_000, 3_000_000),
     "held_out": range(3_000_000, 4_000_000),
     "demo": range(4_000_000, 4_100_000),
+    "zero_shot": range(4_100_000, 4_200_000),
 }
 """training: CLIP and LLaVA; vl_sae_pairs: the VL-SAE; dev: choosing layers, forms and presets, and the
-artifact's reference images; held_out: evaluation only; demo: pictures for people."""
+artifact's reference images; held_out: evaluation only; demo: pictures for people; zero_shot: single objects to name."""
 
 
 @dataclass(frozen=True, kw_only=True)
