@@ -195,9 +195,9 @@ def pooled_positions(ids_BT: Tensor, valid_BT: Tensor, image_token: int) -> tupl
 
 
 def masked_mean(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over the marked positions of each row, [B, D] in float32."""
-    mask_BT1 = mask_BT.unsqueeze(-1).float()
-    return (hidden_BTD.float() * mask_BT1).sum(1) / mask_BT1.sum(1)
+    """Mean over the marked positions of each row, [B, D] in float32; what stands elsewhere may be infinite."""
+    mask_BT1 = mask_BT.unsqueeze(-1)
+    return hidden_BTD.float().masked_fill(~mask_BT1, 0.0).sum(1) / mask_BT1.sum(1)
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

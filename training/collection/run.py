@@ -29,7 +29,7 @@ class CollectionOptions(Settings):
     """In what portions pairs are collected, by whom, and how they are stored."""
 
     batch_size: int = Field(default=16, gt=0)
-    """Pairs per forward pass."""
+    """Pairs per forward pass. A GPU wants many; a core is busy with some 600 tokens, and slower with more."""
     portion_size: int = Field(default=2048, gt=0)
     """Pairs per shard: what is lost when a worker dies, and what a worker keeps in memory."""
     stored_dtype: StoredDtype = "float32"
