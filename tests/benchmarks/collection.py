@@ -8,10 +8,11 @@ float32), run the same model object in the same dtype, and read layer num_layers
 
 What the arithmetic allows: `generate(max_new_tokens=1)` computes all layers over the prompt and the head at its last
 token; collection leaves out the last layer. With 8 layers, fewer than any real LVLM has, that is 8/7 = 1.14 at best
-where a single prompt of 600 tokens keeps the processor busy, and there batches only push states out of the cache, so the
-CPU gets one pair at a time; the rest of the gain comes from batches, where a prompt is short or the processor wide. The model is shaped like LLaVA: 8 layers of 512, MLP 1,408, vocabulary 32,000 (58 M
-parameters), a random vision tower that costs next to nothing for both. Its tokenizer has a token per byte, hence texts
-of 13 to 26 letters: as many tokens as captions of 10 to 20 words have.
+where a single prompt of 600 tokens keeps the processor busy. There batches only push states out of the CPU's cache, so
+that the CPU gets one pair at a time; the rest of the gain comes from batches, where prompts are short or the processor
+wide. The model is shaped like LLaVA: 8 layers of 512, MLP 1,408, vocabulary 32,000 (58 M parameters), a random vision
+tower that costs next to nothing for both. Its tokenizer has a token per byte, hence texts of 13 to 26 letters: as many
+tokens as captions of 10 to 20 words have.
 """
 
 from __future__ import annotations

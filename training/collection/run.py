@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from pydantic import Field
 
 from training.collection.portion import ShardWork
@@ -51,6 +52,11 @@ class CollectionOptions(Settings):
             return None
         if self.workers[0] == 0:
             raise InvalidTraining("--workers: 0 stands alone (no actors); as a minimum it must be at least 1")
+        if self.device.startswith("cuda") and self.ray_address is None and self.workers[-1] > torch.cuda.device_count():
+            raise InvalidTraining(
+                f"--device cuda: {self.workers[-1]} workers need a GPU each, this machine has "
+                f"{torch.cuda.device_count()}; give fewer --workers, or --device cpu"
+            )
         return ActorPool(
             smallest=self.workers[0],
             largest=self.workers[-1],

@@ -126,7 +126,7 @@ def test_a_state_that_is_not_finite_is_named_and_never_stored(value, changes, re
     drawn_image(0).save(tmp_path / "a.png")
     texts = ["fine"] * 20 + ["a q here"] + ["fine"] * 3
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"image": "a.png", "text": t}) + "\n" for t in texts))
-    with pytest.raises(InvalidTraining, match=rf"layer_1\.text of pair 20 \(a\.png\) is not finite.*{remedy}"):
+    with pytest.raises(InvalidTraining, match=rf"layer_1\.\w+ of pair 20 \(a\.png\) is not finite.*{remedy}"):
         collect(tmp_path / "store", f"jsonl:{tmp_path}/pairs.jsonl", LvlmSettings(model=model, layers=(1,)), **changes)
     assert not read_manifest(tmp_path / "store").complete
     assert shard_file(tmp_path / "store", 0, "json").exists()
@@ -146,6 +146,14 @@ def test_two_collections_do_not_write_into_one_store(tmp_path):
 def test_numbers_of_workers_that_make_no_sense_are_named(workers, tmp_path):
     with pytest.raises(InvalidTraining, match="--workers"):
         collect(tmp_path, workers=workers)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="all eight workers would have one")
+@pytest.mark.parametrize("workers", [(1, 8), (8,)])
+def test_gpus_that_are_not_there_are_not_waited_for(workers):
+    there = torch.cuda.device_count()
+    with pytest.raises(InvalidTraining, match=f"--device cuda: 8 workers need a GPU each, this machine has {there}"):
+        OPTIONS.model_copy(update={"workers": workers, "device": "cuda"}).actor_pool()
 
 
 ON_A_SMALL_DISK = """
