@@ -12,6 +12,7 @@ Shapes: N rows, D width of the states, S shared width.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -171,8 +172,7 @@ def shared_representations(
 @torch.no_grad()
 def fold_centre(auxiliary: AuxiliaryAutoencoder, centre: Centre) -> AuxiliaryAutoencoder:
     """One that gives centred shared representations, and takes them: E x + b - m, and D s + (b + D m)."""
-    folded = AuxiliaryAutoencoder(auxiliary.vision_projection.in_features, auxiliary.vision_projection.out_features)
-    folded.load_state_dict(auxiliary.state_dict())
+    folded = copy.deepcopy(auxiliary)
     for projection, decoder, mean_S in (
         (folded.vision_projection, folded.vision_decoder, centre.image_S),
         (folded.text_projection, folded.text_decoder, centre.text_S),

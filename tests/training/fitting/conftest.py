@@ -52,7 +52,7 @@ def write_store(folder: Path, image_ND: torch.Tensor, text_ND: torch.Tensor, **c
         rows = range(start, min(start + collected.portion_size, len(image_ND)))
         part = slice(rows.start, rows.stop)
         portion = Portion(
-            states={name: (image_ND[part], text_ND[part]) for name in collected.names},
+            states=dict.fromkeys(collected.names, (image_ND[part], text_ND[part])),
             pairs=[PairRecord(pair=row, text=f"text {row}", image=f"image {row}") for row in rows],
             skipped=[],
         )

@@ -79,5 +79,7 @@ def test_pairs_against_strangers():
     image = random_code(50, 4, 0)
     found = quality.overlap_of_pairs(image, image)
     assert found["overlap/paired"] == 1
-    assert found["overlap/shuffled"] == pytest.approx(quality.overlap(image, SparseCode(*(p.roll(1, 0) for p in image))))
+    assert found["overlap/shuffled"] == pytest.approx(
+        quality.overlap(image, SparseCode(*(p.roll(1, 0) for p in image)))
+    )
     assert found["overlap/ratio"] == pytest.approx(1 / found["overlap/shuffled"])
