@@ -2,13 +2,16 @@
 # From image-text pairs to an artifact that serves and the evidence for it: every stage, in order.
 #
 #   training/pipeline.sh --miniature                      # the bundled LLaVA; minutes on two cores
+#   training/pipeline.sh --miniature-clip                 # the bundled CLIP: concepts, zero-shot classification
 #   training/pipeline.sh --model /models/llava-1.5-7b-hf --pairs 'webdataset:/data/cc3m/*.tar' --layer 30 \
 #       --output /data/llava-vlsae --device cuda --dtype float16
 #
+# A folder of an open_clip model takes the way of CLIP: no layer, no auxiliary autoencoder, no artifact.
+#
 # Stopped at any moment, the same command goes on where it was. Further options of a stage are given in an environment
-# variable: COLLECT, AUXILIARY, SPARSE, INTERPRET, ARTIFACT, TUNE, EVALUATE, each as on that stage's command line
-# (SPARSE="--num-concepts 65536"). TUNE and EVALUATE say what the presets are tuned and judged on; where they are not
-# set for a real model, the presets stay off.
+# variable: COLLECT, AUXILIARY, SPARSE, INTERPRET, ARTIFACT, TUNE, EVALUATE, ZERO_SHOT, each as on that stage's command
+# line (SPARSE="--num-concepts 65536"). TUNE, EVALUATE and ZERO_SHOT say what is tuned and judged on; where they are not
+# set for a real model, that is left out and the presets stay off.
 set -euo pipefail
 here=$(pwd)
 cd "$(dirname "$0")/.."
@@ -16,7 +19,8 @@ cd "$(dirname "$0")/.."
 model="" pairs="" layer="" output="" artifact="" device=cpu dtype=float32 miniature="" thorough=""
 while [ $# -gt 0 ]; do
     case $1 in
-        --miniature) miniature=yes ;;
+        --miniature) miniature=llava ;;
+        --miniature-clip) miniature=clip ;;
         --thorough) thorough=yes ;;  # with --miniature: presets are searched for as long as those of the bundle were
         --model | --pairs | --layer | --output | --artifact | --device | --dtype)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
@@ -29,7 +33,7 @@ done
 from_caller() { case $1 in /* | "") echo "$1" ;; *) echo "$here/$1" ;; esac; }
 model=$(from_caller "$model") output=$(from_caller "$output") artifact=$(from_caller "$artifact")
 
-if [ -n "$miniature" ]; then
+if [ "$miniature" = llava ]; then
     # another number of threads would round sums in another order: the bundle's artifact is rebuilt byte for byte
     export OMP_NUM_THREADS=1
     model=${model:-training/miniature/bundle/llava} pairs=${pairs:-miniature:vl_sae_pairs:6000} layer=${layer:-3}
@@ -51,8 +55,19 @@ if [ -n "$miniature" ]; then
     else
         TUNE=${TUNE-"--batch 64"}
     fi
+elif [ "$miniature" = clip ]; then
+    export OMP_NUM_THREADS=1
+    model=${model:-training/miniature/bundle/clip} pairs=${pairs:-miniature:vl_sae_pairs:6000}
+    output=${output:-build/clip-pipeline}
+    COLLECT="--batch-size 64 --portion-size 1000 ${COLLECT:-}"
+    SPARSE="--num-concepts 512 --active-concepts 16 --learning-rate 2e-3 --batch-size 256 --epochs 20 --held-out 500
+        ${SPARSE:-}"
+    INTERPRET="--top-texts 5 --top-images 3 --clip training/miniature/bundle/clip ${INTERPRET:-}"
+    ZERO_SHOT=${ZERO_SHOT-"--miniature"}
 fi
-for needed in model pairs layer output; do
+clip="" needs="model pairs layer output"
+[ ! -e "$model/open_clip_config.json" ] || { clip=yes needs="model pairs output"; }
+for needed in $needs; do
     [ -n "${!needed}" ] || { echo "error: --$needed is needed (or --miniature)" >&2; exit 2; }
 done
 artifact=${artifact:-$output/artifact}
@@ -68,15 +83,30 @@ stage() {
 }
 
 # shellcheck disable=SC2086  # the variables hold several options each
-{
+train_clip() {
+    stage collect_representations --model "$model" --pairs "$pairs" --output "$output/store" --device "$device" \
+        --dtype "$dtype" ${COLLECT:-}
+    stage train_sparse_autoencoder --representations "$output/store" --output "$output/sparse" --device "$device" \
+        ${SPARSE:-}
+    stage interpret_concepts --representations "$output/store" --sparse "$output/sparse" --device "$device" \
+        --output "$output/concepts" ${INTERPRET:-}
+    if [ -n "${ZERO_SHOT:-}" ]; then
+        stage zero_shot_classification --clip "$model" --sparse "$output/sparse" --device "$device" \
+            --json "$output/zero_shot.json" $ZERO_SHOT
+    fi
+    echo "done in $SECONDS s. The concepts: $output/concepts/atlas/index.html"
+}
+
+# shellcheck disable=SC2086
+train_lvlm() {
     stage collect_representations --model "$model" --pairs "$pairs" --layers "$layer" --output "$output/store" \
         --device "$device" --dtype "$dtype" ${COLLECT:-}
-    stage train_auxiliary_autoencoder --representations "$output/store" --layer "$layer" --output "$output/auxiliary" \
-        --device "$device" ${AUXILIARY:-}
-    stage train_sparse_autoencoder --representations "$output/store" --layer "$layer" \
-        --auxiliary "$output/auxiliary" --output "$output/sparse" --device "$device" ${SPARSE:-}
-    stage interpret_concepts --representations "$output/store" --layer "$layer" --auxiliary "$output/auxiliary" \
-        --sparse "$output/sparse" --output "$output/concepts" ${INTERPRET:-}
+    stage train_auxiliary_autoencoder --representations "$output/store" --layer "$layer" --device "$device" \
+        --output "$output/auxiliary" ${AUXILIARY:-}
+    stage train_sparse_autoencoder --representations "$output/store" --layer "$layer" --device "$device" \
+        --auxiliary "$output/auxiliary" --output "$output/sparse" ${SPARSE:-}
+    stage interpret_concepts --representations "$output/store" --layer "$layer" --device "$device" \
+        --auxiliary "$output/auxiliary" --sparse "$output/sparse" --output "$output/concepts" ${INTERPRET:-}
     stage write_artifact --model "$model" --representations "$output/store" --layer "$layer" \
         --auxiliary "$output/auxiliary" --sparse "$output/sparse" --concepts "$output/concepts" \
         --device "$device" --dtype "$dtype" --output "$artifact" ${ARTIFACT:-}
@@ -88,6 +118,8 @@ stage() {
         stage evaluate_hallucination --model "$model" --artifact "$artifact" --device "$device" --dtype "$dtype" \
             --json "$output/evaluation.json" $EVALUATE
     fi
+    echo "done in $SECONDS s. The concepts: $output/concepts/atlas/index.html. Serve it:"
+    echo "  make serve MODEL=$model ARTIFACT=$artifact"
 }
-echo "done in $SECONDS s. The concepts: $output/concepts/atlas/index.html. Serve it:"
-echo "  make serve MODEL=$model ARTIFACT=$artifact"
+
+if [ -n "$clip" ]; then train_clip; else train_lvlm; fi
