@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,7 +80,10 @@ class _GatherRows(torch.autograd.Function):
 def run_on_workers(
     function: Callable[[Worker], None], *, workers: int, device: DeviceChoice, ray_address: str | None
 ) -> None:
-    """Runs `function` here, or once on each of several workers, and waits. An InvalidTraining of a worker is raised."""
+    """Runs `function` here, or once on each of several workers, and waits. An InvalidTraining of a worker is raised.
+
+    Workers run on the cluster at `ray_address`, on the Ray that this process uses already, or on a private one.
+    """
     on_gpu = _wants_gpu(device)
     if workers == 1 and ray_address is None:
         function(Worker(device=torch.device("cuda" if on_gpu else "cpu")))
@@ -96,6 +100,10 @@ def _wants_gpu(device: DeviceChoice) -> bool:
 
 @contextmanager
 def _ray(workers: int, on_gpu: bool, address: str | None) -> Iterator[None]:
+    running = sys.modules.get("ray")  # a private Ray starts before anything imports ray
+    if running is not None and running.is_initialized():
+        yield
+        return
     if address is None:
         with private_ray(cpus=workers, gpus=workers if on_gpu else 0):
             yield

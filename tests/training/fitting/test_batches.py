@@ -62,6 +62,7 @@ def test_what_cannot_be_shared_out_is_named(opened, settings, named):
 
 def test_held_out_pairs_are_the_last(opened):
     batch = read_held_out(opened, HELD_OUT, Worker())
+    assert batch is not None
     assert torch.equal(batch.text_ND, opened.read(range(350, 400)).text_ND)
     assert read_held_out(opened, HELD_OUT, Worker(rank=1, count=2)) is None
 

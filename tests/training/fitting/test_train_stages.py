@@ -13,7 +13,9 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from steering.sparse_autoencoder import VisionLanguageSAE
 from training.alignment import measure_alignment
+from training.baseline_autoencoders import encode
 from training.errors import InvalidTraining
 from training.run_folder import read_auxiliary, read_centre, read_run_config, read_sparse, shared_representations
 from training.store.reader import open_store
@@ -71,6 +73,7 @@ def weights(run):
 
 def test_training_aligns_and_rebuilds(store, auxiliary, sparse):
     found, held_out = read_sparse(sparse), open_store(store).read(range(300, 400))
+    assert isinstance(found, VisionLanguageSAE)
     alignment = measure_alignment(read_auxiliary(auxiliary), found, held_out.image_ND, held_out.text_ND)
     assert alignment.recall_at_1 > 0.9
     assert alignment.passes
@@ -101,7 +104,7 @@ def test_baselines_are_trained_and_measured_alike(store, auxiliary, sparse, kind
     assert measured["image/l0"] <= 8
     image_NS, _ = shared_representations(open_store(store).read(range(300, 400)), read_auxiliary(auxiliary))
     found = read_sparse(run)
-    lost = (found.decode(found.encode(image_NS, "image"), "image") - image_NS).square().mean()
+    lost = (found.decode(encode(found, image_NS, "image"), "image") - image_NS).square().mean()
     assert float(lost) == pytest.approx(measured["image/mse"], rel=1e-4)
 
 
@@ -190,19 +193,36 @@ def test_killed_three_times_it_ends_with_the_same_weights(make_store, tmp_path):
     assert (tmp_path / "killed" / "metrics.json").read_bytes() == (tmp_path / "whole" / "metrics.json").read_bytes()
 
 
+TWO_WORKERS = """
+import json, sys
+from steering.local_ray import private_ray
+
+with private_ray(cpus=2, gpus=0):  # one Ray for both stages
+    from training import train_auxiliary_autoencoder as auxiliary, train_sparse_autoencoder as sparse
+
+    first, second = json.loads(sys.argv[1])
+    auxiliary.train_auxiliary_autoencoder(auxiliary.CommandLine(**first, workers=2))
+    sparse.train_sparse_autoencoder(sparse.CommandLine(**second, workers=2))
+"""
+
+
 @pytest.mark.slow
-def test_two_workers_train_to_the_weights_of_one(store, auxiliary, sparse, tmp_path):
-    few = {"learning_rate": 1e-3, "epochs": 3, "evaluate_every": 5}
-    pairs = [
-        [train_auxiliary(store, tmp_path / f"auxiliary{workers}", workers=workers, **few) for workers in (1, 2)],
-        [
-            train_sparse(store, tmp_path / f"sparse{workers}", auxiliary, workers=workers, warmup_epochs=1, **few)
-            for workers in (1, 2)
-        ],
+def test_two_workers_train_to_the_weights_of_one(store, auxiliary, tmp_path):
+    few = {"learning_rate": 1e-3, "epochs": 3, "evaluate_every": 5, "device": "cpu"}
+    few_sparse = few | {"warmup_epochs": 1}
+    ones = [
+        train_auxiliary(store, tmp_path / "auxiliary1", **few),
+        train_sparse(store, tmp_path / "sparse1", auxiliary, **few_sparse),
     ]
-    for one, two in pairs:
+    twos = [tmp_path / "auxiliary2", tmp_path / "sparse2"]
+    settings = [
+        AUXILIARY | few | {"representations": str(store), "output": str(twos[0])},
+        SPARSE | few_sparse | {"representations": str(store), "output": str(twos[1]), "auxiliary": str(auxiliary)},
+    ]
+    subprocess.run([sys.executable, "-c", TWO_WORKERS, json.dumps(settings)], check=True, stdout=subprocess.DEVNULL)
+    for one, two in zip(ones, twos, strict=True):
         for name, tensor in weights(one).items():
-            torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5)
+            torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5, msg=lambda text, n=name: n + text)
         first, second = (json.loads((run / "metrics.json").read_text()) for run in (one, two))
         assert first == pytest.approx(second, abs=1e-3)
 
