@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file; equal tensors give equal bytes."""
     with in_place_of(file) as made:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made)
+        made.chmod(0o644)  # safetensors makes files that nobody else may read
 
 
 def sha256_of(file: Path) -> str:
@@ -65,7 +67,7 @@ def remove_unfinished(folder: Path) -> None:
 @contextmanager
 def in_place_of(file: Path) -> Iterator[Path]:
     """Gives a temporary path; on success it becomes `file`, on failure it goes."""
-    made = file.with_name(f".{file.name}.{os.getpid()}.part")
+    made = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield made
