@@ -145,7 +145,7 @@ def _train_on_ray(function: Callable[[Worker], None], workers: int, on_gpu: bool
 def _reason(error: BaseException) -> BaseException:
     """The InvalidTraining that a worker raised, if that is what ended the run."""
     for failure in getattr(error, "worker_failures", {}).values():
-        for part in (failure, getattr(failure, "cause", None), getattr(failure, "__cause__", None)):
-            if isinstance(part, InvalidTraining):
-                return InvalidTraining(str(part))
+        for raised in (failure, getattr(failure, "_base_exc", None)):  # Ray Train wraps it together with its traceback
+            if isinstance(raised, InvalidTraining):
+                return InvalidTraining(str(raised))
     return error
