@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from fnmatch import fnmatch
 from pathlib import Path
 
 BUDGETS_S = {
     "tests/steering": 180,
     "tests/steering/vllm": 540,
-    "tests/training": 240,
+    "tests/training": 480,
+    "tests/training/test_pipeline.py": 360,
     "tests/service": 600,
     "tests/test_repository.py": 30,
     "tests/test_deploy.py": 30,
@@ -52,7 +54,10 @@ def main() -> int:
                 passed += 1
         verdict = "ok" if seconds <= budget_s else "OVER BUDGET"
         lines.append(f"{suite:28} {len(cases):4} tests {seconds:6.0f} s of {budget_s} s  {verdict}")
-    expected = {line for line in EXPECTED_SKIPS.read_text().splitlines() if line and not line.startswith("#")}
+    listed = [line for line in EXPECTED_SKIPS.read_text().splitlines() if line and not line.startswith("#")]
+    expected = {line for line in listed if not line.startswith("?")}
+    possible = [line.removeprefix("?").strip() for line in listed if line.startswith("?")]
+    expected |= {test for test in skipped if any(fnmatch(test, pattern) for pattern in possible)}
     print("\n".join(["", *lines, f"skipped: {sorted(skipped) or 'none'}"]))
     if skipped != expected:
         print(f"unexpected skips: {sorted(skipped - expected)}; expected but not skipped: {sorted(expected - skipped)}")

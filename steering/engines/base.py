@@ -104,6 +104,9 @@ class TextDelta:
     """Set on the last delta of a choice."""
 
 
+CanaryKind = Literal["verified", "synthetic"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
     """What steering did to one request, counted where it happened (design, section 6)."""
@@ -114,6 +117,9 @@ class Receipt:
     """Why not, where `applied` is false: one of `steering.resolution.Reason`."""
     artifact: str | None
     """Fingerprint of the artifact."""
+    canary: CanaryKind | None
+    """Whether the model is known to be the artifact's: `verified` at start; `synthetic` where weights were imported and
+    there was nothing to compare with."""
     layer: int | None
     """Hook layer, zero-based."""
     preset: str | None

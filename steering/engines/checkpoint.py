@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from steering.artifact import Artifact, load_artifact
+from steering.engines.base import CanaryKind
 from steering.errors import BadArtifact
 from steering.families import context_limit, find_family
 from steering.hooks import check_fits
@@ -36,6 +37,13 @@ class Checkpoint:
     """Most tokens of prompt and answer together."""
     artifact: Artifact | None
     artifact_path: str | None
+
+    @property
+    def canary(self) -> CanaryKind | None:
+        """Of the artifact; an engine that has started has verified one that is not synthetic."""
+        if self.artifact is None:
+            return None
+        return "synthetic" if self.artifact.config.canary_synthetic else "verified"
 
 
 def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tokens: int | None) -> Checkpoint:

@@ -31,6 +31,7 @@ def prepare(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> R
         spans=spans,
         settings=settings,
         artifact=checkpoint.artifact.config.fingerprint if checkpoint.artifact else None,
+        canary=checkpoint.canary,
         layer=checkpoint.artifact.config.hook_layer if checkpoint.artifact else None,
         emit=emit,
     )

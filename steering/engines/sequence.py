@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from steering.engines.base import FinishReason, GenerationEnd, Receipt, SampledToken, TextDelta
+from steering.engines.base import CanaryKind, FinishReason, GenerationEnd, Receipt, SampledToken, TextDelta
 from steering.engines.sampling import Sampler
 from steering.engines.text_stream import TextStream
 from steering.families import ImageInputs
@@ -84,6 +84,8 @@ class RunningRequest:
     settings: ResolvedSteering
     artifact: str | None
     """Fingerprint of the artifact."""
+    canary: CanaryKind | None
+    """Of the artifact."""
     layer: int | None
     """Hook layer."""
     emit: Emit
@@ -113,6 +115,7 @@ class RunningRequest:
             applied=applied,
             reason=None if applied else self._why_not(states),
             artifact=self.artifact,
+            canary=self.canary,
             layer=self.layer,
             preset=settings.preset,
             form=settings.form if known else None,

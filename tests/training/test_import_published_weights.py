@@ -89,6 +89,7 @@ async def test_an_engine_takes_the_artifact_and_steers_with_the_paper_s_preset(i
     assert plain.end.receipt.reason == "preset_off"
     receipt = steered.end.receipt
     assert (receipt.applied, receipt.form, receipt.mode) == (True, "published", "exact")
+    assert receipt.canary == "synthetic"
     assert (receipt.alpha, receipt.beta_up, receipt.gamma, receipt.plausibility) == (0.8, 0.9, 0.6, 0.8)
     assert receipt.relative_shift[0] > 0.01
     assert steered.logprobs()[0] != plain.logprobs()[0]

