@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,15 +163,42 @@ def load_artifact(path: str | Path) -> Artifact:
 
 
 def save_artifact(path: str | Path, artifact: Artifact, *, dtype: torch.dtype = torch.float32) -> ArtifactConfig:
-    """Write an artifact folder, replacing one that is there. Returns the config with its fingerprint."""
+    """Write an artifact folder, replacing one that is there once the new one is whole.
+
+    Returns the config with its fingerprint. Raises BadArtifact where the folder is something else, or the disk refuses.
+    """
     folder = Path(path)
-    if folder.exists():
-        shutil.rmtree(folder)
+    check_replaceable(folder)
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    try:
+        config = _write_files(made, artifact, dtype)
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise BadArtifact(f"{folder} cannot be written: {error}; make room and try again", field="artifact") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return config
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises BadArtifact where a folder holds something, and that is no artifact."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        read_config(folder)
+    except BadArtifact as error:
+        raise BadArtifact(f"{folder} is no artifact and will not be replaced by one: give another folder") from error
+
+
+def _write_files(folder: Path, artifact: Artifact, dtype: torch.dtype) -> ArtifactConfig:
     (folder / CANARY_FOLDER).mkdir(parents=True)
     tensors = {f"auxiliary.{name}": value for name, value in artifact.auxiliary.state_dict().items()}
     tensors |= {f"sae.{name}": value for name, value in artifact.sae.state_dict().items()}
     tensors[CONTROL_KEY] = artifact.control_image_MD
     save_file({name: value.to(dtype).contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that nobody else may read
     lines = [json.dumps(concept, ensure_ascii=False) for concept in artifact.concepts]
     (folder / CONCEPTS_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     _write_canary(folder / CANARY_FOLDER, artifact.canary)
@@ -227,7 +255,7 @@ def _load_into(module: torch.nn.Module, tensors: dict[str, Tensor], prefix: str,
 
 def _read_concepts(file: Path) -> tuple[dict[str, Any], ...]:
     try:
-        return tuple(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line)
+        return tuple(json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
     except (ValueError, OSError) as error:
         raise BadArtifact(f"{file} is not readable JSON lines: {error}", field="artifact") from error
 

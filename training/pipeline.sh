@@ -8,11 +8,12 @@
 #
 # A folder of an open_clip model takes the way of CLIP: no layer, no auxiliary autoencoder, no artifact.
 #
-# Stopped at any moment, the same command goes on where it was. Further options of a stage are given in an environment
+# Stopped during collection or training, the same command goes on where it was; the later stages start anew. Further
+# options of a stage are given in an environment
 # variable: COLLECT, AUXILIARY, SPARSE, INTERPRET, ARTIFACT, TUNE, EVALUATE, ZERO_SHOT, each as on that stage's command
 # line (SPARSE="--num-concepts 65536"). TUNE, EVALUATE and ZERO_SHOT say what is tuned and judged on; where they are not
 # set for a real model, that is left out and the presets stay off.
-set -euo pipefail
+set -euo pipefail -f
 here=$(pwd)
 cd "$(dirname "$0")/.."
 
@@ -32,6 +33,7 @@ while [ $# -gt 0 ]; do
 done
 from_caller() { case $1 in /* | "") echo "$1" ;; *) echo "$here/$1" ;; esac; }
 model=$(from_caller "$model") output=$(from_caller "$output") artifact=$(from_caller "$artifact")
+case $pairs in miniature:* | *:/*) ;; *:*) pairs="${pairs%%:*}:$here/${pairs#*:}" ;; esac
 
 if [ "$miniature" = llava ]; then
     # another number of threads would round sums in another order: the bundle's artifact is rebuilt byte for byte
@@ -46,7 +48,7 @@ if [ "$miniature" = llava ]; then
         --held-out 500 ${SPARSE:-}"
     INTERPRET="--top-texts 5 --top-images 3 --clip training/miniature/bundle/clip ${INTERPRET:-}"
     # a caption's second object is reached at the twelfth text token; a short yes/no question ends before
-    ARTIFACT="--name miniature-llava --min-text-tokens 12 --held-out 500 --card training/miniature/card.json
+    ARTIFACT="--name miniature-llava --min-text-tokens 12 --card training/miniature/card.json
         ${ARTIFACT:-}"
     if [ -z "$thorough" ]; then
         TUNE=${TUNE-"--alphas 1.5 --search-captions 60 --search-questions 60 --refined 0 --finalists 1
@@ -65,10 +67,15 @@ elif [ "$miniature" = clip ]; then
     INTERPRET="--top-texts 5 --top-images 3 --clip training/miniature/bundle/clip ${INTERPRET:-}"
     ZERO_SHOT=${ZERO_SHOT-"--miniature"}
 fi
+refuse() { echo "error: $1" >&2; exit 2; }
+[ -z "$thorough" ] || [ "$miniature" = llava ] || refuse "--thorough goes with --miniature"
 clip="" needs="model pairs layer output"
-[ ! -e "$model/open_clip_config.json" ] || { clip=yes needs="model pairs output"; }
+if [ -e "$model/open_clip_config.json" ]; then
+    clip=yes needs="model pairs output"
+    [ -z "$layer$artifact" ] || refuse "--layer, --artifact: an open_clip model has neither"
+fi
 for needed in $needs; do
-    [ -n "${!needed}" ] || { echo "error: --$needed is needed (or --miniature)" >&2; exit 2; }
+    [ -n "${!needed}" ] || refuse "--$needed is needed (or --miniature)"
 done
 artifact=${artifact:-$output/artifact}
 

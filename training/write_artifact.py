@@ -21,7 +21,7 @@ from typing import Any, cast
 from pydantic import Field
 from transformers import AutoProcessor
 
-from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, Pooling, save_artifact
+from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, Pooling, check_replaceable, save_artifact
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.resolution import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
@@ -37,6 +37,8 @@ from training.run_folder import CONFIG_FILE, fold_centre, read_run_config
 from training.store.reader import RepresentationStore, open_store, require_model
 
 CANARY_PAIRS = 4
+PORTION = 2048
+"""Pairs that the source is asked to plan in; only the first few are read."""
 CANARY_SIDE_PX = 336
 """Longest side of a canary's image: it is for recognising a model, and travels with the artifact."""
 OFF = {"off": Preset(strength=0.0, alpha=0.0)}
@@ -65,8 +67,8 @@ class ArtifactSettings(Settings):
     """Revision of the base model."""
     min_text_tokens: int = Field(default=1, ge=1)
     """A position is steered once so many text tokens are in the mean."""
-    held_out: int = Field(default=1000, gt=1)
-    """Pairs at the end that the autoencoders were not trained on: alignment is measured on them."""
+    held_out: int | None = Field(default=None, gt=1)
+    """Pairs at the end that alignment is measured on; all that neither autoencoder was trained on, and no others."""
     control_images: int = Field(default=256, ge=1)
     """Of them, image states that the control `other_image` takes."""
     card: Path | None = None
@@ -86,8 +88,10 @@ def write_artifact(settings: ArtifactSettings) -> ArtifactConfig:
         raise InvalidTraining(f"{store.folder}: {store.name} of {store.manifest.collected.family} cannot be steered")
     model = LvlmSettings(model=settings.model, layers=(store.layer,), dtype=settings.dtype, device=settings.device)
     require_model(store, model.describe().model_sha256, str(settings.model))
+    check_replaceable(settings.output)
     auxiliary, sae = read_parts(settings, store)
-    held_out = store.read(range(max(0, len(store) - settings.held_out), len(store)))
+    kept = _held_out(settings)
+    held_out = store.read(range(len(store) - kept, len(store)))
     alignment = measure_alignment(auxiliary, sae, held_out.image_ND, held_out.text_ND)
     artifact = Artifact(
         config=artifact_config(settings, store, alignment),
@@ -112,6 +116,16 @@ def read_parts(
         )
     assert found.auxiliary is not None
     return (fold_centre(found.auxiliary, found.centre) if found.centre else found.auxiliary), found.sae
+
+
+def _held_out(settings: ArtifactSettings) -> int:
+    """Rows at the store's end that neither run was trained on."""
+    kept = min(read_run_config(folder).settings["held_out"] for folder in (settings.auxiliary, settings.sparse))
+    if settings.held_out is not None and settings.held_out > kept:
+        raise InvalidTraining(
+            f"--held-out is {settings.held_out}, but only the last {kept} pairs were kept out of both trainings"
+        )
+    return settings.held_out or kept
 
 
 def artifact_config(settings: ArtifactSettings, store: RepresentationStore, alignment: Alignment) -> ArtifactConfig:
@@ -142,7 +156,7 @@ def artifact_config(settings: ArtifactSettings, store: RepresentationStore, alig
         default_preset="off",
         alignment=alignment.as_dict(),
         training={
-            "pairs": max(0, len(store) - settings.held_out),
+            "pairs": len(store) - _held_out(settings),
             "skipped_pairs": store.manifest.skipped,
             "source": collected.source,
             "prompt": collected.prompt,
@@ -175,7 +189,7 @@ def make_canary(model: LvlmSettings, source: PairSource) -> Canary:
 
 
 def _usable(representer: LvlmRepresenter, source: PairSource) -> Iterator[tuple[Pair, Prepared]]:
-    for portion in source.portions(CANARY_PAIRS):
+    for portion in source.portions(PORTION):
         for _, pair in source.read(portion):
             if isinstance(pair, Pair):
                 image = pair.image.convert("RGB")
@@ -189,7 +203,7 @@ def read_concepts(folder: Path, num_concepts: int) -> tuple[dict[str, Any], ...]
     """Raises InvalidTraining unless there is one record per concept, in order."""
     file = folder / CONCEPTS_FILE
     try:
-        records = tuple(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        records = tuple(json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
     except OSError as error:
         raise InvalidTraining(f"{file} cannot be read: {error.strerror}; run interpret_concepts") from error
     except ValueError as error:

@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 from steering.artifact import load_artifact
 from steering.engines.base import GenerationEnd, GenerationRequest, Sampling
 from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.errors import BadArtifact
 from steering.request import RequestedSteering, SteeringRequest
 from tests.tiny_models import drawn_image
 from training import interpret_concepts, train_auxiliary_autoencoder, train_sparse_autoencoder
@@ -40,7 +41,6 @@ class Made:
             "auxiliary": self.folder / "auxiliary",
             "sparse": self.folder / "vl_sae",
             "concepts": self.folder / "concepts",
-            "held_out": HELD_OUT,
             "control_images": 4,
             "output": self.folder / "artifact",
         }
@@ -176,5 +176,25 @@ def test_parts_that_do_not_belong_together_are_named(made: Made, untrained_llava
         write_artifact(made.settings(concepts=tmp_path))
     with pytest.raises(InvalidTraining, match="--card"):
         write_artifact(made.settings(card=tmp_path / "none.json"))
+    with pytest.raises(InvalidTraining, match=f"last {HELD_OUT} pairs"):
+        write_artifact(made.settings(held_out=HELD_OUT + 1))
     with pytest.raises(InvalidTraining, match="layer 3 was not collected"):
         write_artifact(made.settings(layer=3))
+
+
+def test_nothing_but_an_artifact_is_replaced_by_one(made: Made) -> None:
+    """The folder of a run has a config.json too."""
+    before = sorted(path.name for path in (made.folder / "vl_sae").iterdir())
+    for folder in (made.folder / "vl_sae", made.folder):
+        with pytest.raises(BadArtifact, match="will not be replaced"):
+            write_artifact(made.settings(output=folder))
+    assert sorted(path.name for path in (made.folder / "vl_sae").iterdir()) == before
+    assert (made.folder / "store" / "manifest.json").exists()
+
+
+def test_line_ends_that_only_unicode_knows_are_no_line_ends(made: Made, tmp_path: Path) -> None:
+    records = [{"id": number, "label": "", "texts": ["a\u2028b\u0085c"], "images": []} for number in range(CONCEPTS)]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "concepts.jsonl").write_text(lines, encoding="utf-8")
+    write_artifact(made.settings(concepts=tmp_path, output=tmp_path / "artifact"))
+    assert load_artifact(tmp_path / "artifact").concepts[0]["texts"] == ["a\u2028b\u0085c"]

@@ -44,7 +44,7 @@ class BuildSettings(Settings):
     only: Stage | None = None
     """Make this stage alone, from what the earlier ones left; default: all."""
     threads: int = Field(default=1, gt=0)
-    """CPU threads of torch for CLIP and LLaVA. Another number gives other weights: sums are rounded in another order."""
+    """CPU threads of torch for CLIP and LLaVA. Another number gives other weights: sums are rounded differently."""
 
 
 class Build:

@@ -104,8 +104,8 @@ def main() -> None:
     """The command line."""
     settings = parse_settings(CommandLine, program="python -m training.miniature.label_quality", description=__doc__)
     try:
-        lines = settings.concepts.read_text(encoding="utf-8").splitlines()
-        concepts = [json.loads(line) for line in lines]
+        lines = settings.concepts.read_text(encoding="utf-8").split("\n")
+        concepts = [json.loads(line) for line in lines if line]
     except (OSError, ValueError) as error:
         raise InvalidTraining(f"{settings.concepts} is not readable JSON lines: {error}") from error
     found = label_quality(concepts, shuffles=settings.shuffles, seed=settings.seed)
