@@ -92,7 +92,7 @@ def _prepare(
         return PairRecord(pair=index, text=pair.text, image=pair.reference), prepared
 
     ahead = WINDOW_BATCHES * work.collected.batch_size
-    for _, (record, prepared) in map_ahead(prepare, found, threads=work.threads, ahead=ahead):
+    for record, prepared in map_ahead(prepare, found, threads=work.threads, ahead=ahead):
         if isinstance(record, SkippedRecord):
             skipped.append(record)
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from training.errors import InvalidTraining
+from training.pairs.decoding import FORMATS
 
 
 def pictures_in(folder: Path, names: Iterable[str]) -> dict[str, Callable[[], Image.Image]]:
@@ -28,7 +29,7 @@ def pictures_in(folder: Path, names: Iterable[str]) -> dict[str, Callable[[], Im
 def read_picture(file: Path) -> Image.Image:
     """The picture in RGB; nothing of the file stays open."""
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidTraining(f"{file}: not a readable picture ({error}); fetch the file again") from error

@@ -185,7 +185,9 @@ class _ParquetPairs:
         row = start or 0
         for batch in opened.iter_batches(batch_size=_READ_ROWS, row_groups=groups, columns=[image, text]):
             for value, caption in zip(batch.column(image).to_pylist(), batch.column(text).to_pylist(), strict=True):
-                if row in rows:
+                if row >= rows.stop:
+                    return
+                if row >= rows.start:
                     yield _found_row(self._place.folder, before + row, value, caption)
                 row += 1
 

@@ -1,4 +1,7 @@
-"""JSON lines beside a folder of pictures: `{"image": path relative to the file, "text": caption}`."""
+"""JSON lines beside a folder of pictures: `{"image": path relative to the file, "text": caption}`.
+
+Its digest covers the lines; the pictures they name are not looked into before they are used.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ class JsonLinesPairs:
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidTraining(f"{self._file}, line {number}, is not JSON ({error}); mend or remove it") from error
         if not isinstance(row, dict) or not isinstance(row.get("image"), str) or "text" not in row:
             raise InvalidTraining(

@@ -167,7 +167,7 @@ def _caption(tar: tarfile.TarFile, group: _Group) -> Any:
     raw = _content(tar, group.members["json"])
     try:
         row = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return raw
     return row.get("caption") if isinstance(row, dict) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -129,14 +130,18 @@ def test_the_miniature_s_pairs_follow_from_their_seeds_alone():
 def test_what_cannot_be_used_is_listed_with_a_reason_that_never_varies(tmp_path):
     bomb = io.BytesIO()
     Image.new("1", (12_000, 12_000)).save(bomb, "PNG")
+    thin = io.BytesIO()
+    Image.new("1", (1, 201)).save(thin, "PNG")
     contents = {
         "good.png": encoded(0), "text.png": b"no image at all", "cut.png": encoded(0)[:150],
-        "bomb.png": bomb.getvalue(), "empty.png": b"",
+        "bomb.png": bomb.getvalue(), "empty.png": b"", "thin.png": thin.getvalue(),
+        "program.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
     }  # fmt: skip
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     rows = [("good.png", text) for text in ("fine", " ", None, 7, "\ud800 alone")]
-    rows += [(name, "fine") for name in ("text.png", "cut.png", "bomb.png", "empty.png", "gone.png", ".")]
+    names = ["text.png", "cut.png", "bomb.png", "empty.png", "thin.png", "program.eps", "gone.png", ".", "x" * 300]
+    rows += [(name, "fine") for name in names]
     lines = "".join(json.dumps({"image": image, "text": text}) + "\n" for image, text in rows)
     (tmp_path / "pairs.jsonl").write_text(lines)
     source = open_pairs(f"jsonl:{tmp_path}/pairs.jsonl")
@@ -144,7 +149,8 @@ def test_what_cannot_be_used_is_listed_with_a_reason_that_never_varies(tmp_path)
     assert isinstance(found[0], Pair)
     assert [pair.reason for pair in found if isinstance(pair, Unusable)] == [
         "empty caption", "no caption", "caption is not text", "caption is not valid Unicode", "not an image",
-        "broken image", "too many pixels (12000 x 12000)", "not an image", "missing file", "missing file",
+        "broken image", "too many pixels (12000 x 12000)", "not an image", "too long and narrow (1 x 201)",
+        "not an image", "missing file", "missing file", "missing file",
     ]  # fmt: skip
 
 
@@ -152,7 +158,7 @@ def test_a_tar_lists_pairs_with_a_file_missing(tmp_path):
     write_tar(
         tmp_path / "a.tar",
         [("1.txt", b"no picture"), ("2.jpg", encoded(2)), ("3.jpg", encoded(3)), ("3.txt", b"\xff\xfe"),
-         ("4.json", b"{not json"), ("4.png", encoded(4)), ("5.JPG", encoded(5)), ("5.txt", b"fine")],
+         ("4.json", b"[" * 9999), ("4.png", encoded(4)), ("5.JPG", encoded(5)), ("5.txt", b"fine")],
     )  # fmt: skip
     source = open_pairs(f"webdataset:{tmp_path}/a.tar")
     found = [pair for portion in source.portions(100) for _, pair in source.read(portion)]
@@ -205,7 +211,13 @@ def test_no_pairs_at_all_is_refused_by_name(spec, named, tmp_path):
 def test_a_malformed_line_is_named_before_any_work(tmp_path):
     file = tmp_path / "pairs.jsonl"
     good = '{"image": "a.png", "text": "fine"}\n'
-    for bad in ('{"image": "a.png", "text": ', '{"text": "fine"}', '["a.png", "fine"]', '{"image": 3, "text": ""}'):
+    for bad in (
+        '{"image": "a.png", "text": ',
+        '{"text": "fine"}',
+        '["a.png", "fine"]',
+        '{"image": 3, "text": ""}',
+        "[" * 9999,
+    ):
         file.write_text(f"{good}\n{bad}\n{good}")
         with pytest.raises(InvalidTraining, match=r"pairs\.jsonl, line 3"):
             open_pairs(f"jsonl:{file}").portions(8)
@@ -232,9 +244,59 @@ def test_a_changed_source_describes_itself_otherwise(tmp_path):
 
 
 def test_mapping_ahead_keeps_the_order_and_passes_errors_on():
-    assert [double for _, double in map_ahead(lambda x: 2 * x, range(50), threads=3, ahead=7)] == list(range(0, 100, 2))
+    assert list(map_ahead(lambda x: 2 * x, range(50), threads=3, ahead=7)) == list(range(0, 100, 2))
+    seen = []
     with pytest.raises(ZeroDivisionError):
-        list(map_ahead(lambda x: 1 // (x - 5), range(50), threads=3, ahead=2))
+        seen.extend(map_ahead(lambda x: 1 // (x - 5), range(50), threads=3, ahead=2))
+    with pytest.raises(ZeroDivisionError):
+        list(map_ahead(str, (1 // (x - 5) for x in range(50)), threads=3, ahead=2))
+
+
+def test_mapping_ahead_keeps_no_more_items_than_threads():
+    class Item:
+        there = most = 0
+
+        def __init__(self) -> None:
+            Item.there += 1
+            Item.most = max(Item.most, Item.there)
+
+        def __del__(self) -> None:
+            Item.there -= 1
+
+    done = map_ahead(lambda _: time.sleep(0.001), (Item() for _ in range(60)), threads=2, ahead=20)
+    next(done)
+    time.sleep(0.1)
+    assert Item.most <= 4
+    assert len(list(done)) == 59
+    assert (Item.there, Item.most <= 4) == (0, True)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError(24, "Too many open files"), MemoryError()])
+def test_a_picture_that_cannot_be_read_now_is_not_skipped_for_good(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    spec = as_json_lines(tmp_path)
+    monkeypatch.setattr(Image, "open", fail)
+    source = open_pairs(spec)
+    with pytest.raises(InvalidTraining, match=r"0\.png (cannot be read: (Input|Too many)|does not fit)"):
+        list(source.read(source.portions(7)[0]))
+
+
+def test_names_that_are_not_unicode_are_listed_in_a_form_that_can_be_written(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        for name, content in (("caf\xe9.jpg", encoded(1)), ("caf\xe9.txt", b"fine")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "pairs.jsonl").write_text('{"image": "\\ud800.jpg", "text": "fine"}\n')
+    for spec, escaped in (
+        (f"webdataset:{tmp_path}/a.tar", r"a.tar//caf\udce9"),
+        (f"jsonl:{tmp_path}/pairs.jsonl", r"\ud800.jpg"),
+    ):
+        source = open_pairs(spec)
+        ((_, pair),) = source.read(source.portions(7)[0])
+        assert pair == Unusable(reference=escaped, reason="the picture's name is not valid Unicode")
 
 
 def test_an_image_in_any_mode_becomes_rgb():
