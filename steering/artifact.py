@@ -232,7 +232,8 @@ def compute_fingerprint(folder: Path, config: ArtifactConfig) -> str:
     canary = [path.relative_to(folder).as_posix() for path in sorted((folder / CANARY_FOLDER).glob("*"))]
     for name in (WEIGHTS_FILE, CONCEPTS_FILE, *canary):
         try:
-            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+            with (folder / name).open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
         except OSError as error:
             raise BadArtifact(f"{folder / name} cannot be read: {error.strerror}", field="artifact") from error
     return digest.hexdigest()
@@ -255,7 +256,8 @@ def _load_into(module: torch.nn.Module, tensors: dict[str, Tensor], prefix: str,
 
 def _read_concepts(file: Path) -> tuple[dict[str, Any], ...]:
     try:
-        return tuple(json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            return tuple(json.loads(line) for line in lines if line.strip())
     except (ValueError, OSError) as error:
         raise BadArtifact(f"{file} is not readable JSON lines: {error}", field="artifact") from error
 

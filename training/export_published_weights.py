@@ -2,16 +2,17 @@
 
     python -m training.export_published_weights --artifact A --output DIR
 
-leaves sae.pth, auxiliary.pth and c2d_concepts.json. k, layer and presets are not part of that format: the command that
-brings everything back is printed.
+leaves sae.pth, auxiliary.pth and c2d_concepts.json. k, layer and the like are not part of that format: the command that
+imports the files again is printed. Presets, control images and the canary cannot be kept.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from steering.artifact import Artifact, load_artifact
+from steering.artifact import Artifact, ArtifactConfig, load_artifact
 from training.command_line import Settings, parse_settings, run_stage
 from training.published_files import (
     AUXILIARY_FILE,
@@ -56,13 +57,29 @@ def main() -> None:
     export_artifact(artifact, settings.output)
     config, folder = artifact.config, settings.output
     print(f"wrote {SAE_FILE}, {AUXILIARY_FILE} and {CONCEPTS_FILE} to {folder}; back again:")
-    print(
-        f"python -m training.import_published_weights --sae {folder / SAE_FILE} --auxiliary {folder / AUXILIARY_FILE} "
-        f"--concepts {folder / CONCEPTS_FILE} --active-concepts {config.active_concepts} "
-        f"--base-model {config.base_model.name} --family {config.family} --num-layers {config.num_layers} "
-        f"--hook-layer {config.hook_layer} --collection-point {config.collection_point} --pooling {config.pooling} "
-        f"--min-text-tokens {config.min_text_tokens} --similarity {config.similarity} --output ARTIFACT"
-    )
+    print(_import_command(config, folder))
+
+
+def _import_command(config: ArtifactConfig, folder: Path) -> str:
+    """What the files do not hold, as options. Presets, control images and a canary read from a model are not kept."""
+    options = {
+        "sae": folder / SAE_FILE,
+        "auxiliary": folder / AUXILIARY_FILE,
+        "concepts": folder / CONCEPTS_FILE,
+        "active-concepts": config.active_concepts,
+        "base-model": config.base_model.name,
+        "base-revision": config.base_model.revision,
+        "family": config.family,
+        "num-layers": config.num_layers,
+        "hook-layer": config.hook_layer,
+        "collection-point": config.collection_point,
+        "pooling": config.pooling,
+        "min-text-tokens": config.min_text_tokens,
+        "similarity": config.similarity,
+        "output": "ARTIFACT",
+    }
+    given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "training.import_published_weights", *given])
 
 
 if __name__ == "__main__":

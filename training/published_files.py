@@ -16,10 +16,10 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -59,17 +59,26 @@ class PublishedWeights(NamedTuple):
     num_concepts: int
 
 
+def _encodable(text: str) -> str:
+    text.encode()  # a UnicodeEncodeError is a ValueError, which the field's error tells
+    return text
+
+
+PublishedText = Annotated[str, AfterValidator(_encodable)]
+"""Without half a surrogate pair, which no file could hold."""
+
+
 class PublishedConcept(BaseModel):
     """An entry of `c2d_*.json`; what else it may hold is left out."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
-    image_urls: list[str] = Field(default_factory=list)
-    image_names: list[str] = Field(default_factory=list)
-    texts: list[str] = Field(default_factory=list)
+    image_urls: list[PublishedText] = Field(default_factory=list)
+    image_names: list[PublishedText] = Field(default_factory=list)
+    texts: list[PublishedText] = Field(default_factory=list)
     mean_activation: float = Field(ge=0)
     """Over both modalities, zeros included."""
-    label: str | None = None
+    label: PublishedText | None = None
     """Not in the authors' files; in ours, so that nothing is lost on the way back."""
 
 
@@ -155,11 +164,21 @@ def _load(file: Path) -> Any:
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise InvalidTraining(
-            f"{file} holds more than tensors ({str(error).strip().splitlines()[0]}); it is not opened, as that could "
+            f"{file} holds more than tensors ({reason}); it is not opened, as that could "
             "run code: ask its maker for a plain state dict"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise InvalidTraining(f"{file} is no readable .pth or .safetensors file: {error}") from error
 
 

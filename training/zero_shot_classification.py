@@ -33,6 +33,7 @@ from training.durable_files import write_json
 from training.errors import InvalidTraining
 from training.evaluation.manifest import weights_digest
 from training.evaluation.paired_bootstrap import Interval, draw_scenes, intervals, paired_differences, ratio
+from training.interpret_concepts import choose_device
 from training.interpretation.scan import num_concepts
 from training.labelled_images import Classes, LabelledImage, read_classes, read_labelled_images
 from training.miniature.paths import CLIP
@@ -70,8 +71,8 @@ class CommandLine(ZeroShotSettings):
     """Classify drawn single objects by their shape instead."""
     miniature_images: int = Field(default=2000, gt=3)
     """How many."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the models run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the models run; auto: a GPU if there is one."""
     json_file: Path | None = Field(default=None, alias="json")
     """Where the numbers go."""
 
@@ -118,8 +119,15 @@ def hits_by_weight(
         own_N = torch.tensor([one.label for one in batch])
         plain_NC, code_NC = classifier.similarities(batch)
         columns = [code_NC if weight == CODES_ALONE else plain_NC + weight * code_NC for weight in weights]
-        found.append(torch.stack([scores_NC.argmax(1) == own_N for scores_NC in columns], dim=1).numpy())
+        found.append(torch.stack([_wins(scores_NC, own_N) for scores_NC in columns], dim=1).numpy())
     return np.concatenate(found) if found else np.zeros((0, len(weights)), dtype=bool)
+
+
+def _wins(scores_NC: Tensor, own_N: Tensor) -> Tensor:
+    """Whether a row's own class scores above every other; a tie is no hit."""
+    own_N1 = own_N[:, None]
+    others_NC = scores_NC.scatter(1, own_N1, -torch.inf)
+    return scores_NC.gather(1, own_N1)[:, 0] > others_NC.amax(1)
 
 
 def compare(hits_NW: np.ndarray, weights: Sequence[float], settings: ZeroShotSettings) -> dict[str, Any]:
@@ -192,7 +200,7 @@ def main() -> None:
     """The command line."""
     settings = parse_settings(CommandLine, program="python -m training.zero_shot_classification", description=__doc__)
     classes, images = _data(settings)
-    clip = load_clip(settings.clip, settings.device)
+    clip = load_clip(settings.clip, choose_device(settings.device))
     _require_trained_on(settings.clip, settings.sparse)
     classifier = ConceptClassifier(clip, read_sparse(settings.sparse), read_centre(settings.sparse), classes)
     found = classify(classifier, images, settings)

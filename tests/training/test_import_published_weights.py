@@ -242,3 +242,9 @@ def test_a_folder_that_is_no_artifact_is_not_replaced(tmp_path):
     with pytest.raises(InvalidTraining, match="no artifact"):
         check_output(tmp_path)
     check_output(tmp_path / "new")
+
+
+def test_half_a_surrogate_pair_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "c2d.json").write_text(json.dumps({"0": {"texts": ["\ud800"], "mean_activation": 0.5}}))
+    with pytest.raises(InvalidTraining, match=r"c2d.json: 0.texts.0"):
+        read_published_concepts(tmp_path / "c2d.json", 4)

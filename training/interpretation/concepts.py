@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from training.command_line import Settings
-from training.interpretation.labels import distinctive_phrases, unique_labels
+from training.interpretation.labels import MOST_TERMS, distinctive_phrases, unique_labels
 from training.interpretation.pictures import as_data_url, thumbnail_file
 from training.interpretation.scan import ChosenPairs, ConceptEncoder, Scan, read_chosen, rows_of, scan_store
 from training.store.reader import RepresentationStore
@@ -29,7 +29,7 @@ class InterpretationSettings(Settings):
     """Pictures that activate it most; each counts once, whatever its captions."""
     label_texts: int = Field(default=32, gt=0)
     """Texts that its label is made from."""
-    label_phrases: int = Field(default=2, gt=0)
+    label_phrases: int = Field(default=2, gt=0, le=MOST_TERMS)
     """Phrases in a label; more where that is another concept's already."""
     text_characters: int = Field(default=500, gt=0)
     """A longer text is cut off there."""

@@ -39,9 +39,7 @@ def make_thumbnails(
     images, found = source.images(references), 0
     while batch := list(islice(images, BATCH)):
         for reference, image in batch:
-            file = thumbnail_file(folder, reference)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(thumbnail(image, side_px))
+            _write(thumbnail_file(folder, reference), thumbnail(image, side_px))
         look([reference for reference, _ in batch], [image for _, image in batch])
         found += len(batch)
     if references and not found:
@@ -50,6 +48,15 @@ def make_thumbnails(
             "to is there; give the pairs that the representations were collected from"
         )
     report(f"{found} of {len(references)} pictures found")
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Not flushed one by one: there are hundreds of thousands, and a run that is killed makes them again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    except OSError as error:
+        raise InvalidTraining(f"{file} cannot be written: {error.strerror}; make room and run this again") from error
 
 
 def thumbnail_file(folder: Path, reference: str) -> Path:
