@@ -158,6 +158,10 @@ def _read_tensors(file: Path, shapes: Mapping[str, str]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+_BROKEN = (OSError, SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+"""What reading a damaged file raises, in either format."""
+
+
 def _load(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
@@ -169,16 +173,7 @@ def _load(file: Path) -> Any:
             f"{file} holds more than tensors ({reason}); it is not opened, as that could "
             "run code: ask its maker for a plain state dict"
         ) from error
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _BROKEN as error:
         raise InvalidTraining(f"{file} is no readable .pth or .safetensors file: {error}") from error
 
 

@@ -1,5 +1,7 @@
 """Files in the authors' format, against their equations written out in numpy, and through an engine."""
 
+import json
+
 import numpy as np
 import pytest
 import torch

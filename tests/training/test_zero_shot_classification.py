@@ -14,7 +14,7 @@ from training.miniature.paths import CLIP
 from training.miniature.single_objects import SHAPE_CLASSES, single_object, single_objects
 from training.miniature.world import SEED_RANGES
 from training.run_folder import SPARSE_KINDS, RunConfig, StoreIdentity
-from training.zero_shot_classification import CODES_ALONE, ConceptClassifier, ZeroShotSettings, compare, main
+from training.zero_shot_classification import CODES_ALONE, ConceptClassifier, ZeroShotSettings, _wins, compare, main
 
 WIDTH, CONCEPTS, ACTIVE = 64, 96, 6
 
@@ -149,3 +149,8 @@ def test_a_run_of_another_model_is_refused(tmp_path, monkeypatch, changed, messa
 def test_images_need_classes(tmp_path, monkeypatch):
     with pytest.raises(InvalidTraining, match="--images and --classes"):
         run(monkeypatch, "--sparse", tmp_path, "--images", tmp_path)
+
+
+def test_a_tie_is_no_hit():
+    scores_NC = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.3, 0.2], [0.3, 0.3, 0.2]])
+    assert _wins(scores_NC, torch.tensor([0, 1, 0])).tolist() == [False, True, False]
