@@ -19,7 +19,7 @@ from torch import Tensor
 from training.collection.representer import Described, ModelDtype, Prepared, States, require_weights, special_token_in
 from training.command_line import Settings
 from training.errors import InvalidTraining
-from training.evaluation.manifest import weights_digest
+from training.evaluation.manifest import processor_digest, weights_digest
 from training.pairs import Pair
 from training.store.layout import EMBEDDING
 
@@ -44,6 +44,7 @@ class ClipSettings(Settings):
         return Described(
             model=str(self.model),
             model_sha256=weights_digest(self.model),
+            processor_sha256=processor_digest(self.model),
             family="open_clip",
             names=(EMBEDDING,),
             width=width,

@@ -35,7 +35,7 @@ from training.collection.representer import (
 )
 from training.command_line import Settings
 from training.errors import InvalidTraining
-from training.evaluation.manifest import weights_digest
+from training.evaluation.manifest import processor_digest, weights_digest
 from training.pairs import Pair
 from training.store.layout import layer_name
 
@@ -64,6 +64,7 @@ class LvlmSettings(Settings):
         return Described(
             model=str(self.model),
             model_sha256=weights_digest(self.model),
+            processor_sha256=processor_digest(self.model),
             family=config.model_type,
             names=tuple(layer_name(layer) for layer in sorted(set(self.layers))),
             width=text.hidden_size,

@@ -20,12 +20,15 @@ from torch import Tensor
 from training.collection.representer import Prepared, Representer
 from training.errors import InvalidTraining
 from training.pairs import Pair, PairSource, PortionPlace, Unusable
-from training.pairs.decoding import map_ahead
+from training.pairs.decoding import MISSING_FILE, map_ahead
 from training.store.layout import Collected, ShardRecord
 from training.store.writer import PairRecord, Portion, SkippedRecord, write_shard
 
 WINDOW_BATCHES = 8
 """Batches whose pairs are sorted together: less padding, at the price of that many prepared pairs in memory, twice."""
+
+MANY = 8
+"""Pictures that are not all missing by chance."""
 
 T = TypeVar("T")
 
@@ -43,7 +46,10 @@ class ShardWork:
 def make_shard(
     work: ShardWork, source: PairSource, representer: Representer, shard: int, place: PortionPlace
 ) -> ShardRecord:
-    """Collects a portion and writes it. Raises InvalidTraining for states that are not finite, or a full disk."""
+    """Collects a portion and writes it.
+
+    Raises InvalidTraining for states that are not finite, pictures none of which is there, or a full disk.
+    """
     try:
         portion = collect_portion(work, source.read(place), representer)
     except torch.OutOfMemoryError as error:
@@ -51,7 +57,23 @@ def make_shard(
             f"--batch-size {work.collected.batch_size} does not fit into the GPU's memory; the finished shards are "
             "kept, but batches of another size round differently: choose another --output with a smaller one"
         ) from error
+    _check_whole(portion, place, str(work.collected.source.get("spec")))
     return write_shard(work.store, shard, portion, work.collected)
+
+
+def _check_whole(portion: Portion, place: PortionPlace, spec: str) -> None:
+    """Raises InvalidTraining where the source no longer holds what it held when the collection was planned."""
+    found = len(portion.pairs) + len(portion.skipped)
+    if found != place["count"]:
+        raise InvalidTraining(
+            f"{spec}: {place['count']} pairs were there from pair {place['first']} on, now there are {found}; the "
+            "source has changed: collect it into another --output"
+        )
+    if not portion.pairs and found >= MANY and all(one.reason == MISSING_FILE for one in portion.skipped):
+        raise InvalidTraining(
+            f"{spec}: none of {found} pictures is there, from pair {place['first']} on, the first of them "
+            f"{portion.skipped[0].image}; are the pictures mounted, below the folder named here?"
+        )
 
 
 def collect_portion(work: ShardWork, found: Iterable[tuple[int, Pair | Unusable]], representer: Representer) -> Portion:
@@ -65,12 +87,19 @@ def collect_portion(work: ShardWork, found: Iterable[tuple[int, Pair | Unusable]
     while window := list(islice(usable, size)):
         states = _represent(representer, [prepared for _, prepared in window], collected)
         records = [record for record, _ in window]
+        bad = _not_finite(states)
+        if bad and not collected.skip_not_finite:
+            row = min(bad)
+            raise InvalidTraining(_refusal(bad[row], records[row], collected))
+        kept = [row for row in range(len(records)) if row not in bad]
         for name, (image_ND, text_ND) in states.items():
-            for modality, states_ND in (("image", image_ND), ("text", text_ND)):
-                _check_finite(states_ND, records, f"{name}.{modality}", collected)
-            parts[name].append((image_ND, text_ND))
-        pairs += records
+            parts[name].append((image_ND[kept], text_ND[kept]) if bad else (image_ND, text_ND))
+        pairs += [records[row] for row in kept]
+        for row, what in bad.items():
+            reason = f"{what} is not finite"
+            skipped.append(SkippedRecord(pair=records[row].pair, image=records[row].image, reason=reason))
     whole = {name: tuple(torch.cat(side) for side in zip(*both, strict=True)) for name, both in parts.items() if both}
+    skipped.sort(key=lambda one: one.pair)
     return Portion(states={name: (image, text) for name, (image, text) in whole.items()}, pairs=pairs, skipped=skipped)
 
 
@@ -116,15 +145,22 @@ def _represent(
     return states
 
 
-def _check_finite(states_ND: Tensor, records: list[PairRecord], what: str, collected: Collected) -> None:
-    bad_N = ~torch.isfinite(states_ND).all(1)
-    if not bad_N.any():
-        return
-    record = records[int(bad_N.nonzero()[0])]
+def _not_finite(states: Mapping[str, tuple[Tensor, Tensor]]) -> dict[int, str]:
+    """The first state that is not finite, by row, of those rows that have one."""
+    found: dict[int, str] = {}
+    for name, both in states.items():
+        for modality, states_ND in zip(("image", "text"), both, strict=True):
+            for row in (~torch.isfinite(states_ND).all(1)).nonzero()[:, 0].tolist():
+                found.setdefault(row, f"{name}.{modality}")
+    return found
+
+
+def _refusal(what: str, record: PairRecord, collected: Collected) -> str:
     remedy = [f"--dtype (the model ran in {collected.model_dtype})"]
     if collected.stored_dtype == "float16":
         remedy.append("--stored-dtype (float16 ends at 65504)")
-    raise InvalidTraining(
+    return (
         f"{what} of pair {record.pair} ({record.image}) is not finite; collect into another --output with another "
         + " or another ".join(remedy)
+        + ", or with --skip-not-finite to leave such pairs out"
     )

@@ -1,6 +1,6 @@
 """Who makes the shards: this process, or actors of Ray Data, on this machine or a cluster.
 
-An actor that dies is replaced and its portion made again, however often (Ray Data's default). Knows no model.
+An actor that dies is replaced and its portion made again, up to RETRIES times. Knows no model.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +23,14 @@ from training.collection.portion import ShardWork, make_shard
 from training.collection.representer import Representer, RepresenterSettings
 from training.errors import InvalidTraining
 from training.pairs import PairSource, PortionPlace, open_pairs
-from training.store.layout import ShardRecord
+from training.store.layout import ShardRecord, shard_file
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """Ray carries numbers of portions and short records; states go from an actor to the disk."""
+RETRIES = 3
+"""Of one portion whose actor died: what kills every actor that takes it would go on for ever."""
+_SEEN_WITHIN_S = 60.0
+"""A shared file system may show what another machine wrote only after a while."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -67,9 +73,11 @@ def make_shards_here(task: Task, remaining: Remaining) -> Iterator[ShardRecord]:
 
 
 def make_shards_on_ray(task: Task, remaining: Remaining, pool: ActorPool) -> Iterator[ShardRecord]:
-    """By Ray Data's actors, in any order. Raises InvalidTraining as soon as one of them does."""
+    """By Ray Data's actors, in any order. Raises InvalidTraining as soon as one of them does, or dies too often."""
+    left = dict(remaining)
     with _ray(pool):
         import ray.data
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
         _quieten(ray.data.DataContext.get_current())
         items = [{"shard": shard, "place": json.dumps(place)} for shard, place in remaining]
@@ -80,11 +88,42 @@ def make_shards_on_ray(task: Task, remaining: Remaining, pool: ActorPool) -> Ite
             compute=ray.data.ActorPoolStrategy(min_size=pool.smallest, max_size=pool.largest),
             num_cpus=pool.threads,
             num_gpus=pool.gpus,
+            max_restarts=-1,
+            max_task_retries=RETRIES,
         )
-        for row in records.iter_rows():
-            if row["error"]:
-                raise InvalidTraining(row["error"])
-            yield ShardRecord.model_validate_json(row["record"])
+        try:
+            for row in records.iter_rows():
+                if row["error"]:
+                    raise InvalidTraining(row["error"])
+                record = ShardRecord.model_validate_json(row["record"])
+                require_seen(task.work.store, record)
+                del left[record.shard]
+                yield record
+        except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+            raise InvalidTraining(_died(left)) from error
+
+
+def require_seen(store: Path, record: ShardRecord) -> None:
+    """Raises InvalidTraining where a shard that a worker wrote is not to be seen here."""
+    file, deadline = shard_file(store, record.shard, "json"), time.monotonic() + _SEEN_WITHIN_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise InvalidTraining(
+                f"{file}: a worker wrote it, but it is not to be seen here; give an --output that all machines of the "
+                "cluster share"
+            )
+        time.sleep(0.5)
+
+
+def _died(left: dict[int, PortionPlace]) -> str:
+    shard, place = next(iter(left.items()))
+    first = place["first"]
+    return (
+        f"a worker died {RETRIES + 1} times at the same portion, as it does without enough memory, or of a picture "
+        f"that breaks a decoder; the first of {len(left)} shards not made is {shard}: pairs {first} to "
+        f"{first + place['count'] - 1} of the source. The others are kept: run the same command again with --workers 0 "
+        "to see what happens there, or with fewer --workers"
+    )
 
 
 class ShardActor:
@@ -135,9 +174,25 @@ def _ray(pool: ActorPool) -> Iterator[None]:
         runtime_env={"env_vars": _OFFLINE},
     )
     try:
+        _require_room(pool)
         yield
     finally:
         ray.shutdown()
+
+
+def _require_room(pool: ActorPool) -> None:
+    """Raises InvalidTraining where no machine of the cluster can hold an actor, which would be waited for for ever."""
+    import ray
+    from ray._private.state import state
+
+    if state.get_cluster_config() is not None:  # machines may be added
+        return
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(one.get("CPU", 0) >= pool.threads and one.get("GPU", 0) >= pool.gpus for one in there):
+        raise InvalidTraining(
+            f"--ray-address {pool.address}: no machine there has the {pool.threads} CPUs and {pool.gpus} GPUs that a "
+            "worker takes; give fewer --threads, or --device cpu"
+        )
 
 
 def _quieten(context: Any) -> None:

@@ -12,6 +12,11 @@ from typing import Any
 
 from training.evaluation.benchmark import Benchmark
 
+PROCESSOR_FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "preprocessor_config.json",
+    "processor_config.json", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "openai", "vllm")
 
 
@@ -63,6 +68,15 @@ def weights_digest(folder: Path) -> str:
     for file in [*configurations, *sorted(folder.glob("*.safetensors"))]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def processor_digest(folder: Path) -> str:
+    """sha256 over the files of a model folder that say how texts and pictures become its inputs."""
+    digest = hashlib.sha256()
+    for name in PROCESSOR_FILES:
+        if (file := folder / name).exists():
+            digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 from training.errors import InvalidTraining
@@ -37,4 +38,4 @@ def open_pairs(spec: str) -> PairSource:
     kind, colon, place = spec.partition(":")
     if not colon or not place or kind not in _KINDS:
         raise InvalidTraining(f"--pairs {spec!r} is none of {SPECS}")
-    return _KINDS[kind](place)
+    return _KINDS[kind](place if kind == "miniature" else os.path.join(os.getcwd(), place))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from training.errors import InvalidTraining
 from training.pairs.decoding import Found, ImageContent, decode_images, decode_pairs
 from training.pairs.pair import Pair, PairSource, PortionPlace, Unusable
 
+_FOOTER_END = 8
 _READ_ROWS = 64
 """Rows held at a time."""
 _TEXT_COLUMNS = ("caption", "text")
@@ -78,7 +80,7 @@ class _SavedPairs:
             "kind": "huggingface",
             "spec": self._place.spec,
             "rows": len(dataset),
-            "columns": list(dataset.column_names),
+            "columns": list(self._place.columns(dataset.column_names)),
             "fingerprint": self._fingerprint,
         }
 
@@ -138,9 +140,16 @@ class _ParquetPairs:
         self._place = place
 
     def describe(self) -> dict[str, Any]:
-        listing = [[str(file.relative_to(self._place.folder)), file.stat().st_size] for file in self._files()]
-        digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-        return {"kind": "parquet", "spec": self._place.spec, "files": len(listing), "sizes_sha256": digest}
+        """The digest covers the files' footers: what is in each column of each group of rows, and where."""
+        files = self._files()
+        listing = [[str(file.relative_to(self._place.folder)), file.stat().st_size, _footer(file)] for file in files]
+        return {
+            "kind": "parquet",
+            "spec": self._place.spec,
+            "columns": list(self._place.columns(self._open(files[0]).schema_arrow.names)),
+            "files": len(listing),
+            "footers_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        }
 
     def portions(self, size: int) -> list[PortionPlace]:
         found: list[PortionPlace] = []
@@ -215,6 +224,15 @@ class _ParquetPairs:
 
 def _found_row(folder: Path, row: int, value: Any, caption: Any) -> Found:
     return Found(index=row, reference=f"{_REFERENCE}{row}", text=caption, content=_content(folder, value))
+
+
+def _footer(file: Path) -> str:
+    """Digest of a Parquet file's last part: the footer, its length in four bytes, and a mark of four."""
+    with file.open("rb") as opened:
+        opened.seek(-_FOOTER_END, os.SEEK_END)
+        length = int.from_bytes(opened.read(4), "little")
+        opened.seek(-_FOOTER_END - length, os.SEEK_END)
+        return hashlib.sha256(opened.read()).hexdigest()
 
 
 def _content(folder: Path, value: Any) -> ImageContent:

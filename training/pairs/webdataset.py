@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,28 +49,32 @@ class WebDatasetPairs:
         self._pattern = place
         plain = re.split(r"[*?\[]", place, maxsplit=1)[0]
         self._root = Path(plain) if plain.endswith("/") else Path(plain).parent
+        self._members_sha256: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        listing = [[name, (self._root / name).stat().st_size] for name in self._tars()]
-        digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        """The digest covers names, sizes and times as the headers have them, wherever the tars lie."""
+        if self._members_sha256 is None:
+            self.portions(sys.maxsize)
         return {
             "kind": "webdataset",
             "spec": f"webdataset:{self._pattern}",
-            "tars": len(listing),
-            "sizes_sha256": digest,
+            "tars": len(self._tars()),
+            "members_sha256": self._members_sha256,
         }
 
     def portions(self, size: int) -> list[PortionPlace]:
         """Reads every header, no file: a tar that is cut off is found before any work is done."""
         found: list[PortionPlace] = []
-        first = 0
+        first, digest = 0, hashlib.sha256()
         for name in self._tars():
             with self._open(name) as opened:
                 for count, group in enumerate(_groups(opened, name)):
+                    digest.update(_identity(name, group))
                     if count % size == 0:
                         found.append({"tar": name, "offset": group.offset, "first": first, "count": 0})
                     found[-1]["count"] += 1
                     first += 1
+        self._members_sha256 = digest.hexdigest()
         if not found:
             raise InvalidTraining(f"--pairs webdataset:{self._pattern}: the tars hold no pairs")
         return found
@@ -134,6 +139,11 @@ def _groups(tar: tarfile.TarFile, name: str) -> Iterator[_Group]:
         group.members[ending.lower()] = member
     if group is not None:
         yield group
+
+
+def _identity(name: str, group: _Group) -> bytes:
+    members = [(one.name, one.offset, one.size, one.mtime) for one in group.members.values()]
+    return (json.dumps([name, members]) + "\n").encode()
 
 
 def _next(tar: tarfile.TarFile, name: str) -> tarfile.TarInfo | None:

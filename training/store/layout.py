@@ -1,5 +1,6 @@
 """What a store of representations looks like on disk.
 
+    STORE/.lock                         empty; locked while a collection writes
     STORE/manifest.json                 what was collected, from which model and how; counts at the end
     STORE/shards/000012.safetensors     `layer_30.image`, `layer_30.text` [n, D] and `text_hash` [n] int64
     STORE/shards/000012.jsonl           n lines: pair (index in the source), text, image (its reference)
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from training.errors import InvalidTraining
 
 FORMAT_VERSION = 1
-MANIFEST_FILE, SHARD_FOLDER = "manifest.json", "shards"
+MANIFEST_FILE, SHARD_FOLDER, LOCK_FILE = "manifest.json", "shards", ".lock"
 EMBEDDING = "embedding"
 """Name of the states of a model that has no decoder layers (CLIP)."""
 TEXT_HASH = "text_hash"
@@ -34,12 +35,18 @@ class _Strict(BaseModel):
 
 
 class Collected(_Strict):
-    """How the representations came about. Two runs may share a store only if all of this is equal."""
+    """How the representations came about.
+
+    Two runs may share a store only if all of this is equal, but for the places: `model` and `spec` of the source are
+    those it was begun with.
+    """
 
     model: str
     """Name or path of the checkpoint, as it was given."""
     model_sha256: str
     """Digest of its weights; what identifies it."""
+    processor_sha256: str = ""
+    """Digest of its tokenizer's and its image processor's files."""
     family: str
     """`model_type` of an LVLM; `open_clip` for CLIP."""
     names: tuple[str, ...]
@@ -62,6 +69,12 @@ class Collected(_Strict):
     """Pairs per forward pass: another size rounds sums in another order."""
     portion_size: int
     """Pairs of the source per shard, at most."""
+    skip_not_finite: bool = False
+    """Pairs whose states are not finite were left out; otherwise they end a collection."""
+    device: str = "cpu"
+    """Kind of device that the model ran on: each rounds in its own way."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of the packages that compute the states."""
     source: dict[str, Any]
     """Where the pairs are from, as `training.pairs` describes it."""
 

@@ -135,8 +135,8 @@ class RepresentationStore:
                 shard = bisect_right(self._starts, row) - 1
                 raise InvalidTraining(
                     f"{shard_file(self.folder, shard, 'safetensors')}: {self.name}.{modality} of row "
-                    f"{row - self._starts[shard]} is not finite; remove this shard's .json and collect again, "
-                    "with --dtype bfloat16 or float32 if the model ran in float16"
+                    f"{row - self._starts[shard]} is not finite; collect into another --output with another --dtype "
+                    f"(the model ran in {self.manifest.collected.model_dtype}), or with --skip-not-finite"
                 )
 
 

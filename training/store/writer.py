@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -61,13 +62,13 @@ class Portion:
 
 
 def begin_store(folder: Path, collected: Collected, portions: int) -> Manifest:
-    """A new store, or the one that is there. Raises InvalidTraining if that was collected otherwise."""
+    """A new store, or the one that is there, as it was begun. Raises InvalidTraining if that was made otherwise."""
     planned = Manifest(collected=collected, portions=portions)
     if not (folder / MANIFEST_FILE).exists():
         _write_manifest(folder, planned)
         return planned
     found = read_manifest(folder)
-    before, now = found.collected.model_dump(mode="json"), collected.model_dump(mode="json")
+    before, now = _without_places(found.collected), _without_places(collected)
     changed = [name for name in now if before[name] != now[name]]
     if changed:
         name = changed[0]
@@ -134,11 +135,19 @@ def complete_store(folder: Path, records: Mapping[int, ShardRecord]) -> Manifest
     pairs, skipped = sum(record.pairs for record in ordered), sum(record.skipped for record in ordered)
     if not pairs:
         raise InvalidTraining(
-            f"{folder}: none of the {skipped} pairs could be used; the reasons are in shards/*.skipped.jsonl"
+            f"{folder}: none of the {skipped} pairs could be used; the reasons are in shards/*.skipped.jsonl. Mend the "
+            "source, remove this folder, and run the same command again"
         )
     manifest = manifest.model_copy(update={"complete": True, "pairs": pairs, "skipped": skipped, "shards": ordered})
     _write_manifest(folder, manifest)
     return manifest
+
+
+def _without_places(collected: Collected) -> dict[str, Any]:
+    """What must be equal: models and pairs may be moved, their digests stay."""
+    found = collected.model_dump(mode="json", exclude={"model"})
+    found["source"] = {name: value for name, value in found["source"].items() if name != "spec"}
+    return found
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

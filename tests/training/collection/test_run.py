@@ -134,7 +134,7 @@ def test_a_state_that_is_not_finite_is_named_and_never_stored(value, changes, re
 
 
 def test_two_collections_do_not_write_into_one_store(tmp_path):
-    descriptor = os.open(tmp_path, os.O_RDONLY)
+    descriptor = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(InvalidTraining, match="another collection writes there"):
         collect(tmp_path)

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.published_benchmarks import CocoFolders, picture_name, write_pope
 from training.errors import InvalidTraining
 from training.evaluation.coco_benchmark import coco_benchmark
-from training.evaluation.manifest import describe_benchmark, describe_run, weights_digest
+from training.evaluation.manifest import describe_benchmark, describe_run, processor_digest, weights_digest
 from training.evaluation.pope_benchmark import pope_benchmark
 
 
@@ -52,3 +52,12 @@ def test_a_run_names_its_versions_and_weights(tmp_path: Path):
     first = weights_digest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"b")
     assert weights_digest(tmp_path) != first
+
+
+def test_a_processor_is_known_by_its_files(tmp_path: Path):
+    digests = {processor_digest(tmp_path)}
+    for name, content in (("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("preprocessor_config.json", "{}")):
+        (tmp_path / name).write_text(content)
+        digests.add(processor_digest(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"b")
+    assert len(digests | {processor_digest(tmp_path)}) == 4
