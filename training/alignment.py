@@ -9,15 +9,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from steering.sparse_autoencoder import SparseCode, VisionLanguageSAE
+from steering.sparse_autoencoder import VisionLanguageSAE
+from training.fitting.quality import overlap_of_pairs, retrieval_of_vectors
 from training.losses import unexplained_variance
 
 MIN_OVERLAP_RATIO = 1.5
 """Paired codes must overlap at least so many times as much as shuffled ones."""
+
+
+def agrees(paired_overlap: float, shuffled_overlap: float) -> bool:
+    """Codes that have nothing in common with anything do not."""
+    return paired_overlap > shuffled_overlap and paired_overlap >= MIN_OVERLAP_RATIO * shuffled_overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +30,12 @@ class Alignment:
     """Measured on pairs that the autoencoders were not trained on."""
 
     paired_overlap: float
-    """Mean share of active concepts that an image has in common with its text."""
+    """Mean share of active concepts that an image has in common with its text; `quality.overlap`."""
     shuffled_overlap: float
     """The same with another image's text."""
     recall_at_1: float
-    """Share of images and texts whose nearest neighbour (cosine, shared space) across the modality is their own."""
+    """Share of images and texts whose nearest neighbour (cosine, shared space) across the modality is their own.
+    A stranger that is as near, for example by the same text, counts as nearer."""
     pairs: float
     """Number of pairs: recall_at_1 is among so many."""
     image_unexplained: float
@@ -40,7 +46,7 @@ class Alignment:
     @property
     def passes(self) -> bool:
         """May a preset other than `off` be written?"""
-        return self.paired_overlap >= MIN_OVERLAP_RATIO * self.shuffled_overlap
+        return agrees(self.paired_overlap, self.shuffled_overlap)
 
     def as_dict(self) -> dict[str, float]:
         """For the artifact's config."""
@@ -55,25 +61,12 @@ def measure_alignment(
     image_NS, text_NS = auxiliary(image_ND, text_ND)
     image_code, text_code = sae.encode(image_NS), sae.encode(text_NS)
     image_rebuilt, text_rebuilt = auxiliary.reconstruct(sae.decode(image_code, "image"), sae.decode(text_code, "text"))
+    overlaps = overlap_of_pairs(image_code, text_code)
     return Alignment(
-        paired_overlap=code_overlap(image_code, text_code),
-        shuffled_overlap=code_overlap(image_code, SparseCode(*(part.roll(1, 0) for part in text_code))),
-        recall_at_1=recall_at_1(image_NS, text_NS),
+        paired_overlap=overlaps["overlap/paired"],
+        shuffled_overlap=overlaps["overlap/shuffled"],
+        recall_at_1=retrieval_of_vectors("shared", image_NS, text_NS)["retrieval/shared_r1"],
         pairs=float(len(image_ND)),
         image_unexplained=unexplained_variance(image_rebuilt, image_ND),
         text_unexplained=unexplained_variance(text_rebuilt, text_ND),
     )
-
-
-def code_overlap(first: SparseCode, second: SparseCode) -> float:
-    """Mean share of active concepts that two codes have in common, row by row."""
-    common_Nkk = first.concept_ids[:, :, None] == second.concept_ids[:, None, :]
-    return float(common_Nkk.any(-1).float().mean())
-
-
-def recall_at_1(image_NS: Tensor, text_NS: Tensor) -> float:
-    """Mean of both directions of cross-modal retrieval by cosine."""
-    cosines_NN = F.normalize(image_NS, dim=-1) @ F.normalize(text_NS, dim=-1).T
-    own_N = torch.arange(len(cosines_NN), device=cosines_NN.device)
-    hits = (cosines_NN.argmax(0) == own_N).float().mean() + (cosines_NN.argmax(1) == own_N).float().mean()
-    return float(hits / 2)

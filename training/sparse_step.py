@@ -28,7 +28,9 @@ from steering.sparse_autoencoder import (
     cosine_to_activation,
 )
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+with warnings.catch_warnings():  # torch says once per process that these are in beta: let that be now
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+    torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
 
 _NORM_EPSILON = 1e-12
 """As F.normalize has it."""

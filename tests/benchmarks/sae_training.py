@@ -3,7 +3,7 @@
     python tests/benchmarks/sae_training.py --json FILE
     python tests/benchmarks/sae_training.py --device cuda
 
-The dense one is the same equations as one writes them first (`dense_vl_sae.py`): activations [N, K], top-k, zeros
+The dense one is the same equations with dense tensors (`dense_vl_sae.py`): cosines and codes [N, K], zeros
 elsewhere, two nn.Linear decoders, autograd. Both start from the same weights and see the same batches in float32, made
 beforehand; both have the same fused Adam. First they train side by side: their losses must agree to 1e-5. Then every
 round times some steps of each, in alternating order, so that a machine that slows down slows both; the ratio is of the

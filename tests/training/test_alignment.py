@@ -1,20 +1,16 @@
+import pytest
 import torch
 
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from steering.sparse_autoencoder import SparseCode, VisionLanguageSAE
-from training.alignment import code_overlap, measure_alignment, recall_at_1
+from steering.sparse_autoencoder import VisionLanguageSAE
+from training.alignment import agrees, measure_alignment
 
 
-def test_code_overlap_counts_common_concepts():
-    first = SparseCode(torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]), torch.ones(2, 4))
-    second = SparseCode(torch.tensor([[3, 2, 9, 8], [4, 5, 6, 7]]), torch.ones(2, 4))
-    assert code_overlap(first, second) == 0.75
-
-
-def test_recall_at_1_of_equal_and_of_rotated_rows():
-    rows = torch.eye(4)
-    assert recall_at_1(rows, rows * 3) == 1.0
-    assert recall_at_1(rows, rows.roll(1, 0)) == 0.0
+@pytest.mark.parametrize(
+    ("paired", "shuffled", "expected"), [(0.31, 0.2, True), (0.29, 0.2, False), (0.1, 0.0, True), (0.0, 0.0, False)]
+)
+def test_the_gate(paired, shuffled, expected):
+    assert agrees(paired, shuffled) is expected
 
 
 def test_equal_modalities_pass_the_gate_and_unrelated_ones_do_not():

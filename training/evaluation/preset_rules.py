@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from training.alignment import MIN_OVERLAP_RATIO
+from training.alignment import MIN_OVERLAP_RATIO, agrees
 from training.evaluation.conditions import Task
 from training.evaluation.scores import Scoreboard, Scores
 from training.evaluation.verdict import MAX_RECALL_DROP
@@ -18,8 +18,8 @@ def alignment_gate(alignment: dict[str, float]) -> tuple[bool, str]:
     if not {"paired_overlap", "shuffled_overlap"} <= alignment.keys():
         raise ValueError("the artifact records no alignment; train it with training.train_sparse_autoencoder first")
     paired, shuffled = alignment["paired_overlap"], alignment["shuffled_overlap"]
-    passed = paired >= MIN_OVERLAP_RATIO * shuffled
-    sign = "at least" if passed else "LESS THAN"
+    passed = agrees(paired, shuffled)
+    sign = "more, and at least" if passed else "NOT more, or less than"
     return passed, (
         f"codes of a pair overlap {paired:.3f}, of strangers {shuffled:.3f}: {sign} {MIN_OVERLAP_RATIO} times as much; "
         f"cross-modal R@1 {alignment.get('recall_at_1', float('nan')):.3f}"

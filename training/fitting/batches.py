@@ -37,16 +37,27 @@ class ShuffledBatches:
     def __init__(
         self, store: RepresentationStore, *, held_out: int, batch_size: int, seed: int, rank: int = 0, workers: int = 1
     ) -> None:
-        """`held_out`: rows at the store's end that are never given. Raises InvalidTraining, naming the field."""
+        """`held_out`: rows at the store's end that are never given. Raises InvalidTraining, naming the field.
+
+        Where there are fewer training pairs than `batch_size`, a single worker's batches are all of them; several
+        refuse, as what they could share out, and with it the weights, would depend on how many they are.
+        """
         if batch_size % workers:
             raise InvalidTraining(f"batch_size is {batch_size}; it must be a multiple of workers={workers}")
         self.training_rows = len(store) - held_out
-        if self.training_rows < max(2, workers):
+        if self.training_rows < 2:
             raise InvalidTraining(
                 f"{store.folder}: {len(store)} pairs less held_out={held_out} leave {max(0, self.training_rows)} "
-                f"to train on, at least {max(2, workers)} are needed; collect more or lower held_out"
+                "to train on, at least 2 are needed; collect more or lower held_out"
             )
-        self.batch_size = min(batch_size, self.training_rows - self.training_rows % workers)
+        if self.training_rows < batch_size and workers > 1:
+            raise InvalidTraining(
+                f"{store.folder}: there are {self.training_rows} pairs to train on, fewer than "
+                f"batch_size={batch_size}, which workers={workers} cannot share; "
+                "give a smaller --batch-size or --workers 1"
+            )
+        self.asked_batch_size = batch_size
+        self.batch_size = min(batch_size, self.training_rows)
         self.steps_per_epoch = self.training_rows // self.batch_size
         self._store, self._seed, self._rank, self._workers = store, seed, rank, workers
 
@@ -97,11 +108,20 @@ def sample_batches(store: RepresentationStore, *, held_out: int, seed: int) -> I
 
 
 def read_held_out(store: RepresentationStore, held_out: int, worker: Worker) -> PairBatch | None:
-    """The first pairs that are kept for measuring, on the device of the worker that leads; None on the others."""
+    """The first pairs that are kept for measuring, on the device of the worker that leads; None on the others.
+
+    Raises InvalidTraining if all of their states are the same: no share of their variance can be told.
+    """
     if not worker.leads:
         return None
     start = len(store) - held_out
     batch = store.read(range(start, start + min(held_out, _MEASURED_ROWS)))
+    for modality, states_ND in (("image", batch.image_ND), ("text", batch.text_ND)):
+        if torch.equal(states_ND, states_ND[:1].expand_as(states_ND)):
+            raise InvalidTraining(
+                f"{store.folder}: the {modality} states of the last {held_out} pairs, which are kept for measuring, "
+                "are all the same; collect more varied pairs, or raise held_out"
+            )
     return PairBatch(*(tensor.to(worker.device) for tensor in batch))
 
 

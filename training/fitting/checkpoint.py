@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training.durable_files import write_json, write_tensors
 from training.errors import InvalidTraining
 
-FOLDER, INDEX_FILE = "checkpoint", "checkpoint.json"
+CHECKPOINT_FOLDER, INDEX_FILE = "checkpoint", "checkpoint.json"
 
 
 def trained_state(objective: nn.Module) -> dict[str, Tensor]:
@@ -32,9 +32,9 @@ def save_checkpoint(run: Path, step: int, objective: nn.Module, optimizer: torch
     tensors = {f"objective.{name}": tensor for name, tensor in trained_state(objective).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    file = run / FOLDER / f"state-{step:08d}.safetensors"
+    file = run / CHECKPOINT_FOLDER / f"state-{step:08d}.safetensors"
     write_tensors(file, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    write_json(run / FOLDER / INDEX_FILE, {"step": step, "file": file.name})
+    write_json(run / CHECKPOINT_FOLDER / INDEX_FILE, {"step": step, "file": file.name})
     for older in file.parent.glob("state-*.safetensors"):
         if older != file:
             older.unlink()
@@ -42,12 +42,12 @@ def save_checkpoint(run: Path, step: int, objective: nn.Module, optimizer: torch
 
 def load_checkpoint(run: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Puts both where they were; gives the steps done, 0 where there is no checkpoint."""
-    index_file = run / FOLDER / INDEX_FILE
+    index_file = run / CHECKPOINT_FOLDER / INDEX_FILE
     if not index_file.exists():
         return 0
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        tensors = load_file(run / FOLDER / index["file"])
+        tensors = load_file(run / CHECKPOINT_FOLDER / index["file"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidTraining(
             f"{index_file}: the checkpoint cannot be read ({error}); remove {run} and train again"
@@ -65,4 +65,4 @@ def load_checkpoint(run: Path, objective: nn.Module, optimizer: torch.optim.Opti
 
 def drop_checkpoints(run: Path) -> None:
     """A finished run needs none."""
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
+    shutil.rmtree(run / CHECKPOINT_FOLDER, ignore_errors=True)

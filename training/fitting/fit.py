@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.durable_files import write_json, write_tensors
+from training.durable_files import remove_unfinished, write_json, write_tensors
 from training.fitting.batches import ShuffledBatches
-from training.fitting.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
-from training.fitting.plots import draw_plots
+from training.fitting.checkpoint import CHECKPOINT_FOLDER, drop_checkpoints, load_checkpoint, save_checkpoint
+from training.fitting.plots import PLOT_FOLDER, draw_plots
 from training.fitting.run_log import Row, RunLog, read_log
 from training.fitting.workers import Worker
 from training.run_folder import METRICS_FILE, MODEL_FILE
@@ -100,15 +100,27 @@ class Fit:
         """From the last checkpoint, or the start, to the end."""
         self.objective.register_buffer("loss_sum", torch.zeros((), dtype=torch.float64, device=self.worker.device))
         self.objective.register_buffer("loss_steps", torch.zeros((), dtype=torch.int64, device=self.worker.device))
+        if self.worker.leads:
+            for folder in (self.run, self.run / CHECKPOINT_FOLDER, self.run / PLOT_FOLDER):
+                remove_unfinished(folder)
         step = load_checkpoint(self.run, self.objective, self.optimizer)
-        if step:
-            self.report(f"going on after step {step} of {self.plan.total_steps}")
         if not self.worker.leads:
+            self._start_window()  # the checkpoint holds everybody's sums, and the lead goes on with them
             self._steps(step, None)
             return
+        self._report_start(step)
         with RunLog(self.run, step) as log:
             self._steps(step, log)
         self._finish()
+
+    def _report_start(self, step: int) -> None:
+        if step:
+            self.report(f"going on after step {step} of {self.plan.total_steps}")
+        if self.batches.batch_size < self.batches.asked_batch_size:
+            self.report(
+                f"there are fewer training pairs than batch_size={self.batches.asked_batch_size}: "
+                f"every batch has all {self.batches.batch_size}"
+            )
 
     def _steps(self, step: int, log: RunLog | None) -> None:
         module = self.worker.share_gradients(self.objective)

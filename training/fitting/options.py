@@ -12,9 +12,11 @@ from pydantic import Field
 from training.command_line import Settings
 from training.durable_files import write_json
 from training.errors import InvalidTraining
+from training.fitting.checkpoint import CHECKPOINT_FOLDER, INDEX_FILE
 from training.fitting.fit import Plan, Report
+from training.fitting.run_log import read_log
 from training.fitting.workers import DeviceChoice
-from training.run_folder import CONFIG_FILE, METRICS_FILE, RunConfig, read_run_config
+from training.run_folder import CENTRE_FILE, CONFIG_FILE, METRICS_FILE, MODEL_FILE, RunConfig, read_run_config
 
 _NOT_RECORDED = {
     "representations", "layer", "auxiliary", "output", "workers", "ray_address", "device", "checkpoint_every",
@@ -43,7 +45,7 @@ class RunOptions(Settings):
     ray_address: str | None = None
     """A Ray cluster to train on; without it several workers run on a private Ray on this machine."""
     device: DeviceChoice = "auto"
-    """auto: a GPU if there is one."""
+    """auto: a GPU if there is one, here or on the cluster of --ray-address."""
 
 
 def recorded(settings: RunOptions) -> dict[str, Any]:
@@ -53,7 +55,8 @@ def recorded(settings: RunOptions) -> dict[str, Any]:
 
 def begin_run(folder: Path, config: RunConfig) -> bool:
     """Is there anything left to do? Raises InvalidTraining, naming the field, if another run has begun here."""
-    if not (folder / CONFIG_FILE).exists():
+    if not (folder / CONFIG_FILE).exists() or not _has_begun(folder):
+        (folder / CENTRE_FILE).unlink(missing_ok=True)
         write_json(folder / CONFIG_FILE, config.model_dump(mode="json"))
         return True
     before, now = read_run_config(folder).model_dump(mode="json"), config.model_dump(mode="json")
@@ -64,6 +67,12 @@ def begin_run(folder: Path, config: RunConfig) -> bool:
     ):
         _require_equal(folder, prefix, one, other)
     return not (folder / METRICS_FILE).exists()
+
+
+def _has_begun(folder: Path) -> bool:
+    """A run that was refused, or ended before it kept anything, leaves its config alone."""
+    kept = (folder / MODEL_FILE, folder / METRICS_FILE, folder / CHECKPOINT_FOLDER / INDEX_FILE)
+    return any(file.exists() for file in kept) or bool(read_log(folder))
 
 
 def _require_equal(folder: Path, prefix: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

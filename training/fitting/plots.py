@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.durable_files import in_place_of
+
 PLOT_FOLDER = "plots"
 CURVES: dict[str, tuple[str, tuple[str, ...]]] = {
     "loss": ("loss", ("loss/train", "loss/held_out")),
@@ -31,7 +33,6 @@ _NEVER = -8.0
 def draw_plots(run: Path, rows: Sequence[Mapping[str, Any]], histograms: Mapping[str, Tensor]) -> None:
     """PNG files in the run folder."""
     folder = run / PLOT_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     for name, (label, curves) in CURVES.items():
         drawn = [curve for curve in curves if curve in rows[-1]]
         if drawn:
@@ -50,7 +51,7 @@ def _draw_curves(file: Path, label: str, rows: Sequence[Mapping[str, Any]], curv
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def _draw_frequencies(file: Path, histograms: Mapping[str, Tensor]) -> None:
@@ -62,7 +63,12 @@ def _draw_frequencies(file: Path, histograms: Mapping[str, Tensor]) -> None:
     axis.set_ylabel("concepts")
     axis.set_yscale("symlog")
     axis.legend()
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    with in_place_of(file) as made:
+        figure.savefig(made, format="png", dpi=120)
 
 
 def _figure() -> tuple[Any, Any]:

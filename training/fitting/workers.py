@@ -84,37 +84,56 @@ def run_on_workers(
 
     Workers run on the cluster at `ray_address`, on the Ray that this process uses already, or on a private one.
     """
-    on_gpu = _wants_gpu(device)
-    if workers == 1 and ray_address is None:
+    if ray_address is not None:
+        with _cluster(ray_address) as gpus:
+            _train_on_ray(function, workers, on_gpu=device == "cuda" or _gpus_suffice(device, workers, gpus))
+        return
+    on_gpu = _gpus_suffice(device, workers, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if workers == 1:
         function(Worker(device=torch.device("cuda" if on_gpu else "cpu")))
         return
-    with _ray(workers, on_gpu, ray_address):
+    with _local_ray(workers, on_gpu):
         _train_on_ray(function, workers, on_gpu)
 
 
-def _wants_gpu(device: DeviceChoice) -> bool:
-    if device == "cuda" and not torch.cuda.is_available():
+def _gpus_suffice(device: DeviceChoice, workers: int, gpus: int) -> bool:
+    """Whether to train on GPUs, of which there are so many; refused where there are some, but not one per worker."""
+    if device == "cpu" or (device == "auto" and not gpus):
+        return False
+    if not gpus:
         raise InvalidTraining("device is cuda, but torch finds no CUDA device here; give --device cpu")
-    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if gpus < workers:
+        raise InvalidTraining(
+            f"workers is {workers}, but there are {gpus} GPUs and each worker needs one; "
+            f"give --workers {gpus} or --device cpu"
+        )
+    return True
 
 
 @contextmanager
-def _ray(workers: int, on_gpu: bool, address: str | None) -> Iterator[None]:
+def _cluster(address: str) -> Iterator[int]:
+    """Connected to the cluster there, unless this process is on one; gives the number of its GPUs. This machine, from
+    which the cluster is asked, need not have any."""
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield int(ray.cluster_resources().get("GPU", 0))
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@contextmanager
+def _local_ray(workers: int, on_gpu: bool) -> Iterator[None]:
     running = sys.modules.get("ray")  # a private Ray starts before anything imports ray
     if running is not None and running.is_initialized():
         yield
         return
-    if address is None:
-        with private_ray(cpus=workers, gpus=workers if on_gpu else 0):
-            yield
-        return
-    import ray
-
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    try:
+    with private_ray(cpus=workers, gpus=workers if on_gpu else 0):
         yield
-    finally:
-        ray.shutdown()
 
 
 def _train_on_ray(function: Callable[[Worker], None], workers: int, on_gpu: bool) -> None:

@@ -46,9 +46,11 @@ def test_what_is_read_ahead_is_what_was_asked_for(opened):
     assert list(batches.between(5, 5)) == []
 
 
-def test_fewer_pairs_than_a_batch_are_one_smaller_batch(opened):
-    batches = ShuffledBatches(opened, held_out=397, batch_size=64, seed=0, workers=2)
-    assert (batches.batch_size, batches.steps_per_epoch) == (2, 1)
+def test_fewer_pairs_than_a_batch_are_one_smaller_batch_of_one_worker(opened):
+    batches = ShuffledBatches(opened, held_out=397, batch_size=64, seed=0)
+    assert (batches.batch_size, batches.steps_per_epoch) == (3, 1)
+    with pytest.raises(InvalidTraining, match=r"there are 3 pairs to train on.*--batch-size"):
+        ShuffledBatches(opened, held_out=397, batch_size=64, seed=0, workers=2)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,12 @@ def test_held_out_pairs_are_the_last(opened):
     assert batch is not None
     assert torch.equal(batch.text_ND, opened.read(range(350, 400)).text_ND)
     assert read_held_out(opened, HELD_OUT, Worker(rank=1, count=2)) is None
+
+
+def test_held_out_pairs_that_do_not_vary_are_refused(make_store, tmp_path):
+    one_text = make_store(tmp_path / "store", change=lambda image_ND, text_ND: text_ND.copy_(text_ND[:1].clone()))
+    with pytest.raises(InvalidTraining, match="the text states of the last 50 pairs"):
+        read_held_out(open_store(one_text), HELD_OUT, Worker())
 
 
 def test_statistics_are_taken_from_all_training_pairs_or_a_sample(opened, monkeypatch):

@@ -138,6 +138,13 @@ def test_a_finished_run_says_so_and_does_nothing(store, auxiliary, sparse):
     assert {file: file.stat().st_mtime_ns for file in sparse.rglob("*")} == before
 
 
+def half_is_gone(file):
+    def check(line):
+        assert not file.exists()
+
+    return check
+
+
 @pytest.mark.parametrize("options", [{}, {"kind": "sae_d"}, {"resample_dead": True, "num_concepts": 256}])
 def test_an_interrupted_run_goes_on(store, auxiliary, tmp_path, options):
     whole = train_sparse(store, tmp_path / "whole", auxiliary, **options)
@@ -149,7 +156,9 @@ def test_an_interrupted_run_goes_on(store, auxiliary, tmp_path, options):
     with pytest.raises(KeyboardInterrupt):
         train_sparse(store, tmp_path / "broken", auxiliary, interrupt, checkpoint_every=7, **options)
     assert json.loads((tmp_path / "broken" / "checkpoint" / "checkpoint.json").read_text())["step"] == 35
-    broken = train_sparse(store, tmp_path / "broken", auxiliary, checkpoint_every=9, **options)
+    half = tmp_path / "broken" / "checkpoint" / ".state-00000042.safetensors.0123456789abcdef.part"
+    half.write_bytes(b"killed here")
+    broken = train_sparse(store, tmp_path / "broken", auxiliary, half_is_gone(half), checkpoint_every=9, **options)
     for name in ("model.safetensors", "metrics.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (broken, whole)]
@@ -191,40 +200,6 @@ def test_killed_three_times_it_ends_with_the_same_weights(make_store, tmp_path):
     for name, tensor in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(tmp_path / "killed")[name], tensor, rtol=0, atol=1e-6)
     assert (tmp_path / "killed" / "metrics.json").read_bytes() == (tmp_path / "whole" / "metrics.json").read_bytes()
-
-
-TWO_WORKERS = """
-import json, sys
-from steering.local_ray import private_ray
-
-with private_ray(cpus=2, gpus=0):  # one Ray for both stages
-    from training import train_auxiliary_autoencoder as auxiliary, train_sparse_autoencoder as sparse
-
-    first, second = json.loads(sys.argv[1])
-    auxiliary.train_auxiliary_autoencoder(auxiliary.CommandLine(**first, workers=2))
-    sparse.train_sparse_autoencoder(sparse.CommandLine(**second, workers=2))
-"""
-
-
-@pytest.mark.slow
-def test_two_workers_train_to_the_weights_of_one(store, auxiliary, tmp_path):
-    few = {"learning_rate": 1e-3, "epochs": 3, "evaluate_every": 5, "device": "cpu"}
-    few_sparse = few | {"warmup_epochs": 1}
-    ones = [
-        train_auxiliary(store, tmp_path / "auxiliary1", **few),
-        train_sparse(store, tmp_path / "sparse1", auxiliary, **few_sparse),
-    ]
-    twos = [tmp_path / "auxiliary2", tmp_path / "sparse2"]
-    settings = [
-        AUXILIARY | few | {"representations": str(store), "output": str(twos[0])},
-        SPARSE | few_sparse | {"representations": str(store), "output": str(twos[1]), "auxiliary": str(auxiliary)},
-    ]
-    subprocess.run([sys.executable, "-c", TWO_WORKERS, json.dumps(settings)], check=True, stdout=subprocess.DEVNULL)
-    for one, two in zip(ones, twos, strict=True):
-        for name, tensor in weights(one).items():
-            torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5, msg=lambda text, n=name: n + text)
-        first, second = (json.loads((run / "metrics.json").read_text()) for run in (one, two))
-        assert first == pytest.approx(second, abs=1e-3)
 
 
 def test_centring_is_recorded_and_used(store, auxiliary, tmp_path):
@@ -284,6 +259,30 @@ def test_states_of_another_layer_or_model_are_refused(make_store, auxiliary, tmp
 def test_going_on_with_other_settings_is_refused(store, auxiliary, sparse, changed, named):
     with pytest.raises(InvalidTraining, match=rf"config\.json.*{named}"):
         train_sparse(store, sparse, auxiliary, **changed)
+
+
+def test_a_run_that_kept_nothing_may_have_other_settings(store, auxiliary, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise InvalidTraining("there are fewer GPUs than workers")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.train_sparse_autoencoder.run_on_workers", refuse)
+        with pytest.raises(InvalidTraining, match="GPUs"):
+            train_sparse(store, tmp_path / "run", auxiliary, seed=3)
+    train_sparse(store, tmp_path / "run", auxiliary, seed=4, epochs=3)
+    assert read_run_config(tmp_path / "run").settings["seed"] == 4
+
+
+def test_a_measure_that_no_json_can_hold_ends_a_run(store, tmp_path):
+    with pytest.raises(InvalidTraining, match=r"metrics\.jsonl: loss/train is (inf|nan) at step 5"):
+        train_auxiliary(store, tmp_path / "run", epochs=2, learning_rate=1e30, evaluate_every=5)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_batch_that_is_smaller_than_asked_for_is_reported(store, auxiliary, tmp_path):
+    lines = []
+    train_sparse(store, tmp_path / "run", auxiliary, lines.append, batch_size=512, epochs=3)
+    assert lines[0] == "there are fewer training pairs than batch_size=512: every batch has all 300"
 
 
 def test_going_on_with_another_store_is_refused(make_store, auxiliary, sparse, tmp_path):

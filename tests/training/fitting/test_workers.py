@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from training.errors import InvalidTraining
-from training.fitting.workers import Worker, _reason, run_on_workers
+from training.fitting.workers import Worker, _gpus_suffice, _reason, run_on_workers
 
 
 def test_one_worker_is_this_process():
@@ -19,6 +19,19 @@ def test_one_worker_is_this_process():
 def test_a_gpu_that_is_not_there_is_named():
     with pytest.raises(InvalidTraining, match="device is cuda"):
         run_on_workers(lambda worker: None, workers=1, device="cuda", ray_address=None)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"), [("cpu", 8, False), ("auto", 0, False), ("auto", 2, True), ("cuda", 3, True)]
+)
+def test_gpus_are_used_where_there_is_one_for_each_worker(device, gpus, expected):
+    assert _gpus_suffice(device, 2, gpus) is expected
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_fewer_gpus_than_workers_are_refused(device):
+    with pytest.raises(InvalidTraining, match=r"workers is 4.*3 GPUs.*--workers 3"):
+        _gpus_suffice(device, 4, 3)
 
 
 def test_what_a_worker_refused_is_what_the_user_reads():
