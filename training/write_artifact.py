@@ -1,4 +1,4 @@
-"""Stage 5: everything that training left, as the one folder that serving takes (design, section 3).
+"""After stage 4: everything that training left, as the one folder that serving takes (design, section 3).
 
     python -m training.write_artifact --model M --representations STORE --auxiliary RUN --sparse RUN --concepts FOLDER \
         --output ARTIFACT
