@@ -201,4 +201,4 @@ def _quieten(context: Any) -> None:
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1
     for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what it would say at length is raised as well

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,13 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import drawn_image
 from tests.training.collection.running import REPOSITORY, all_bytes, environment, finish, start
+from training.collection import workers
 from training.collection.lvlm import LvlmSettings
+from training.collection.portion import ShardWork, make_shard
 from training.collection.representer import Prepared
 from training.collection.run import CollectionOptions, collect_store
 from training.errors import InvalidTraining
 from training.miniature.paths import LLAVA
 from training.pairs import Pair, open_pairs
-from training.store.layout import read_manifest, shard_file
+from training.store.layout import Collected, ShardRecord, read_manifest, shard_file
 from training.store.reader import open_store
 
 PAIRS = "miniature:dev:40"
@@ -79,14 +82,70 @@ def test_only_what_is_missing_or_damaged_is_made_again(tmp_path):
         ({"representer": LvlmSettings(model=LLAVA, layers=(1,))}, "names .*layer_2.*, this one .*layer_1"),
         ({"representer": LvlmSettings(model=LLAVA, layers=(2,), point="input")}, "point 'output', this one 'input'"),
         ({"pairs": "miniature:dev:41"}, "source .*40.*, this one .*41"),
+        ({"skip_not_finite": True}, "skip_not_finite False, this one True"),
+        ({"device": "cuda"}, "device 'cpu', this one 'cuda'"),
     ],
 )
-def test_changed_settings_are_not_gone_on_with(changes, named, tmp_path):
+def test_changed_settings_are_not_gone_on_with(changes, named, tmp_path, monkeypatch):
     collect(tmp_path)
     before = all_bytes(tmp_path)
+    monkeypatch.setattr(CollectionOptions, "actor_pool", lambda _: None)  # which looks for a GPU
     with pytest.raises(InvalidTraining, match=f"manifest.json: the collection there has {named}"):
         collect(tmp_path, **changes)
     assert all_bytes(tmp_path) == before
+
+
+def write_pairs(folder, texts):
+    folder.mkdir(exist_ok=True)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps({"image": "a.png", "text": text}) + "\n" for text in texts))
+    return f"jsonl:{folder}/pairs.jsonl"
+
+
+def test_a_moved_model_and_moved_pairs_are_gone_on_with(tmp_path, tiny_llava):
+    spec = write_pairs(tmp_path / "there", ["fine"] * 20)
+    drawn_image(0).save(tmp_path / "there" / "a.png")
+    shutil.copytree(tiny_llava, tmp_path / "model")
+    collect(tmp_path / "store", spec, LvlmSettings(model=tmp_path / "model", layers=(1,)))
+    before = all_bytes(tmp_path / "store")
+    shard_file(tmp_path / "store", 1, "json").unlink()
+    (tmp_path / "there").rename(tmp_path / "here")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    here, moved = f"jsonl:{tmp_path}/here/pairs.jsonl", LvlmSettings(model=tmp_path / "moved", layers=(1,))
+    collect(tmp_path / "store", here, moved)
+    assert all_bytes(tmp_path / "store") == before
+    (tmp_path / "moved" / "tokenizer_config.json").open("a").write("\n")
+    with pytest.raises(InvalidTraining, match="has processor_sha256"):
+        collect(tmp_path / "store", here, moved)
+
+
+def test_pictures_none_of_which_is_there_are_not_skipped_for_good(tmp_path):
+    spec = write_pairs(tmp_path, ["fine"] * 8)
+    with pytest.raises(InvalidTraining, match=r"pairs\.jsonl: none of 8 pictures is there, .*a\.png; are the pictures"):
+        collect(tmp_path / "store", spec)
+    few = write_pairs(tmp_path, ["fine"] * 7)
+    with pytest.raises(InvalidTraining, match="none of the 7 pairs could be used"):
+        collect(tmp_path / "few", few)
+    drawn_image(0).save(tmp_path / "a.png")
+    assert collect(tmp_path / "few", few)[0].pairs == 7
+
+
+def test_a_source_that_shrank_is_named(tmp_path):
+    spec = write_pairs(tmp_path, ["fine"] * 8)
+    drawn_image(0).save(tmp_path / "a.png")
+    source = open_pairs(spec)
+    places = source.portions(8)
+    write_pairs(tmp_path, ["fine"] * 5)
+    collected = Collected(**MODEL.describe().model_dump(), stored_dtype="float32", batch_size=4, portion_size=8,
+                          source=source.describe())  # fmt: skip
+    work = ShardWork(store=tmp_path / "store", collected=collected, threads=1)
+    with pytest.raises(InvalidTraining, match="8 pairs were there from pair 0 on, now there are 5"):
+        make_shard(work, source, MODEL.load(), 0, places[0])
+
+
+def test_a_shard_that_a_worker_wrote_elsewhere_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_SEEN_WITHIN_S", 0.0)
+    with pytest.raises(InvalidTraining, match=r"000004\.json: a worker wrote it"):
+        workers.require_seen(tmp_path, ShardRecord(shard=4, pairs=1, skipped=0, sha256={}))
 
 
 def test_what_cannot_be_used_is_listed_beside_its_shard(tmp_path):
@@ -131,6 +190,23 @@ def test_a_state_that_is_not_finite_is_named_and_never_stored(value, changes, re
     assert not read_manifest(tmp_path / "store").complete
     assert shard_file(tmp_path / "store", 0, "json").exists()
     assert not shard_file(tmp_path / "store", 1, "json").exists()
+    model_settings, spec = LvlmSettings(model=model, layers=(1,)), f"jsonl:{tmp_path}/pairs.jsonl"
+    manifest, _ = collect(tmp_path / "without", spec, model_settings, skip_not_finite=True, **changes)
+    assert (manifest.pairs, manifest.skipped) == (23, 1)
+    assert [row.text for row in open_store(tmp_path / "without", 1).pairs(range(18, 23))] == ["fine"] * 5
+    open_store(tmp_path / "without", 1).read(range(23))
+    listed = json.loads(shard_file(tmp_path / "without", 1, "skipped.jsonl").read_text())
+    assert (listed["pair"], listed["reason"].split(".")[0]) == (20, "layer_1")
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    manifest, said = collect(tmp_path, pairs="miniature:dev:2")
+    assert manifest.complete
+    assert said[0] == f"warning: {tmp_path} cannot be locked (No locks available); start no second collection there"
 
 
 def test_two_collections_do_not_write_into_one_store(tmp_path):
@@ -154,6 +230,15 @@ def test_gpus_that_are_not_there_are_not_waited_for(workers):
     there = torch.cuda.device_count()
     with pytest.raises(InvalidTraining, match=f"--device cuda: 8 workers need a GPU each, this machine has {there}"):
         OPTIONS.model_copy(update={"workers": workers, "device": "cuda"}).actor_pool()
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "named"),
+    [((1,), "cuda:1", "a worker takes cpu or cuda"), ((0,), "cuda:99", "this machine has"), ((0,), "disk", "no such")],
+)
+def test_a_device_that_cannot_be_used_is_named(workers, device, named):
+    with pytest.raises(InvalidTraining, match=f"--device {device}: {named}"):
+        OPTIONS.model_copy(update={"workers": workers, "device": device}).actor_pool()
 
 
 ON_A_SMALL_DISK = """

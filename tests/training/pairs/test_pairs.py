@@ -243,6 +243,38 @@ def test_a_changed_source_describes_itself_otherwise(tmp_path):
     assert open_pairs(spec).describe() == open_pairs(spec).describe()
 
 
+@pytest.mark.parametrize("written", [as_webdataset, as_json_lines, as_saved_dataset, as_parquet])
+def test_a_moved_source_differs_by_its_place_alone(written, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    written(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    spec = written(Path())
+    before = open_pairs(spec).describe()
+    assert str(tmp_path) in before.pop("spec")
+    (tmp_path / "there").rename(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    after = open_pairs(spec).describe()
+    assert "here" in after.pop("spec")
+    assert after == before
+
+
+def test_other_pairs_in_files_of_the_same_size_are_described_otherwise(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    described, sizes = [], []
+    for name in ("a", "b"):
+        write_tar(tmp_path / "pairs.tar", [(f"{name}.jpg", encoded(1)), (f"{name}.txt", b"fine")])
+        table = pa.table({"image": [{"bytes": encoded(1), "path": None}], "text": [name]})
+        parquet.write_table(table, tmp_path / "pairs.parquet")
+        described.append(
+            [open_pairs(spec).describe() for spec in (f"webdataset:{tmp_path}/*.tar", f"huggingface:{tmp_path}")]
+        )
+        sizes.append([file.stat().st_size for file in sorted(tmp_path.iterdir())])
+    assert sizes[0] == sizes[1]
+    assert all(before != after for before, after in zip(*described, strict=True))
+
+
 def test_mapping_ahead_keeps_the_order_and_passes_errors_on():
     assert list(map_ahead(lambda x: 2 * x, range(50), threads=3, ahead=7)) == list(range(0, 100, 2))
     seen = []
