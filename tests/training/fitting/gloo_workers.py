@@ -30,6 +30,7 @@ def work(rank, run, meeting):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
 
     def run_on_workers(function, **_):
+        dist.barrier()  # the run folder is begun by one process before its workers start
         function(Worker(rank=rank, count=2))
         dist.barrier()
 
