@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from training.alignment import MIN_OVERLAP_RATIO, agrees
+from training.errors import InvalidTraining
 from training.evaluation.conditions import Task
 from training.evaluation.scores import Scoreboard, Scores
 from training.evaluation.verdict import MAX_RECALL_DROP
@@ -16,7 +17,10 @@ FORGETS = f"recall may drop by more than {MAX_RECALL_DROP}"
 def alignment_gate(alignment: dict[str, float]) -> tuple[bool, str]:
     """Whether the artifact's codes tell pairs from strangers, and the figures in words."""
     if not {"paired_overlap", "shuffled_overlap"} <= alignment.keys():
-        raise ValueError("the artifact records no alignment; train it with training.train_sparse_autoencoder first")
+        raise InvalidTraining(
+            "the artifact's config.json records no alignment (imported weights have none): presets can be tuned for one "
+            "that training.write_artifact made"
+        )
     paired, shuffled = alignment["paired_overlap"], alignment["shuffled_overlap"]
     passed = agrees(paired, shuffled)
     sign = "more, and at least" if passed else "NOT more, or less than"
