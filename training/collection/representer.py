@@ -26,7 +26,7 @@ class Described(BaseModel):
 
     model: str
     model_sha256: str
-    processor_sha256: str
+    processor_sha256: str = ""
     family: str
     names: tuple[str, ...]
     width: int
