@@ -18,8 +18,8 @@ def alignment_gate(alignment: dict[str, float]) -> tuple[bool, str]:
     """Whether the artifact's codes tell pairs from strangers, and the figures in words."""
     if not {"paired_overlap", "shuffled_overlap"} <= alignment.keys():
         raise InvalidTraining(
-            "the artifact's config.json records no alignment (imported weights have none): presets can be tuned for one "
-            "that training.write_artifact made"
+            "the artifact's config.json records no alignment (imported weights have none): presets can be tuned where "
+            "training.write_artifact made the artifact"
         )
     paired, shuffled = alignment["paired_overlap"], alignment["shuffled_overlap"]
     passed = agrees(paired, shuffled)
