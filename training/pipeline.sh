@@ -53,7 +53,7 @@ if [ "$miniature" = llava ]; then
     if [ -z "$thorough" ]; then
         TUNE=${TUNE-"--alphas 1.5 --search-captions 60 --search-questions 60 --refined 0 --finalists 1
             --final-captions 200 --final-questions 200"}
-        EVALUATE=${EVALUATE-"--captions 200 --questions 200 --conditions default reversed other_image"}
+        EVALUATE=${EVALUATE-"--captions 200 --questions 200 --conditions steered default other_image"}
     else
         TUNE=${TUNE-"--batch 64"}
     fi
