@@ -157,7 +157,7 @@ def _collected(layer: int, shape: LlavaShape, case: Case, dtype: str) -> Collect
     return Collected(
         model="random", model_sha256="", family="llava", names=(layer_name(layer),), width=shape.hidden,
         num_layers=shape.layers, pooling="text_after_last_image", prompt=PROMPT, model_dtype=dtype,
-        stored_dtype="float32", batch_size=case.batch_size, portion_size=case.pairs, source={},
+        stored_dtype="float32", batch_size=case.batch_size, portion_size=case.pairs, source={}, device=case.device,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ Shapes: N pairs of a window or a portion, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ WINDOW_BATCHES = 8
 MANY = 8
 """Pictures that are not all missing by chance."""
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -40,7 +41,7 @@ class ShardWork:
     store: Path
     collected: Collected
     threads: int
-    """Threads that prepare pairs ahead of the model."""
+    """CPU threads: the model's own, or those that prepare pairs ahead of a GPU."""
 
 
 def make_shard(
@@ -120,13 +121,19 @@ def _prepare(
             return SkippedRecord(pair=index, image=pair.reference, reason=prepared), None
         return PairRecord(pair=index, text=pair.text, image=pair.reference), prepared
 
-    ahead = WINDOW_BATCHES * work.collected.batch_size
-    for record, prepared in map_ahead(prepare, found, threads=work.threads, ahead=ahead):
+    for record, prepared in _mapped(work, prepare, found):
         if isinstance(record, SkippedRecord):
             skipped.append(record)
         else:
             assert prepared is not None, record
             yield record, prepared
+
+
+def _mapped(work: ShardWork, prepare: Callable[[T], S], found: Iterable[T]) -> Iterator[S]:
+    """Ahead of a GPU, in threads; beside a model on the CPU they would only take turns with it: there, one by one."""
+    if work.collected.device == "cpu":
+        return map(prepare, found)
+    return map_ahead(prepare, found, threads=work.threads, ahead=WINDOW_BATCHES * work.collected.batch_size)
 
 
 def _represent(
