@@ -17,8 +17,6 @@ from service.settings import Settings, SettingsError, check_installation, parse_
 from steering.local_ray import private_ray
 
 HOST = "127.0.0.1"
-CPUS = 2
-"""What Ray may hand out: one for each of the two deployments."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 REPORT_EVERY_S = 10
@@ -89,7 +87,7 @@ def serve_until_interrupted(settings: Settings) -> None:
     say(f"model     {settings.model} ({settings.engine}, {settings.resolved_device()}, {settings.resolved_dtype()})")
     say(f"artifact  {settings.loaded_artifact or 'none: steering is off'}")
     say("starting Ray ...")
-    with private_ray(cpus=CPUS):
+    with private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
         stop_on_signals()
         from ray import serve
 

@@ -63,6 +63,7 @@ def build_application(settings: Settings) -> Application:
     settings = settings.model_copy(update={"device": settings.resolved_device(), "dtype": settings.resolved_dtype()})
     gpus = settings.tensor_parallel_size if settings.resolved_device().startswith("cuda") else 0
     model = Model.options(
+        num_replicas=settings.model_replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
@@ -73,6 +74,7 @@ def build_application(settings: Settings) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
     ).bind(settings)
     return Ingress.options(
+        num_replicas=settings.ingress_replicas,
         ray_actor_options={"num_cpus": 1},
         # Above our own limit, so that it is our 503 a client sees, and health and metrics always get through.
         max_ongoing_requests=settings.max_concurrent_requests + 64,

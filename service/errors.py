@@ -28,13 +28,19 @@ ERROR_KINDS = {
     "invalid_image": ErrorKind(400, "invalid_request_error"),
     "invalid_steering": ErrorKind(400, "invalid_request_error"),
     "context_length_exceeded": ErrorKind(400, "invalid_request_error"),
+    "invalid_api_key": ErrorKind(401, "authentication_error"),
+    "permission_denied": ErrorKind(403, "permission_error"),
     "model_not_found": ErrorKind(404, "invalid_request_error"),
+    "request_not_found": ErrorKind(404, "invalid_request_error"),
     "route_not_found": ErrorKind(404, "invalid_request_error"),
     "method_not_allowed": ErrorKind(405, "invalid_request_error"),
+    "body_timeout": ErrorKind(408, "invalid_request_error"),
     "request_too_large": ErrorKind(413, "invalid_request_error"),
     "unsupported_media_type": ErrorKind(415, "invalid_request_error"),
+    "rate_limit_exceeded": ErrorKind(429, "rate_limit_error"),
     "overloaded": ErrorKind(503, "server_error"),
     "engine_unavailable": ErrorKind(503, "server_error"),
+    "shutting_down": ErrorKind(503, "server_error"),
     "request_timeout": ErrorKind(503, "server_error"),
     "bad_artifact": ErrorKind(503, "server_error"),
     "internal_error": ErrorKind(500, "server_error"),
@@ -59,19 +65,22 @@ PYDANTIC_STEPS = frozenset(
 )
 """Steps that pydantic puts into error paths and no client ever wrote: branches of `schemas.py`'s unions, keys."""
 
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1.0
+"""Where nothing better is known."""
 
 
 class ApiError(Exception):
     """An answer to the client that is not a completion. `code` is a key of ERROR_KINDS."""
 
-    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, *, param: str | None = None, retry_after_s: float = RETRY_AFTER_S
+    ) -> None:
         super().__init__(message)
         assert code in ERROR_KINDS, code
-        self.code, self.message, self.param = code, message, param
+        self.code, self.message, self.param, self.retry_after_s = code, message, param, retry_after_s
 
     def __reduce__(self):
-        return _rebuild, (self.code, self.message, self.param)
+        return _rebuild, (self.code, self.message, self.param, self.retry_after_s)
 
     @property
     def status(self) -> int:
@@ -83,15 +92,15 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(math.ceil(RETRY_AFTER_S))} if self.status in (429, 503) else {}
+        return {"Retry-After": str(math.ceil(self.retry_after_s))} if self.status in (429, 503) else {}
 
     def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers={**(headers or {}), **self.headers()})
 
 
-def _rebuild(code: str, message: str, param: str | None) -> ApiError:
+def _rebuild(code: str, message: str, param: str | None, retry_after_s: float) -> ApiError:
     """Unpickling passes positional arguments only; the model replica sends these to the ingress."""
-    return ApiError(code, message, param=param)
+    return ApiError(code, message, param=param, retry_after_s=retry_after_s)
 
 
 def from_steering_error(error: SteeringError) -> ApiError:

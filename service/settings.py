@@ -24,8 +24,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    host: str = Field(default="127.0.0.1", pattern=r"^[0-9A-Za-z.:-]{1,253}$")
+    """Address to listen on; any but a loopback address needs keys."""
     port: int = Field(default=8000, ge=1, le=65535)
-    """TCP port on 127.0.0.1."""
+    """TCP port."""
     engine: Literal["huggingface", "vllm"] = "huggingface"
     """What runs the model."""
     model: str = str(BUNDLED_MODEL)
@@ -72,6 +74,8 @@ class Settings(BaseModel):
     """Largest n, in choices per request."""
     max_body_bytes: int = Field(default=48 * MIB, ge=1)
     """Largest request body, in bytes."""
+    body_timeout_s: float = Field(default=30, gt=0)
+    """A request's body must have arrived after so many seconds."""
     max_images: int = Field(default=8, ge=0)
     """Images per request."""
     max_image_bytes: int = Field(default=16 * MIB, ge=1)
@@ -90,6 +94,25 @@ class Settings(BaseModel):
     image_timeout_s: float = Field(default=10, gt=0)
     """Decoding time of one image, in seconds."""
 
+    image_hosts: str = Field(default="", pattern=r"^[A-Za-z0-9.,-]*$")
+    """Hosts, separated by commas, from which https:// images are fetched (default: none; only data: URLs)."""
+    image_fetch_timeout_s: float = Field(default=5, gt=0)
+    """Fetching all remote images of a request may take so many seconds."""
+
+    keys_file: str | None = None
+    """JSON file of API keys, made by `python -m service.keys`; read again when it changes."""
+    allow_anonymous: bool = False
+    """Whether a service without keys may start where it does not know that it listens on loopback only."""
+
+    log_file: str | None = None
+    """File to which one JSON line per request is appended (default: standard error of the replica)."""
+    traces_endpoint: str | None = Field(default=None, pattern=r"^https?://")
+    """OpenTelemetry collector (OTLP over HTTP, such as http://127.0.0.1:4318) that gets traces (default: none)."""
+
+    ingress_replicas: int = Field(default=1, ge=1)
+    """Processes that answer HTTP."""
+    model_replicas: int = Field(default=1, ge=1)
+    """Processes that each hold one engine."""
     max_ongoing_requests: int = Field(default=128, ge=1)
     """Requests that one model replica holds at a time; its engine batches or queues them."""
     max_queued_requests: int = Field(default=64, ge=0)
@@ -103,7 +126,9 @@ class Settings(BaseModel):
     startup_timeout_s: float = Field(default=1800, gt=0)
     """Loading the model may take so many seconds."""
     drain_timeout_s: float = Field(default=5, ge=0)
-    """At the end, running requests may take so many more seconds."""
+    """At the end, running requests may take so many more seconds; a stream that is cut says so in an error event."""
+    drain_file: str | None = None
+    """While this file exists, this machine's service refuses new requests and ends the running ones."""
 
     @model_validator(mode="before")
     @classmethod
