@@ -100,6 +100,7 @@ class ChatAnswer(Response):
         async with aclosing(service.model.generate(job)) as answer:
             start = await anext(answer)
             assert isinstance(start, AnswerStart)
+            meter.started(start.prompt_tokens)
             head = AnswerHead(
                 id=job.request_id,
                 created=int(time.time()),

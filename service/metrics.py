@@ -79,6 +79,12 @@ class Meter:
         self._with_text: set[int] = set()
         self._finish: set[str] = set()
         self._end: GenerationEnd | None = None
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+
+    def started(self, prompt_tokens: int) -> None:
+        """The model has the request; `prompt_tokens` are its prompt's, images included."""
+        self._prompt_tokens = prompt_tokens
 
     def count_image(self, pixels: int) -> None:
         self._metrics.images.inc()
@@ -104,6 +110,7 @@ class Meter:
             for _ in range(tokens):
                 metrics.inter_token_latency.observe((now - self._last_token[choice]) / tokens)
         self._last_token[choice] = now
+        self._completion_tokens += tokens
 
     def finished(self, failure: str | None) -> None:
         """`failure` is None, 'cancelled', or the error code that the client saw."""
@@ -116,6 +123,8 @@ class Meter:
         if end is None:
             finish = "cancelled" if failure == "cancelled" else "error"
             metrics.requests.labels(arm="none", applied="unknown", finish=finish).inc()
+            metrics.prompt_tokens.inc(self._prompt_tokens)
+            metrics.completion_tokens.inc(self._completion_tokens)
             return
         receipt = end.receipt
         applied = "true" if receipt.applied else "false"

@@ -34,9 +34,11 @@ NO_USAGE_REPORTS = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerStart:
-    """First event of every answer: which model gives it."""
+    """First event of every answer: which model gives it, and what it was asked."""
 
     system_fingerprint: str
+    prompt_tokens: int
+    """Length of the prompt, images included: known though the answer may never end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +109,8 @@ class ModelReplica:
     async def generate(self, job: ChatJob) -> AsyncGenerator[AnswerStart | TextDelta | GenerationEnd | ApiError, None]:
         """A refusal is yielded, not raised: to Ray Serve an exception is a fault of the server."""
         try:
-            request = await asyncio.to_thread(self.prepare, job)
-            yield AnswerStart(system_fingerprint=self._fingerprint)
+            request, prompt_tokens = await asyncio.to_thread(self.prepare, job)
+            yield AnswerStart(system_fingerprint=self._fingerprint, prompt_tokens=prompt_tokens)
             async with aclosing(self._engine.generate(request)) as events:
                 async for event in events:
                     yield event
@@ -119,8 +121,8 @@ class ModelReplica:
         finally:
             self._engine.cancel(job.request_id)
 
-    def prepare(self, job: ChatJob) -> GenerationRequest:
-        """Tokenise and bound. Raises ApiError."""
+    def prepare(self, job: ChatJob) -> tuple[GenerationRequest, int]:
+        """Tokenise and bound: the engine's request, and the prompt's length in tokens. Raises ApiError."""
         assert self._tokenizer is not None
         images = tuple(Image.frombytes("RGB", (one.width, one.height), one.rows) for one in job.images)
         token_ids = tuple(self._tokenizer.encode(job.turns))
@@ -136,7 +138,7 @@ class ModelReplica:
         prompt = self._engine.count_prompt_tokens(images, token_ids)
         default = self._settings.default_max_tokens
         max_tokens = max_tokens_for(job.max_tokens, prompt, context, default, field=job.max_tokens_field)
-        return GenerationRequest(
+        request = GenerationRequest(
             request_id=job.request_id,
             prompt_token_ids=token_ids,
             images=images,
@@ -144,6 +146,7 @@ class ModelReplica:
             steering=job.steering,
             tenant="",  # until requests carry keys, all are one tenant's
         )
+        return request, prompt
 
     def _check_token_ids(self, logit_bias: dict[int, float]) -> None:
         assert self._tokenizer is not None

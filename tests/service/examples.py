@@ -100,7 +100,7 @@ class ScriptedModel:
     async def generate(self, job: ChatJob) -> AsyncGenerator[Answer, None]:
         self.jobs.append(job)
         try:
-            yield AnswerStart(system_fingerprint="fp_test")
+            yield AnswerStart(system_fingerprint="fp_test", prompt_tokens=20)
             for event in self.events:
                 if isinstance(event, Exception):
                     raise event

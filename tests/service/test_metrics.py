@@ -22,6 +22,8 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def run(metrics: Metrics, *events, failure: str | None = None, ago_s: float = 0.0) -> None:
     meter = Meter(metrics, arrived=time.monotonic() - ago_s)
+    if events:
+        meter.started(prompt_tokens=20)
     for event in events:
         meter.observe(event)
     meter.finished(failure)
@@ -67,6 +69,13 @@ def test_one_whose_client_left(metrics: Metrics) -> None:
     run(metrics, delta(0, "a"), failure="cancelled")
     assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="cancelled") == 1
     assert "vlsae_rejections_total{" not in metrics.exposition().decode()
+
+
+@pytest.mark.parametrize("failure", ["cancelled", "engine_unavailable", "request_timeout"])
+def test_tokens_of_an_answer_that_never_ended_are_counted(metrics: Metrics, failure: str) -> None:
+    run(metrics, delta(0, "a", tokens=2), delta(1, "b", tokens=3), delta(0, "", tokens=1), failure=failure)
+    assert value(metrics, "vlsae_prompt_tokens_total") == 20
+    assert value(metrics, "vlsae_completion_tokens_total") == 6
 
 
 def test_images(metrics: Metrics) -> None:

@@ -62,7 +62,7 @@ async def test_an_answer(replica: ModelReplica) -> None:
     assert start.system_fingerprint.startswith("fp_")
     assert all(isinstance(delta, TextDelta) for delta in deltas)
     assert isinstance(end, GenerationEnd)
-    assert end.prompt_tokens == len("USER: \nwhat? ASSISTANT:") + 4
+    assert start.prompt_tokens == end.prompt_tokens == len("USER: \nwhat? ASSISTANT:") + 4
     assert end.completion_tokens == [4]
     assert end.receipt.applied
 
