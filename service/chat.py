@@ -94,6 +94,8 @@ class ChatAnswer(Response):
             strength_header=request.headers.get(STRENGTH_HEADER),
             settings=service.settings,
             decoder=service.decoder,
+            caller=scope["state"]["caller"],
+            admit_images=_admit_images,
         )
         for image in job.images:
             meter.count_image(image.width * image.height)
@@ -132,6 +134,10 @@ class ChatAnswer(Response):
             await send({"type": "http.response.body", "body": error_event(error)})
         else:
             await error.response()(scope, receive, send)
+
+
+async def _admit_images(_count: int, _pixels: int) -> None:
+    """No quotas yet."""
 
 
 async def _measured(answer: AsyncIterator, meter: Meter) -> AsyncIterator[Event]:

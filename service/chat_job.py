@@ -34,3 +34,5 @@ class ChatJob:
     sampling: Sampling
     """Its max_tokens is a placeholder until the replica has counted the prompt."""
     steering: RequestedSteering
+    tenant: str
+    """Jobs of different tenants share no cached prompt."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 
 from service.chat_job import ChatJob, Turn
 from service.errors import ApiError
 from service.images import ImageDecoder, RgbImage, decode_data_url
+from service.keys import Caller
 from service.schemas import ChatCompletionRequest, ImagePart, SchemaFormat
 from service.settings import Settings
 from steering.engines.base import ResponseFormat, Sampling
@@ -15,6 +17,9 @@ from steering.request import RequestedSteering, SteeringRequest, merge_sources
 STRENGTH_HEADER = "x-steering-strength"
 ALIASES = {"": SteeringRequest(), ":off": SteeringRequest(enabled=False), ":steered": SteeringRequest(enabled=True)}
 """Suffix of the model id to what it asks for."""
+AdmitImages = Callable[[int, int], Awaitable[None]]
+"""Called once per request with images: how many there are and their pixels in all, as measured and not yet decoded.
+Raises ApiError where the caller's quota refuses them."""
 DECIMAL = re.compile(r"\d{1,3}(\.\d{1,9})?|\.\d{1,9}")
 
 
@@ -25,6 +30,8 @@ async def make_job(
     strength_header: str | None,
     settings: Settings,
     decoder: ImageDecoder,
+    caller: Caller,
+    admit_images: AdmitImages,
 ) -> ChatJob:
     """Everything is checked before the first image is decoded."""
     alias = find_alias(request.model, settings.model_name)
@@ -33,11 +40,12 @@ async def make_job(
     return ChatJob(
         request_id=request_id,
         turns=turns_of(request),
-        images=await decode_images(request, settings, decoder),
+        images=await decode_images(request, settings, decoder, admit_images),
         max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
         max_tokens=request.max_completion_tokens or request.max_tokens,
         sampling=sampling_of(request),
         steering=steering,
+        tenant=caller.name,
     )
 
 
@@ -136,7 +144,7 @@ def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
 
 
 async def decode_images(
-    request: ChatCompletionRequest, settings: Settings, decoder: ImageDecoder
+    request: ChatCompletionRequest, settings: Settings, decoder: ImageDecoder, admit_images: AdmitImages
 ) -> tuple[RgbImage, ...]:
     """All images in the order of the conversation; base64 of all is checked before the first is decoded."""
     encoded = [
@@ -148,6 +156,8 @@ async def decode_images(
         image = await decoder.decode(data, field=field, max_pixels=min(settings.max_image_pixels, pixels_left))
         pixels_left -= image.width * image.height
         images.append(image)
+    if images:
+        await admit_images(len(images), settings.max_request_pixels - pixels_left)
     return tuple(images)
 
 

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError
+from service.keys import ANYBODY
 
 log = logging.getLogger("ray.serve")
 REQUEST_ID_HEADER = "x-request-id"
@@ -36,6 +37,7 @@ class RequestGuard:
 
         try:
             check_headers(Headers(scope=scope))
+            scope["state"] = {**scope.get("state", {}), "caller": ANYBODY}
             await self._app(scope, receive, watched_send)
         except ApiError as error:
             await error.response()(scope, receive, send)

@@ -144,7 +144,7 @@ class ModelReplica:
             images=images,
             sampling=replace(job.sampling, max_tokens=max_tokens),
             steering=job.steering,
-            tenant="",  # until requests carry keys, all are one tenant's
+            tenant=job.tenant,
         )
         return request, prompt
 

@@ -11,6 +11,7 @@ from service.chat import parse_chat
 from service.chat_request import check_limits, find_alias, make_job, merge_steering, sampling_of
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
+from service.keys import ANYBODY
 from service.schemas import ChatCompletionRequest
 from service.settings import Settings
 from steering.engines.base import ResponseFormat
@@ -33,8 +34,20 @@ async def decoder() -> AsyncIterator[ImageDecoder]:
     decoder.close()
 
 
+async def admit_all(_count: int, _pixels: int) -> None:
+    """No quota."""
+
+
 async def job_of(decoder: ImageDecoder, content: dict, settings: Settings = SETTINGS):
-    return await make_job(parsed(content), request_id="r", strength_header=None, settings=settings, decoder=decoder)
+    return await make_job(
+        parsed(content),
+        request_id="r",
+        strength_header=None,
+        settings=settings,
+        decoder=decoder,
+        caller=ANYBODY,
+        admit_images=admit_all,
+    )
 
 
 @pytest.mark.parametrize(("model", "alias"), [("tiny", ""), ("tiny:off", ":off"), ("tiny:steered", ":steered")])

@@ -48,6 +48,7 @@ def job(*, images: int = 1, max_tokens: int | None = 4, text: str = "what?", **c
         "max_tokens": max_tokens,
         "sampling": Sampling(max_tokens=1, temperature=0.0),
         "steering": RequestedSteering(settings=SteeringRequest()),
+        "tenant": "",
     }
     return ChatJob(**{**fields, **changes})
 
