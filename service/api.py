@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from fastapi import FastAPI, Request, Response
@@ -10,13 +11,21 @@ from openai.types import Model
 from starlette.exceptions import HTTPException
 
 from service import VERSION
+from service.access import Access
 from service.chat import ChatAnswer, ChatService
 from service.chat_request import ALIASES, find_alias
+from service.draining import Drain, shutting_down
 from service.errors import ApiError
+from service.feedback import MAX_BODY_BYTES, parse_feedback, take_feedback
 from service.guard import RequestGuard
 from service.images import ImageDecoder
+from service.keys import load_keys
+from service.ledger import Ledger
+from service.ledger_client import LedgerClient
 from service.metrics import Metrics
 from service.model_client import ModelClient
+from service.remote_images import RemoteImages
+from service.request_body import read_json_body
 from service.settings import Settings
 
 OWNER = "vl-sae-steering"
@@ -24,19 +33,53 @@ BUSY_WINDOW_S = 5.0
 """A token that is not older says that the model lives, though all its places are taken."""
 
 
-def build_api(settings: Settings, model: ModelClient, decoder: ImageDecoder) -> FastAPI:
-    """The whole HTTP side."""
+def build_api(
+    settings: Settings,
+    model: ModelClient,
+    decoder: ImageDecoder,
+    remote: RemoteImages | None = None,
+    ledger: LedgerClient | None = None,
+) -> FastAPI:
+    """The whole HTTP side. Where `remote` is given, images come from there instead of the settings' hosts.
+
+    Several replicas share a `ledger`; one has its own. Raises SettingsError where keys are needed and cannot be read.
+    """
     metrics = Metrics()
-    chat = ChatService(settings=settings, model=model, decoder=decoder, metrics=metrics)
+    drain = Drain(settings.drain_file, settings.drain_timeout_s)
+    if remote is None:
+        remote = RemoteImages(
+            settings.image_hosts,
+            timeout_s=settings.image_fetch_timeout_s,
+            max_image_bytes=settings.max_image_bytes,
+        )
+    ledger = Ledger() if ledger is None else ledger
+    access = Access(load_keys(settings, os.environ), ledger)
+    chat = ChatService(
+        settings=settings,
+        model=model,
+        decoder=decoder,
+        remote=remote,
+        metrics=metrics,
+        drain=drain,
+        access=access,
+        ledger=ledger,
+    )
     started = int(time.time())
     api = FastAPI(title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None)
-    api.add_middleware(RequestGuard)
+    api.add_middleware(RequestGuard, access=access)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return ChatAnswer(chat, request)
+
+    @api.post("/v1/feedback")
+    async def feedback(request: Request) -> Response:
+        body = await read_json_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=settings.body_timeout_s)
+        given = parse_feedback(body)
+        await take_feedback(given, request.state.caller, ledger, metrics)
+        return JSONResponse({"object": "feedback", "request_id": given.request_id, "score": given.score})
 
     @api.get("/v1/models")
     async def models() -> Response:
@@ -56,6 +99,8 @@ def build_api(settings: Settings, model: ModelClient, decoder: ImageDecoder) -> 
 
     @api.get("/readyz")
     async def ready() -> Response:
+        if drain.begun:
+            raise shutting_down()
         return await _readiness(settings, model)
 
     @api.get("/version")
@@ -91,7 +136,7 @@ async def _readiness(settings: Settings, model: ModelClient) -> Response:
         if model.seconds_since_event() <= BUSY_WINDOW_S:
             return JSONResponse({"status": "ready"})
         return error.response()
-    if not health.alive or health.seconds_since_progress > settings.stall_timeout_s:
+    if not health.alive or health.seconds_since_progress > settings.unready_after_s:
         return ApiError("engine_unavailable", "the model makes no progress; try again later").response()
     return JSONResponse({"status": "ready", "running": health.running, "waiting": health.waiting})
 

@@ -8,21 +8,31 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import Request, Response
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
+from service.access import Access
 from service.chat_request import STRENGTH_HEADER, make_job
+from service.draining import Drain
 from service.errors import ApiError, from_validation_error
+from service.feedback import labels_of
 from service.images import ImageDecoder
+from service.keys import Caller
+from service.ledger_client import LedgerClient
+from service.load_estimate import LoadEstimate
 from service.metrics import Meter, Metrics
 from service.model_client import ModelClient
 from service.model_replica import AnswerStart
+from service.remote_images import RemoteImages
+from service.request_body import read_json_body
 from service.schemas import ChatCompletionRequest
 from service.settings import Settings
 from service.streaming import AnswerHead, Event, completion_json, error_event, event_stream
+from steering.engines.base import GenerationEnd
 
 log = logging.getLogger("ray.serve")
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -35,7 +45,12 @@ class ChatService:
     settings: Settings
     model: ModelClient
     decoder: ImageDecoder
+    remote: RemoteImages
     metrics: Metrics
+    drain: Drain
+    access: Access
+    ledger: LedgerClient
+    load: LoadEstimate = field(default_factory=LoadEstimate)
     in_progress: int = 0
 
     @contextmanager
@@ -45,9 +60,11 @@ class ChatService:
             raise ApiError("overloaded", "too many requests at once; try again later")
         self.in_progress += 1
         self.metrics.in_progress.set(self.in_progress)
+        self.load.begin()
         try:
             yield
         finally:
+            self.load.end()
             self.in_progress -= 1
             self.metrics.in_progress.set(self.in_progress)
 
@@ -64,11 +81,14 @@ class ChatAnswer(Response):
         meter = Meter(self._service.metrics, arrived=time.monotonic())
         failure: str | None = "cancelled"
         try:
-            with self._service.admitted():
-                await self._answer_in_time(meter, scope, receive, send)
+            async with self._service.drain.request():
+                with self._service.admitted():
+                    await self._answer_in_time(meter, scope, receive, send)
             failure = None
         except ApiError as error:
             failure = error.code
+            if error.code == "overloaded":
+                error.retry_after_s = self._service.load.retry_after_s()
             await self._fail(error, scope, receive, send)
         except Exception:
             log.exception("a chat request failed in a way nobody foresaw")
@@ -87,15 +107,18 @@ class ChatAnswer(Response):
 
     async def _answer(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
         service, request = self._service, self._request
-        chat = parse_chat(await read_body(request, service.settings.max_body_bytes))
+        caller, settings = scope["state"]["caller"], service.settings
+        body = await read_json_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+        chat = parse_chat(body)
         job = await make_job(
             chat,
             request_id=f"chatcmpl-{uuid.uuid4().hex}",
             strength_header=request.headers.get(STRENGTH_HEADER),
-            settings=service.settings,
+            settings=settings,
             decoder=service.decoder,
-            caller=scope["state"]["caller"],
-            admit_images=_admit_images,
+            remote=service.remote,
+            caller=caller,
+            admit_images=partial(service.access.admit_images, caller),
         )
         for image in job.images:
             meter.count_image(image.width * image.height)
@@ -109,7 +132,7 @@ class ChatAnswer(Response):
                 model=chat.model,
                 system_fingerprint=start.system_fingerprint,
             )
-            events = _measured(answer, meter)
+            events = self._observed(answer, meter, caller, job.request_id)
             n, logprobs = job.sampling.n, bool(chat.logprobs)
             if not chat.stream:
                 body = await completion_json(head, events, n=n, logprobs=logprobs)
@@ -119,6 +142,23 @@ class ChatAnswer(Response):
             async for chunk in event_stream(head, events, n=n, logprobs=logprobs, include_usage=include_usage):
                 await self._send(send, chunk)
             await send({"type": "http.response.body", "body": b""})
+
+    async def _observed(
+        self, answer: AsyncIterator, meter: Meter, caller: Caller, answer_id: str
+    ) -> AsyncIterator[Event]:
+        """The answer's events, measured; before its end is told, feedback on it can be given."""
+        async for event in answer:
+            meter.observe(event)
+            if isinstance(event, GenerationEnd):
+                await self._record(answer_id, caller, event)
+            yield event
+
+    async def _record(self, answer_id: str, caller: Caller, end: GenerationEnd) -> None:
+        """An answer that cannot be recorded is still an answer."""
+        try:
+            await self._service.ledger.record_answer(answer_id, caller.name, labels_of(end.receipt))
+        except ApiError as error:
+            log.warning("feedback on an answer will not be accepted: %s", error.message)
 
     async def _send(self, send: Send, chunk: bytes) -> None:
         """The status line waits for the first chunk: until then an error can still have a status of its own."""
@@ -134,32 +174,6 @@ class ChatAnswer(Response):
             await send({"type": "http.response.body", "body": error_event(error)})
         else:
             await error.response()(scope, receive, send)
-
-
-async def _admit_images(_count: int, _pixels: int) -> None:
-    """No quotas yet."""
-
-
-async def _measured(answer: AsyncIterator, meter: Meter) -> AsyncIterator[Event]:
-    async for event in answer:
-        meter.observe(event)
-        yield event
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, refused as soon as it is known to be too large or not JSON."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise ApiError("unsupported_media_type", "content-type: must be application/json", param="content-type")
-    too_large = ApiError("request_too_large", f"the body may have at most {max_bytes} bytes")
-    if int(request.headers.get("content-length", "0")) > max_bytes:
-        raise too_large
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise too_large
-    return bytes(body)
 
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:

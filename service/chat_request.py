@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
 
 from service.chat_job import ChatJob, Turn
 from service.errors import ApiError
-from service.images import ImageDecoder, RgbImage, decode_data_url
+from service.image_intake import AdmitImages, take_images
+from service.images import ImageDecoder
 from service.keys import Caller
+from service.remote_images import RemoteImages
 from service.schemas import ChatCompletionRequest, ImagePart, SchemaFormat
 from service.settings import Settings
 from steering.engines.base import ResponseFormat, Sampling
@@ -17,9 +18,6 @@ from steering.request import RequestedSteering, SteeringRequest, merge_sources
 STRENGTH_HEADER = "x-steering-strength"
 ALIASES = {"": SteeringRequest(), ":off": SteeringRequest(enabled=False), ":steered": SteeringRequest(enabled=True)}
 """Suffix of the model id to what it asks for."""
-AdmitImages = Callable[[int, int], Awaitable[None]]
-"""Called once per request with images: how many there are and their pixels in all, as measured and not yet decoded.
-Raises ApiError where the caller's quota refuses them."""
 DECIMAL = re.compile(r"\d{1,3}(\.\d{1,9})?|\.\d{1,9}")
 
 
@@ -30,6 +28,7 @@ async def make_job(
     strength_header: str | None,
     settings: Settings,
     decoder: ImageDecoder,
+    remote: RemoteImages,
     caller: Caller,
     admit_images: AdmitImages,
 ) -> ChatJob:
@@ -40,7 +39,9 @@ async def make_job(
     return ChatJob(
         request_id=request_id,
         turns=turns_of(request),
-        images=await decode_images(request, settings, decoder, admit_images),
+        images=await take_images(
+            image_parts(request), settings=settings, decoder=decoder, remote=remote, admit_images=admit_images
+        ),
         max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
         max_tokens=request.max_completion_tokens or request.max_tokens,
         sampling=sampling_of(request),
@@ -97,7 +98,7 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         if (getattr(request, name) or 0) > settings.max_tokens_limit:
             raise ApiError("invalid_value", f"{name}: at most {settings.max_tokens_limit} are allowed", param=name)
-    if len(_image_parts(request)) > settings.max_images:
+    if len(image_parts(request)) > settings.max_images:
         raise ApiError("invalid_value", f"messages: at most {settings.max_images} images are allowed", param="messages")
 
 
@@ -143,25 +144,7 @@ def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-async def decode_images(
-    request: ChatCompletionRequest, settings: Settings, decoder: ImageDecoder, admit_images: AdmitImages
-) -> tuple[RgbImage, ...]:
-    """All images in the order of the conversation; base64 of all is checked before the first is decoded."""
-    encoded = [
-        (field, decode_data_url(url, field=field, max_bytes=settings.max_image_bytes))
-        for field, url in _image_parts(request)
-    ]
-    images, pixels_left = [], settings.max_request_pixels
-    for field, data in encoded:
-        image = await decoder.decode(data, field=field, max_pixels=min(settings.max_image_pixels, pixels_left))
-        pixels_left -= image.width * image.height
-        images.append(image)
-    if images:
-        await admit_images(len(images), settings.max_request_pixels - pixels_left)
-    return tuple(images)
-
-
-def _image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:
+def image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:
     """(path of the field, URL) of every image."""
     return [
         (f"messages[{message_index}].content[{part_index}].image_url.url", part.image_url.url)

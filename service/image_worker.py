@@ -1,11 +1,11 @@
-"""The process that decodes untrusted images: reads one job at a time from stdin, answers on stdout.
+"""The process that measures and decodes untrusted images: one job at a time from stdin, its answer on stdout.
 
 Run as a script (`python -I image_worker.py MEMORY_BYTES MAX_SIDE_PX`) with an empty environment. It imports the
 standard library and Pillow, nothing of ours, and dies with its parent because stdin ends. Nothing that Pillow says
 leaves this process.
 
-Job: `!IQ` (length of the encoded image, most pixels allowed), then the image. Answer: `!BIII` (status, width, height,
-length), then that many bytes of RGB rows.
+Job: `!BIQ` (MEASURE or DECODE, length of the encoded image, most pixels allowed), then the image. Answer: `!BIII`
+(status, width, height, length), then that many bytes of RGB rows; a measurement has none.
 """
 
 import io
@@ -13,11 +13,14 @@ import resource
 import struct
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 OK, NOT_AN_IMAGE, TOO_LARGE, TOO_SMALL, ANIMATED = range(5)
-JOB, ANSWER = struct.Struct("!IQ"), struct.Struct("!BIII")
+MEASURE, DECODE = range(2)
+JOB, ANSWER = struct.Struct("!BIQ"), struct.Struct("!BIII")
 FORMATS = ("JPEG", "PNG", "WEBP")
 MIN_SIDE_PX = 4
 """Below this, image processors can take a side for the colour channels."""
@@ -29,9 +32,15 @@ class Refused(Exception):
     """Carries the status of the answer."""
 
 
-def decode(encoded: bytes, max_pixels: int, max_side: int) -> Image.Image:
-    """One still RGB picture, upright, on white; raises Refused. The size is judged before any pixel is decoded."""
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+@contextmanager
+def opened(encoded: bytes, max_pixels: int, max_side: int) -> Iterator[ImageFile.ImageFile]:
+    """A picture whose header is acceptable; raises Refused. No pixel has been decoded yet."""
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many before it makes room for a WebP's canvas
+    try:
+        opening = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise Refused(TOO_LARGE) from None
+    with opening as image:
         width, height = image.size
         if min(width, height) < MIN_SIDE_PX:
             raise Refused(TOO_SMALL)
@@ -41,6 +50,18 @@ def decode(encoded: bytes, max_pixels: int, max_side: int) -> Image.Image:
         # A phone's JPEG may carry a second picture for other displays (MPO); the first one is the photograph.
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
             raise Refused(ANIMATED)
+        yield image
+
+
+def measure(encoded: bytes, max_pixels: int, max_side: int) -> tuple[int, int]:
+    """Width and height in pixels, as the header has them; raises Refused."""
+    with opened(encoded, max_pixels, max_side) as image:
+        return image.size
+
+
+def decode(encoded: bytes, max_pixels: int, max_side: int) -> Image.Image:
+    """One still RGB picture, upright, on white; raises Refused."""
+    with opened(encoded, max_pixels, max_side) as image:
         image.load()
         return _on_white(_upright(image))
 
@@ -64,9 +85,11 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def answer(encoded: bytes, max_pixels: int, max_side: int) -> bytes:
+def answer(operation: int, encoded: bytes, max_pixels: int, max_side: int) -> bytes:
     """The bytes that go back; whatever goes wrong inside Pillow is the same answer."""
     try:
+        if operation == MEASURE:
+            return ANSWER.pack(OK, *measure(encoded, max_pixels, max_side), 0)
         image = decode(encoded, max_pixels, max_side)
         rows = image.tobytes()
         return ANSWER.pack(OK, image.width, image.height, len(rows)) + rows
@@ -87,12 +110,11 @@ def main() -> None:
     memory_bytes, max_side = map(int, sys.argv[1:])
     limit_resources(memory_bytes)
     warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while len(header := source.read(JOB.size)) == JOB.size:
-        length, max_pixels = JOB.unpack(header)
+        operation, length, max_pixels = JOB.unpack(header)
         encoded = source.read(length)
-        sink.write(answer(encoded, max_pixels, max_side))
+        sink.write(answer(operation, encoded, max_pixels, max_side))
         sink.flush()
 
 

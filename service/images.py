@@ -1,4 +1,4 @@
-"""`data:` URLs to RGB pixels, decoded by processes of their own. This side never parses an image.
+"""Encoded images to RGB pixels, measured and decoded by processes of their own. This side never parses an image.
 
 A decoder that dies or hangs costs the one request it worked for. Knows nothing of requests, models or Ray.
 """
@@ -75,10 +75,18 @@ class ImageDecoder:
         self._own = threading.local()
         self._processes: set[subprocess.Popen[bytes]] = set()
 
+    async def measure(self, encoded: bytes, *, field: str, max_pixels: int) -> int:
+        """Pixels that decoding would give, from the header alone. Raises ApiError as `decode` does."""
+        image = await self._work(worker.MEASURE, encoded, field, max_pixels)
+        return image.width * image.height
+
     async def decode(self, encoded: bytes, *, field: str, max_pixels: int) -> RgbImage:
         """Pixels of one image. Raises ApiError naming `field`; the message never quotes the decoder."""
+        return await self._work(worker.DECODE, encoded, field, max_pixels)
+
+    async def _work(self, operation: int, encoded: bytes, field: str, max_pixels: int) -> RgbImage:
         status, image = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._decode, encoded, max_pixels
+            self._threads, self._ask, operation, encoded, max_pixels
         )
         if status != worker.OK:
             raise ApiError("invalid_image", f"{field}: {self._explain(status, max_pixels)}", param=field)
@@ -98,18 +106,18 @@ class ImageDecoder:
             worker.ANIMATED: "animated images are not accepted; send one frame",
         }[status]
 
-    def _decode(self, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
+    def _ask(self, operation: int, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
         """Runs in a thread. A worker that somebody else killed is replaced once; a second death is the image's."""
         try:
-            return self._ask_worker(encoded, max_pixels)
+            return self._ask_worker(operation, encoded, max_pixels)
         except DecoderDied:
             pass
         try:
-            return self._ask_worker(encoded, max_pixels)
+            return self._ask_worker(operation, encoded, max_pixels)
         except DecoderDied:
             return worker.NOT_AN_IMAGE, RgbImage(0, 0, b"")
 
-    def _ask_worker(self, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
+    def _ask_worker(self, operation: int, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
         process = self._worker()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -122,7 +130,7 @@ class ImageDecoder:
         watchdog = threading.Timer(self._limits.timeout_s, stop)
         watchdog.start()
         try:
-            process.stdin.write(worker.JOB.pack(len(encoded), max_pixels) + encoded)
+            process.stdin.write(worker.JOB.pack(operation, len(encoded), max_pixels) + encoded)
             process.stdin.flush()
             answer = process.stdout.read(worker.ANSWER.size)
             if len(answer) < worker.ANSWER.size:

@@ -10,16 +10,22 @@ import httpx
 import pytest
 
 from service import VERSION
+from service.access import Access
 from service.api import build_api
 from service.chat import ChatService
+from service.draining import Drain
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
+from service.ledger import Ledger
 from service.metrics import Metrics
+from service.remote_images import RemoteImages
 from service.settings import Settings
 from steering.engines.base import Health
 from tests.service.examples import ScriptedModel, body, delta, end, image_part, user
 
-SETTINGS = Settings(model="/models/tiny", artifact="/a", max_body_bytes=100_000, max_concurrent_requests=2)
+SETTINGS = Settings(
+    model="/models/tiny", artifact="/a", allow_anonymous=True, max_body_bytes=100_000, max_concurrent_requests=2
+)
 CHAT = "/v1/chat/completions"
 
 
@@ -258,7 +264,17 @@ async def test_a_request_has_a_time_limit(serve, stream: bool) -> None:
 
 def test_a_place_is_given_back_after_any_exception() -> None:
     decoder = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=1, max_side=99))
-    service = ChatService(settings=SETTINGS, model=ScriptedModel(), decoder=decoder, metrics=Metrics())
+    remote = RemoteImages("", timeout_s=1, max_image_bytes=99)
+    service = ChatService(
+        settings=SETTINGS,
+        model=ScriptedModel(),
+        decoder=decoder,
+        remote=remote,
+        metrics=Metrics(),
+        drain=Drain(None, 0),
+        access=Access(None, Ledger()),
+        ledger=Ledger(),
+    )
     with pytest.raises(KeyError), service.admitted():
         raise KeyError
     assert service.in_progress == 0

@@ -12,6 +12,7 @@ from service.chat_request import check_limits, find_alias, make_job, merge_steer
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
 from service.keys import ANYBODY
+from service.remote_images import RemoteImages
 from service.schemas import ChatCompletionRequest
 from service.settings import Settings
 from steering.engines.base import ResponseFormat
@@ -45,6 +46,7 @@ async def job_of(decoder: ImageDecoder, content: dict, settings: Settings = SETT
         strength_header=None,
         settings=settings,
         decoder=decoder,
+        remote=RemoteImages(settings.image_hosts, timeout_s=1, max_image_bytes=settings.max_image_bytes),
         caller=ANYBODY,
         admit_images=admit_all,
     )
@@ -187,9 +189,9 @@ async def test_images_keep_their_places(decoder: ImageDecoder) -> None:
 
 async def test_a_request_s_pixels_are_bounded_together(decoder: ImageDecoder) -> None:
     settings = SETTINGS.model_copy(update={"max_request_pixels": 2 * 48 * 32 - 1})
-    with pytest.raises(ApiError, match="too large") as caught:
+    with pytest.raises(ApiError, match="3072 pixels together; at most 3071") as caught:
         await job_of(decoder, body(user(image_part(), image_part())), settings)
-    assert caught.value.param == "messages[0].content[1].image_url.url"
+    assert caught.value.param == "messages"
 
 
 async def test_every_url_is_checked_before_the_first_is_decoded(decoder: ImageDecoder) -> None:

@@ -1,0 +1,71 @@
+"""All images of a request from URLs to pixels, the cheapest check first. Knows no HTTP of ours and no Ray.
+
+URLs are judged, base64 decoded, remote images fetched; then all are measured by their headers; only when their sums and
+the caller's quota allow it is the first pixel decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from service.errors import ApiError
+from service.images import ImageDecoder, RgbImage, decode_data_url
+from service.remote_images import RemoteImages, RemoteUrl
+from service.settings import Settings
+
+Result = TypeVar("Result")
+AdmitImages = Callable[[int, int], Awaitable[None]]
+"""Called once per request with images: how many there are and their pixels in all, as measured and not yet decoded.
+Raises ApiError where the caller's quota refuses them."""
+
+
+async def take_images(
+    sources: Sequence[tuple[str, str]],
+    *,
+    settings: Settings,
+    decoder: ImageDecoder,
+    remote: RemoteImages,
+    admit_images: AdmitImages,
+) -> tuple[RgbImage, ...]:
+    """Pixels of every (field, URL), in their order. Raises ApiError naming the field at fault."""
+    if not sources:
+        return ()
+    encoded = await collect(sources, settings=settings, remote=remote)
+    most = settings.max_image_pixels
+    sizes = await together(decoder.measure(data, field=field, max_pixels=most) for field, data in encoded)
+    pixels = sum(sizes)
+    if pixels > settings.max_request_pixels:
+        raise ApiError(
+            "invalid_image",
+            f"messages: the images have {pixels} pixels together; at most {settings.max_request_pixels} are allowed",
+            param="messages",
+        )
+    await admit_images(len(sources), pixels)
+    return tuple(await together(decoder.decode(data, field=field, max_pixels=most) for field, data in encoded))
+
+
+async def collect(
+    sources: Sequence[tuple[str, str]], *, settings: Settings, remote: RemoteImages
+) -> list[tuple[str, bytes]]:
+    """(field, encoded image) of every source; every URL is judged before the first is fetched."""
+    found: list[tuple[str, bytes | RemoteUrl]] = []
+    for field, url in sources:
+        if remote.allowed and url[:5].lower() != "data:":
+            found.append((field, remote.parse(url, field=field)))
+        else:
+            found.append((field, decode_data_url(url, field=field, max_bytes=settings.max_image_bytes)))
+    left = settings.max_body_bytes - sum(len(data) for _, data in found if isinstance(data, bytes))
+    wanted = [(field, url) for field, url in found if isinstance(url, RemoteUrl)]
+    fetched = iter(await remote.fetch(wanted, max_bytes=left))
+    return [(field, data if isinstance(data, bytes) else next(fetched)) for field, data in found]
+
+
+async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All at once; of several failures the first in order, so that the same request gets the same answer."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
