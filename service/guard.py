@@ -1,4 +1,6 @@
-"""What every request passes first: headers that are not for clients are refused, and no exception gets out."""
+"""What every request passes first: headers that are not for clients are refused, keys are asked for, and no exception
+gets out.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import re
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access import Access
 from service.errors import ApiError
-from service.keys import ANYBODY
 
 log = logging.getLogger("ray.serve")
 REQUEST_ID_HEADER = "x-request-id"
@@ -21,8 +23,8 @@ PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 class RequestGuard:
     """ASGI middleware. Serve's proxy makes the request id where there is none, and returns it as a header."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+        self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,7 +39,7 @@ class RequestGuard:
 
         try:
             check_headers(Headers(scope=scope))
-            scope["state"] = {**scope.get("state", {}), "caller": ANYBODY}
+            scope["state"] = {**scope.get("state", {}), "caller": await self._access.admit(scope)}
             await self._app(scope, receive, watched_send)
         except ApiError as error:
             await error.response()(scope, receive, send)

@@ -14,6 +14,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 ENVIRONMENT_PREFIX = "VLSAE_"
+KEYS_VARIABLE = "VLSAE_KEYS"
+"""Not a setting, since settings are shown and passed around: `keys.py` reads it."""
 BUNDLE = Path(__file__).parent.parent / "training" / "miniature" / "bundle"
 BUNDLED_MODEL, BUNDLED_ARTIFACT = BUNDLE / "llava", BUNDLE / "artifact"
 MIB = 1024 * 1024
@@ -121,8 +123,10 @@ class Settings(BaseModel):
     """Requests that one ingress replica works on at a time, bodies being read included; more are refused with 503."""
     request_timeout_s: float = Field(default=300, gt=0)
     """Longest duration of a request, in seconds."""
+    unready_after_s: float = Field(default=10, gt=0)
+    """An engine with work that makes no step for so many seconds is not ready; it is again with the next step."""
     stall_timeout_s: float = Field(default=60, gt=0)
-    """An engine with work that makes no step for so many seconds is unhealthy."""
+    """An engine with work that makes no step for so many seconds is unhealthy, and replaced."""
     startup_timeout_s: float = Field(default=1800, gt=0)
     """Loading the model may take so many seconds."""
     drain_timeout_s: float = Field(default=5, ge=0)
@@ -169,7 +173,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     known = {ENVIRONMENT_PREFIX + name.upper(): name for name in Settings.model_fields}
     values = {}
     for variable, value in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == KEYS_VARIABLE:
             continue
         if variable not in known:
             raise SettingsError(f"{variable}: there is no such setting; see python -m service --help")
