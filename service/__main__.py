@@ -1,4 +1,7 @@
-"""`python -m service`: the service in the foreground on 127.0.0.1, on a Ray of its own, until Ctrl-C."""
+"""`python -m service`: the service in the foreground, on a Ray of its own, until Ctrl-C.
+
+Whatever asks it to stop lets running requests finish first (`draining.py`); who asks twice does not wait.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,30 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
 
+from service import proxy_edge
+from service.draining import drain
 from service.example import curl_command
+from service.keys import load_keys, without_keys_on_loopback
+from service.model_replica import ModelStatus
 from service.settings import Settings, SettingsError, check_installation, parse_settings
-from steering.local_ray import private_ray
+from steering.local_ray import private_ray, short_folder
 
-HOST = "127.0.0.1"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
+STATUS_TIMEOUT_S = 5.0
 REPORT_EVERY_S = 10
+DRAIN_MARGIN_S = 2.0
+"""After their time is over, requests that were cut get so long to say so."""
+DELETE_TIMEOUT_S = 10.0
+"""Replicas have nothing left to do when they are asked to go; one that hangs is not waited for any longer."""
 EXPLAINED = tuple(
     f"{family}: "
     for family in ("steering.errors.BadArtifact", "steering.errors.EngineUnavailable", "service.settings.SettingsError")
@@ -36,14 +51,17 @@ class StartupError(Exception):
 def main() -> int:
     try:
         settings = parse_settings(sys.argv[1:], os.environ)
-        check_port(settings.port)
+        check_port(settings.host, settings.port)
         check_installation(settings)
+        check_drain_file(settings)
+        settings = without_keys_on_loopback(settings, os.environ)
+        keyed = load_keys(settings, os.environ) is not None
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stop_on_signals()
     try:
-        serve_until_interrupted(settings)
+        serve_until_interrupted(settings, keyed=keyed)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -54,14 +72,19 @@ def main() -> int:
 
 
 def stop_on_signals() -> None:
-    """The first of these stops the service. Ray installs handlers of its own at start: call this after it."""
+    """The next of these raises KeyboardInterrupt. Ray installs handlers of its own at start: call this after it."""
     for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
 
 
-def _interrupt(_signal: int, _frame: object) -> None:
+def ignore_signals() -> None:
+    """What is being done ends by itself, soon."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    ignore_signals()
     raise KeyboardInterrupt
 
 
@@ -69,42 +92,92 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def check_port(port: int) -> None:
+def check_port(host: str, port: int) -> None:
     """Nothing is started for a port that somebody has."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError as error:
             raise SettingsError(
-                f"--port: cannot listen on {HOST}:{port} ({error.strerror}); stop what uses it or choose another one "
+                f"--port: cannot listen on {host}:{port} ({error.strerror}); stop what uses it or choose another one "
                 "(make serve PORT=...)"
             ) from None
 
 
-def serve_until_interrupted(settings: Settings) -> None:
+def check_drain_file(settings: Settings) -> None:
+    """One that is there already would keep the service from ever being ready."""
+    if settings.drain_file is not None and Path(settings.drain_file).exists():
+        raise SettingsError(f"--drain-file: {settings.drain_file} exists from an earlier drain; remove it first")
+
+
+def own_url(settings: Settings) -> str:
+    """Where this machine reaches the service."""
+    host = settings.host
+    with suppress(ValueError):
+        if ip_address(host).is_unspecified:
+            host = "::1" if ":" in host else "127.0.0.1"
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
+    """Everything that is started is gone when this returns or raises."""
     began = time.monotonic()
     say(f"model     {settings.model} ({settings.engine}, {settings.resolved_device()}, {settings.resolved_dtype()})")
     say(f"artifact  {settings.loaded_artifact or 'none: steering is off'}")
     say("starting Ray ...")
-    with private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = proxy_edge.IMPORT_PATH
+    with tempfile.TemporaryDirectory(prefix="vlsae-run-", dir=short_folder()) as folder:
+        if settings.drain_file is None:
+            settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
+        with private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
+            stop_on_signals()
+            try:
+                deploy(settings)
+                wait_until_ready(settings, began)
+                report(settings, time.monotonic() - began, keyed=keyed)
+                while True:
+                    signal.pause()
+            except KeyboardInterrupt:
+                stop_gracefully(settings)
+                raise
+
+
+def deploy(settings: Settings) -> None:
+    """Ray Serve with the application; returns before it runs."""
+    from ray import serve
+
+    from service.app import APPLICATION, build_application, http_options
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options=http_options(settings), proxy_location="HeadOnly")
+    serve.run_many(
+        [serve.RunTarget(build_application(settings), name=APPLICATION)], wait_for_applications_running=False
+    )
+
+
+def stop_gracefully(settings: Settings) -> None:
+    """Running requests finish or are told that they cannot. Another signal ends the waiting."""
+    from ray import serve
+
+    from service.app import APPLICATION
+
+    assert settings.drain_file is not None
+    say("stopping: running requests may finish (once more, and they may not) ...")
+    try:
         stop_on_signals()
-        from ray import serve
-
-        from service.app import APPLICATION, build_application
-
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options={"host": HOST, "port": settings.port}, proxy_location="HeadOnly")
-        target = serve.RunTarget(build_application(settings), name=APPLICATION)
-        serve.run_many([target], wait_for_applications_running=False)
-        try:
-            wait_until_ready(settings, began)
-            report(settings, time.monotonic() - began)
-            while True:
-                signal.pause()
-        finally:
-            say("stopping ...")
-            serve.delete(APPLICATION)
+        if not drain(Path(settings.drain_file), settings.drain_timeout_s + DRAIN_MARGIN_S):
+            say("some requests did not end in time")
+        ignore_signals()
+        serve.delete(APPLICATION, _blocking=False)
+        deadline = time.monotonic() + DELETE_TIMEOUT_S
+        while APPLICATION in serve.status().applications and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        say("stopping at once ...")
+    finally:
+        ignore_signals()
+        Path(settings.drain_file).unlink(missing_ok=True)
 
 
 def wait_until_ready(settings: Settings, began: float) -> None:
@@ -119,7 +192,7 @@ def wait_until_ready(settings: Settings, began: float) -> None:
         application = serve.status().applications.get(APPLICATION)
         if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise StartupError(startup_failure("\n".join(one.message for one in application.deployments.values())))
-        if get(settings.port, "/readyz") is not None:
+        if get(settings, "/readyz") is not None:
             return
         if time.monotonic() - began > settings.startup_timeout_s:
             raise StartupError(f"not ready after {settings.startup_timeout_s:g} s (--startup-timeout-s)")
@@ -137,23 +210,32 @@ def startup_failure(messages: str) -> str:
     return f"the model could not be loaded:\n{messages}"
 
 
-def report(settings: Settings, seconds: float) -> None:
+def report(settings: Settings, seconds: float, *, keyed: bool) -> None:
     """What is served, what the artifact is worth, and how to ask."""
-    version = get(settings.port, "/version") or {}
-    say(f"family    {version['model_family']}, context {version['context_tokens']} tokens")
-    if version["artifact"]:
-        say(f"artifact  {version['artifact'][:16]}, presets {', '.join(version['presets'])}")
-        gate = version["alignment"] or {}
+    able = model_status().capabilities
+    say(f"family    {able.model_family}, context {able.context_tokens} tokens")
+    if able.artifact:
+        say(f"artifact  {able.artifact[:16]}, presets {', '.join(able.presets)}")
+        gate = able.alignment or {}
         say(f"alignment {', '.join(f'{name} {value:.3g}' for name, value in gate.items()) or 'not measured'}")
-    url = f"http://{HOST}:{settings.port}"
+    url = own_url(settings)
     say(f"ready after {seconds:.1f} s: {url}/v1   (Ctrl-C stops it)\n")
-    say(curl_command(url, settings.model_name) + "\n")
+    say(curl_command(url, settings.model_name, keyed=keyed) + "\n")
 
 
-def get(port: int, path: str) -> dict | None:
+def model_status() -> ModelStatus:
+    """Asked past HTTP, where a key may be needed."""
+    from ray import serve
+
+    from service.app import APPLICATION
+
+    return serve.get_deployment_handle("Model", APPLICATION).status.remote().result(timeout_s=STATUS_TIMEOUT_S)
+
+
+def get(settings: Settings, path: str) -> dict | None:
     """The JSON behind a path, or None while it is not there."""
     try:
-        with DIRECT.open(f"http://{HOST}:{port}{path}", timeout=5) as answer:
+        with DIRECT.open(own_url(settings) + path, timeout=5) as answer:
             return json.load(answer)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return None

@@ -5,13 +5,19 @@
 `python -m service` runs it on a Ray of its own; a cluster runs `service.app:build_application` with settings as args.
 """
 
+import os
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
 from service.api import build_api
 from service.images import DecoderLimits, ImageDecoder
+from service.keys import check_keys_are_named
+from service.ledger import Ledger
+from service.ledger_client import RayLedger
 from service.model_client import RayModelClient
 from service.model_replica import ModelReplica
 from service.settings import Settings
@@ -19,6 +25,8 @@ from service.settings import Settings
 APPLICATION = "vl-sae-steering"
 HEALTH_CHECK_PERIOD_S = 10
 HEALTH_CHECK_TIMEOUT_S = 30
+SHUTDOWN_MARGIN_S = 5
+"""So much longer than any request may take, a replica that goes, and Serve's proxy, wait for it."""
 
 
 @serve.deployment(name="Model")
@@ -33,13 +41,19 @@ class Model(ModelReplica):
         await self.stop()
 
 
+@serve.deployment(name="Ledger")
+class SharedLedger(Ledger):
+    """One for all ingress replicas, where there are several."""
+
+
 @serve.deployment(name="Ingress")
 @serve.ingress()
 class Ingress:
     """HTTP, validation and image decoding."""
 
-    def __init__(self, settings: Settings, model: DeploymentHandle) -> None:
+    def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle | None = None) -> None:
         self._settings, self._model = settings, RayModelClient(model)
+        self._ledger = None if ledger is None else RayLedger(ledger)
         limits = DecoderLimits(
             memory_bytes=settings.image_memory_bytes,
             timeout_s=settings.image_timeout_s,
@@ -48,10 +62,17 @@ class Ingress:
         self._decoder = ImageDecoder(workers=settings.image_workers, limits=limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._settings, self._model, self._decoder)
+        return build_api(self._settings, self._model, self._decoder, ledger=self._ledger)
 
     def __del__(self) -> None:
         self._decoder.close()
+
+
+def http_options(settings: Settings) -> HTTPOptions:
+    """Of Serve's proxy; a cluster's stand in its configuration file."""
+    return HTTPOptions(
+        host=settings.host, port=settings.port, request_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S
+    )
 
 
 def build_application(settings: Settings) -> Application:
@@ -60,6 +81,7 @@ def build_application(settings: Settings) -> Application:
     Ray Serve reads the annotation to make Settings of a cluster's args; as a string it would be overlooked. What
     'auto' means is settled here, so that the GPU asked of Ray is the one that the replica uses.
     """
+    check_keys_are_named(settings, os.environ)
     settings = settings.model_copy(update={"device": settings.resolved_device(), "dtype": settings.resolved_dtype()})
     gpus = settings.tensor_parallel_size if settings.resolved_device().startswith("cuda") else 0
     model = Model.options(
@@ -70,7 +92,7 @@ def build_application(settings: Settings) -> Application:
         max_constructor_retry_count=1,  # a damaged artifact does not heal
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.2,
     ).bind(settings)
     return Ingress.options(
@@ -78,6 +100,15 @@ def build_application(settings: Settings) -> Application:
         ray_actor_options={"num_cpus": 1},
         # Above our own limit, so that it is our 503 a client sees, and health and metrics always get through.
         max_ongoing_requests=settings.max_concurrent_requests + 64,
-        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        max_queued_requests=settings.max_concurrent_requests,  # in Serve's proxy, while a replica is being replaced
+        graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.2,
-    ).bind(settings, model)
+    ).bind(settings, model, *_shared_ledger(settings))
+
+
+def _shared_ledger(settings: Settings) -> tuple[Application, ...]:
+    """Nothing for a single replica, which keeps its own."""
+    if settings.ingress_replicas == 1:
+        return ()
+    every_request_of_all = settings.ingress_replicas * (settings.max_concurrent_requests + 64)
+    return (SharedLedger.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=every_request_of_all).bind(),)

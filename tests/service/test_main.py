@@ -16,8 +16,8 @@ def test_a_taken_port_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"--port: cannot listen on 127.0.0.1:{port} "):
-            check_port(port)
-    check_port(port)
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("family", ["steering.errors.BadArtifact", "steering.errors.EngineUnavailable"])

@@ -1,0 +1,153 @@
+"""What stands between a client and Ray Serve's HTTP proxy, in the proxy's own process.
+
+Serve answers in plain text where it has nobody to ask, ends a stream in the middle where a replica is lost, waits for
+ever for a client that takes nothing, and lets one that was refused go on sending. Here each becomes what an OpenAI
+client understands, or an end. Serve calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows
+no routes but Serve's own, no settings and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ApiError
+from service.streaming import error_event
+
+IMPORT_PATH = "service.proxy_edge.middlewares"
+"""Value of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+WRITE_TIMEOUT_S = 30.0
+"""A client that takes nothing for so long, while there is more than the buffers hold, is treated as gone."""
+LINGER_S = 2.0
+"""How long a refused client may go on sending before the connection is closed: closed at once, it might lose the
+answer."""
+ROUTE_LIST = "/-/routes"
+RESTART_S = 5.0
+"""A replica that was lost is back by then."""
+LOST = ApiError("engine_unavailable", "the process that worked on this request was lost; try again",
+                retry_after_s=RESTART_S)  # fmt: skip
+
+
+def middlewares() -> list[Middleware]:
+    """For Ray Serve."""
+    return [Middleware(ProxyEdge)]
+
+
+def refusal(status: int) -> ApiError:
+    """Serve's own plain-text answers, by their status."""
+    if status == 404:  # our application answers on every path, so there is none
+        return ApiError("engine_unavailable", "the service is starting or stopping; try again", retry_after_s=RESTART_S)
+    if status == 408:
+        return ApiError("request_timeout", "the request took too long; ask for less, or later")
+    if status in (429, 503):
+        return ApiError("overloaded", "too many requests are waiting; try again later")
+    return LOST
+
+
+class ProxyEdge:
+    """ASGI middleware around Serve's proxy."""
+
+    def __init__(self, app: ASGIApp, *, write_timeout_s: float = WRITE_TIMEOUT_S, linger_s: float = LINGER_S) -> None:
+        self._app, self._write_timeout_s, self._linger_s = app, write_timeout_s, linger_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/-/healthz":  # KubeRay's probes understand Serve's own answer
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send, self._write_timeout_s)
+        if scope["path"] == ROUTE_LIST:
+            exchange.refused = ApiError("route_not_found", "there is no such path")
+        else:
+            await self._app(scope, exchange.receive, exchange.send)
+        await exchange.finish(self._linger_s)
+
+
+class _Exchange:
+    """One request and what has become of it."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, write_timeout_s: float) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._write_timeout_s = write_timeout_s
+        headers = Headers(scope=scope)
+        self._body_read = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        self._started = False
+        self._finished = False
+        self._streams_events = False
+        self._gone = asyncio.Event()
+        """The client takes nothing any more: for the application it has disconnected."""
+        self.refused: ApiError | None = None
+        """What to say instead of Serve's own answer."""
+
+    async def receive(self) -> Message:
+        """The client's next message; its disconnection as soon as it counts as gone."""
+        reading, leaving = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                return {"type": "http.disconnect"}
+            message = reading.result()
+        finally:
+            reading.cancel()
+            leaving.cancel()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self._body_read = True
+        if message["type"] == "http.disconnect":
+            self._body_read = True  # nothing more will come
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Serve's refusals are kept back; everything else goes to the client."""
+        if message["type"] == "http.response.start":
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            if message["status"] >= 400 and kind.startswith("text/plain"):
+                self.refused = refusal(message["status"])
+            else:
+                self._streams_events = kind.startswith("text/event-stream")
+        if self.refused is None:
+            await self._deliver(message)
+
+    async def finish(self, linger_s: float) -> None:
+        """After the application: complete what it left open, and let go of a client that still sends."""
+        if self._gone.is_set():
+            return
+        if not self._started:
+            error = self.refused or LOST
+            request_id = Headers(scope=self._scope).get("x-request-id")
+            response = error.response({"x-request-id": request_id} if request_id else None)
+            await response(self._scope, self.receive, self._deliver)
+        elif not self._finished and self._streams_events:
+            await self._deliver({"type": "http.response.body", "body": error_event(LOST)})
+        if self._finished and not self._body_read:
+            await self._linger(linger_s)
+            await self._send({"type": "http.response.body", "body": b""})
+
+    async def _deliver(self, message: Message) -> None:
+        """To the client, unless it counts as gone. The last message waits where the client has not sent everything."""
+        if self._gone.is_set():
+            return
+        if message["type"] == "http.response.start":
+            self._started = True
+            if not self._body_read:
+                message = {**message, "headers": list(message["headers"])}
+                MutableHeaders(raw=message["headers"])["connection"] = "close"
+        elif not message.get("more_body", False):
+            self._finished = True
+            if not self._body_read:
+                message = {**message, "more_body": True}
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._send(message)
+        except TimeoutError:
+            self._gone.set()
+
+    async def _linger(self, seconds: float) -> None:
+        """Take in and forget what a client sends that has its answer already."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._body_read:
+                    await self.receive()
+        except TimeoutError:
+            pass
