@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -166,6 +167,17 @@ def check_keys_are_named(settings: Settings, environment: Mapping[str, str]) -> 
             "--keys-file: without keys everybody who can reach the service may use it; make one with "
             "python -m service.keys, or say --allow-anonymous on"
         )
+
+
+def without_keys_on_loopback(settings: Settings, environment: Mapping[str, str]) -> Settings:
+    """Settings that allow a service without keys where nobody but this machine can reach it."""
+    try:
+        loopback = ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = settings.host == "localhost"
+    if settings.keys_file or environment.get(KEYS_VARIABLE) or not loopback:
+        return settings
+    return settings.model_copy(update={"allow_anonymous": True})
 
 
 def read_keys(file: Path) -> KeyFile:
