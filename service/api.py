@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -26,7 +29,10 @@ from service.metrics import Metrics
 from service.model_client import ModelClient
 from service.remote_images import RemoteImages
 from service.request_body import read_json_body
+from service.request_observer import RequestObserver
+from service.request_record import record_of
 from service.settings import Settings
+from service.tracing import Tracing
 
 OWNER = "vl-sae-steering"
 BUSY_WINDOW_S = 5.0
@@ -39,12 +45,15 @@ def build_api(
     decoder: ImageDecoder,
     remote: RemoteImages | None = None,
     ledger: LedgerClient | None = None,
+    proxied: bool = False,
 ) -> FastAPI:
     """The whole HTTP side. Where `remote` is given, images come from there instead of the settings' hosts.
 
-    Several replicas share a `ledger`; one has its own. Raises SettingsError where keys are needed and cannot be read.
+    Several replicas share a `ledger`; one has its own. `proxied`: behind Serve's proxy, which answers with the request
+    id itself. Raises SettingsError where keys are needed and cannot be read.
     """
-    metrics = Metrics()
+    metrics, tracing = Metrics(), Tracing(settings.traces_endpoint)
+    metrics.warn_if_alone(settings.ingress_replicas)
     drain = Drain(settings.drain_file, settings.drain_timeout_s)
     if remote is None:
         remote = RemoteImages(
@@ -60,13 +69,23 @@ def build_api(
         decoder=decoder,
         remote=remote,
         metrics=metrics,
+        tracing=tracing,
         drain=drain,
         access=access,
         ledger=ledger,
     )
     started = int(time.time())
-    api = FastAPI(title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
+        yield
+        tracing.close()
+
+    api = FastAPI(
+        title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
+    )
     api.add_middleware(RequestGuard, access=access)
+    api.add_middleware(RequestObserver, metrics=metrics, tracing=tracing, proxied=proxied)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
 
@@ -99,9 +118,9 @@ def build_api(
 
     @api.get("/readyz")
     async def ready() -> Response:
-        if drain.begun:
-            raise shutting_down()
-        return await _readiness(settings, model)
+        answer = shutting_down().response() if drain.begun else await _readiness(settings, model)
+        metrics.ready.set(answer.status_code == 200)
+        return answer
 
     @api.get("/version")
     async def version() -> Response:
@@ -123,7 +142,9 @@ def build_api(
 
     @api.get("/metrics")
     async def exposition() -> Response:
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        await ready()
+        text = await asyncio.to_thread(metrics.exposition)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return api
 
@@ -141,8 +162,9 @@ async def _readiness(settings: Settings, model: ModelClient) -> Response:
     return JSONResponse({"status": "ready", "running": health.running, "waiting": health.waiting})
 
 
-async def _answer_api_error(_request: Request, error: Exception) -> Response:
+async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    record_of(request.scope).error_code = error.code
     return error.response()
 
 
@@ -153,4 +175,5 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
         answer = ApiError("method_not_allowed", f"{request.method} is not allowed on this path")
     else:
         answer = ApiError("route_not_found", "there is no such path")
+    record_of(request.scope).error_code = answer.code
     return answer.response(dict(error.headers or {}))

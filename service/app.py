@@ -13,6 +13,7 @@ from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
+from service import logs
 from service.api import build_api
 from service.images import DecoderLimits, ImageDecoder
 from service.keys import check_keys_are_named
@@ -34,6 +35,7 @@ class Model(ModelReplica):
     """One engine per replica; ready when it has loaded."""
 
     async def __init__(self, settings: Settings) -> None:
+        logs.configure(settings.log_file)
         ModelReplica.__init__(self, settings)
         await self.start()
 
@@ -52,6 +54,7 @@ class Ingress:
     """HTTP, validation and image decoding."""
 
     def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle | None = None) -> None:
+        logs.configure(settings.log_file)
         self._settings, self._model = settings, RayModelClient(model)
         self._ledger = None if ledger is None else RayLedger(ledger)
         limits = DecoderLimits(
@@ -62,7 +65,7 @@ class Ingress:
         self._decoder = ImageDecoder(workers=settings.image_workers, limits=limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._settings, self._model, self._decoder, ledger=self._ledger)
+        return build_api(self._settings, self._model, self._decoder, ledger=self._ledger, proxied=True)
 
     def __del__(self) -> None:
         self._decoder.close()

@@ -29,12 +29,14 @@ from service.model_client import ModelClient
 from service.model_replica import AnswerStart
 from service.remote_images import RemoteImages
 from service.request_body import read_json_body
+from service.request_record import record_of
 from service.schemas import ChatCompletionRequest
 from service.settings import Settings
 from service.streaming import AnswerHead, Event, completion_json, error_event, event_stream
+from service.tracing import Tracing
 from steering.engines.base import GenerationEnd
 
-log = logging.getLogger("ray.serve")
+log = logging.getLogger(__name__)
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -47,6 +49,7 @@ class ChatService:
     decoder: ImageDecoder
     remote: RemoteImages
     metrics: Metrics
+    tracing: Tracing
     drain: Drain
     access: Access
     ledger: LedgerClient
@@ -78,7 +81,7 @@ class ChatAnswer(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        meter = Meter(self._service.metrics, arrived=time.monotonic())
+        meter = Meter(self._service.metrics, record_of(scope))
         failure: str | None = "cancelled"
         try:
             async with self._service.drain.request():
@@ -106,24 +109,28 @@ class ChatAnswer(Response):
             raise ApiError("request_timeout", f"a request may take {limit:g} s; ask for less, or later") from None
 
     async def _answer(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
-        service, request = self._service, self._request
+        service, request, record = self._service, self._request, record_of(scope)
         caller, settings = scope["state"]["caller"], service.settings
         body = await read_json_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
         chat = parse_chat(body)
-        job = await make_job(
-            chat,
-            request_id=f"chatcmpl-{uuid.uuid4().hex}",
-            strength_header=request.headers.get(STRENGTH_HEADER),
-            settings=settings,
-            decoder=service.decoder,
-            remote=service.remote,
-            caller=caller,
-            admit_images=partial(service.access.admit_images, caller),
-        )
+        with service.tracing.step(record, "images"):
+            job = await make_job(
+                chat,
+                request_id=f"chatcmpl-{uuid.uuid4().hex}",
+                strength_header=request.headers.get(STRENGTH_HEADER),
+                settings=settings,
+                decoder=service.decoder,
+                remote=service.remote,
+                caller=caller,
+                admit_images=partial(service.access.admit_images, caller),
+            )
+        record.completion_id, record.stream = job.request_id, bool(chat.stream)
         for image in job.images:
             meter.count_image(image.width * image.height)
+        meter.submitted()
         async with aclosing(service.model.generate(job)) as answer:
-            start = await anext(answer)
+            with service.tracing.step(record, "queue"):
+                start = await anext(answer)
             assert isinstance(start, AnswerStart)
             meter.started(start.prompt_tokens)
             head = AnswerHead(
@@ -132,16 +139,29 @@ class ChatAnswer(Response):
                 model=chat.model,
                 system_fingerprint=start.system_fingerprint,
             )
-            events = self._observed(answer, meter, caller, job.request_id)
-            n, logprobs = job.sampling.n, bool(chat.logprobs)
-            if not chat.stream:
-                body = await completion_json(head, events, n=n, logprobs=logprobs)
-                await Response(body, media_type="application/json")(scope, receive, send)
-                return
-            include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-            async for chunk in event_stream(head, events, n=n, logprobs=logprobs, include_usage=include_usage):
-                await self._send(send, chunk)
-            await send({"type": "http.response.body", "body": b""})
+            with service.tracing.step(record, "generation"):
+                events = self._observed(answer, meter, caller, job.request_id)
+                await self._write(chat, head, events, scope, receive, send)
+
+    async def _write(
+        self,
+        chat: ChatCompletionRequest,
+        head: AnswerHead,
+        events: AsyncIterator[Event],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """The answer as it comes, or when it is whole."""
+        n, logprobs = chat.n or 1, bool(chat.logprobs)
+        if not chat.stream:
+            body = await completion_json(head, events, n=n, logprobs=logprobs)
+            await Response(body, media_type="application/json")(scope, receive, send)
+            return
+        include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+        async for chunk in event_stream(head, events, n=n, logprobs=logprobs, include_usage=include_usage):
+            await self._send(send, chunk)
+        await send({"type": "http.response.body", "body": b""})
 
     async def _observed(
         self, answer: AsyncIterator, meter: Meter, caller: Caller, answer_id: str

@@ -12,8 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import Access
 from service.errors import ApiError
+from service.request_record import record_of
 
-log = logging.getLogger("ray.serve")
+log = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
@@ -42,9 +43,11 @@ class RequestGuard:
             scope["state"] = {**scope.get("state", {}), "caller": await self._access.admit(scope)}
             await self._app(scope, receive, watched_send)
         except ApiError as error:
+            record_of(scope).error_code = error.code
             await error.response()(scope, receive, send)
         except Exception:
             log.exception("a request failed in a way nobody foresaw")
+            record_of(scope).error_code = "internal_error"
             if not started:
                 await ApiError("internal_error", "the server failed on this request").response()(scope, receive, send)
 

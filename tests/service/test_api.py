@@ -20,6 +20,7 @@ from service.ledger import Ledger
 from service.metrics import Metrics
 from service.remote_images import RemoteImages
 from service.settings import Settings
+from service.tracing import Tracing
 from steering.engines.base import Health
 from tests.service.examples import ScriptedModel, body, delta, end, image_part, user
 
@@ -271,6 +272,7 @@ def test_a_place_is_given_back_after_any_exception() -> None:
         decoder=decoder,
         remote=remote,
         metrics=Metrics(),
+        tracing=Tracing(None),
         drain=Drain(None, 0),
         access=Access(None, Ledger()),
         ledger=Ledger(),

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import Meter, Metrics
+from service.request_record import RequestRecord
 from tests.service.examples import delta, end
 
 
@@ -20,13 +21,16 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
-def run(metrics: Metrics, *events, failure: str | None = None, ago_s: float = 0.0) -> None:
-    meter = Meter(metrics, arrived=time.monotonic() - ago_s)
+def run(metrics: Metrics, *events, failure: str | None = None, ago_s: float = 0.0) -> RequestRecord:
+    record = RequestRecord(request_id="r", method="POST", arrived=time.monotonic() - ago_s)
+    meter = Meter(metrics, record)
     if events:
         meter.started(prompt_tokens=20)
     for event in events:
         meter.observe(event)
     meter.finished(failure)
+    metrics.count_response(record)
+    return record
 
 
 def test_a_steered_answer(metrics: Metrics) -> None:
@@ -79,7 +83,7 @@ def test_tokens_of_an_answer_that_never_ended_are_counted(metrics: Metrics, fail
 
 
 def test_images(metrics: Metrics) -> None:
-    meter = Meter(metrics, arrived=time.monotonic())
+    meter = Meter(metrics, RequestRecord(request_id="r", method="POST"))
     meter.count_image(100)
     meter.count_image(50)
     assert value(metrics, "vlsae_images_total") == 2
