@@ -10,17 +10,17 @@ from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_a_cluster_does
 
 from service.app import build_application
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 
 def test_a_cluster_s_args_are_settings() -> None:
-    args = {"model": "/models/tiny", "artifact": "/a", "max_choices": 3, "max_ongoing_requests": 7}
+    args = {"model": "/models/tiny", "artifact": "/a", "max_choices": 3, "allow_anonymous": True}
     assert isinstance(build_as_a_cluster_does(build_application, args), Application)
 
 
 @pytest.mark.parametrize(("args", "gpus"), [({"device": "cuda", "tensor_parallel_size": 2}, 2), ({"device": "cpu"}, 0)])
 def test_a_model_gets_the_gpus_it_computes_with(args: dict, gpus: int) -> None:
-    application = build_application(Settings(engine="vllm", **args))
+    application = build_application(Settings(engine="vllm", allow_anonymous=True, **args))
     _settings, model = cast(tuple[Any, Any], application._bound_deployment.init_args)
     assert model._bound_deployment.ray_actor_options["num_gpus"] == gpus
 
@@ -29,3 +29,20 @@ def test_a_model_gets_the_gpus_it_computes_with(args: dict, gpus: int) -> None:
 def test_wrong_args_are_refused(args: dict) -> None:
     with pytest.raises(ValidationError):
         build_as_a_cluster_does(build_application, args)
+
+
+def test_a_cluster_needs_keys_unless_it_says_otherwise() -> None:
+    """A cluster's build does not know who can reach it. The file need not be where the application is built."""
+    with pytest.raises(SettingsError, match="--keys-file: .*--allow-anonymous"):
+        build_application(Settings())
+    assert isinstance(build_application(Settings(keys_file="/secrets/keys.json")), Application)
+
+
+@pytest.mark.parametrize(("replicas", "shared"), [(1, 0), (3, 1)])
+def test_several_ingress_replicas_share_a_ledger(replicas: int, shared: int) -> None:
+    application = build_application(Settings(allow_anonymous=True, ingress_replicas=replicas))
+    _settings, _model, *ledgers = cast(tuple[Any, ...], application._bound_deployment.init_args)
+    assert len(ledgers) == shared
+    for ledger in ledgers:
+        assert ledger._bound_deployment.num_replicas == 1
+        assert ledger._bound_deployment.ray_actor_options["num_cpus"] == 0
