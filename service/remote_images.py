@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from ssl import SSLContext
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import httpcore
 
@@ -91,6 +91,11 @@ class CheckedConnector(httpcore.AsyncNetworkBackend):
         raise httpcore.ConnectError("no address answers")
 
 
+def tcp_connector() -> httpcore.AsyncNetworkBackend:
+    """What really connects. httpcore hides its type where anyio is not installed; here it is."""
+    return cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
+
+
 class ByteBudget:
     """What all images of one request may still take together."""
 
@@ -129,7 +134,7 @@ class RemoteImages:
 
     @cached_property
     def _backend(self) -> CheckedConnector:
-        return CheckedConnector(self._resolve or SystemResolver(), self._connector or httpcore.AnyIOBackend())
+        return CheckedConnector(self._resolve or SystemResolver(), self._connector or tcp_connector())
 
     @cached_property
     def _tls(self) -> SSLContext:
@@ -182,7 +187,7 @@ class RemoteImages:
         self, pool: httpcore.AsyncConnectionPool, url: RemoteUrl, field: str, budget: ByteBudget
     ) -> bytes:
         address = httpcore.URL(scheme=b"https", host=url.host.encode(), port=PORT, target=url.target.encode())
-        headers = {"Host": url.host, "Accept": ", ".join(MEDIA_TYPES), "Accept-Encoding": "identity"}
+        headers = [("Host", url.host), ("Accept", ", ".join(MEDIA_TYPES)), ("Accept-Encoding", "identity")]
         try:
             async with pool.stream("GET", address, headers=headers) as response:
                 check_head(response, self._max_image_bytes)
