@@ -23,6 +23,7 @@ from service import proxy_edge
 from service.draining import drain
 from service.example import curl_command
 from service.keys import load_keys, without_keys_on_loopback
+from service.machine_metrics import FOLDER_VARIABLE
 from service.model_replica import ModelStatus
 from service.settings import Settings, SettingsError, check_installation, parse_settings
 from steering.local_ray import private_ray, short_folder
@@ -128,6 +129,7 @@ def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
     say("starting Ray ...")
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = proxy_edge.IMPORT_PATH
     with tempfile.TemporaryDirectory(prefix="vlsae-run-", dir=short_folder()) as folder:
+        os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
         with private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
