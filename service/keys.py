@@ -252,7 +252,8 @@ def main(arguments: list[str]) -> int:
         append_key(file, key)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        print(f"error: --{first['loc'][0]}: {first['msg']}", file=sys.stderr)
+        option = [step for step in first["loc"] if isinstance(step, str)][-1].replace("_", "-")
+        print(f"error: --{option}: {first['msg']}", file=sys.stderr)
         return 2
     except KeyFileError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -55,5 +55,5 @@ class LoadEstimate:
         return (now - since) / max(len(self._ended), 1)
 
     def _forget_before(self, since: float) -> None:
-        while self._ended and self._ended[0] < since:
+        while self._ended and self._ended[0] <= since:
             self._ended.popleft()

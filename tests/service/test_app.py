@@ -33,7 +33,7 @@ def test_wrong_args_are_refused(args: dict) -> None:
 
 def test_a_cluster_needs_keys_unless_it_says_otherwise() -> None:
     """A cluster's build does not know who can reach it. The file need not be where the application is built."""
-    with pytest.raises(SettingsError, match="--keys-file: .*--allow-anonymous"):
+    with pytest.raises(SettingsError, match=r"--keys-file: .*--allow-anonymous"):
         build_application(Settings())
     assert isinstance(build_application(Settings(keys_file="/secrets/keys.json")), Application)
 
