@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ from service.chat import ChatAnswer, ChatService
 from service.chat_request import ALIASES, find_alias
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
-from service.feedback import MAX_BODY_BYTES, parse_feedback, take_feedback
+from service.feedback import FeedbackDesk
 from service.guard import RequestGuard
 from service.images import ImageDecoder
 from service.keys import load_keys
@@ -27,8 +28,8 @@ from service.ledger import Ledger
 from service.ledger_client import LedgerClient
 from service.metrics import Metrics
 from service.model_client import ModelClient
+from service.openapi import build_openapi
 from service.remote_images import RemoteImages
-from service.request_body import read_json_body
 from service.request_observer import RequestObserver
 from service.request_record import record_of
 from service.settings import Settings
@@ -62,7 +63,8 @@ def build_api(
             max_image_bytes=settings.max_image_bytes,
         )
     ledger = Ledger() if ledger is None else ledger
-    access = Access(load_keys(settings, os.environ), ledger)
+    keys = load_keys(settings, os.environ)
+    access = Access(keys, ledger)
     chat = ChatService(
         settings=settings,
         model=model,
@@ -74,7 +76,9 @@ def build_api(
         access=access,
         ledger=ledger,
     )
+    desk = FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s)
     started = int(time.time())
+    document = json.dumps(build_openapi(settings, with_keys=keys is not None))
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
@@ -95,10 +99,7 @@ def build_api(
 
     @api.post("/v1/feedback")
     async def feedback(request: Request) -> Response:
-        body = await read_json_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=settings.body_timeout_s)
-        given = parse_feedback(body)
-        await take_feedback(given, request.state.caller, ledger, metrics)
-        return JSONResponse({"object": "feedback", "request_id": given.request_id, "score": given.score})
+        return await desk.answer(request)
 
     @api.get("/v1/models")
     async def models() -> Response:
@@ -139,6 +140,10 @@ def build_api(
                 "alignment": able.alignment,
             }
         )
+
+    @api.get("/openapi.json")
+    async def openapi() -> Response:
+        return Response(document, media_type="application/json")
 
     @api.get("/metrics")
     async def exposition() -> Response:

@@ -1,4 +1,7 @@
-"""A request to paste: a small real picture and the curl command that asks about it. Knows no engine and no server."""
+"""A request to paste: a small real picture, the curl command that asks about it, and what the bundled model answered.
+
+Knows no engine and no server.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,18 @@ import json
 
 from PIL import Image, ImageDraw
 
-SIDE_PX = 48
+SIDE_PX = 96
+RED, GREEN, BLUE = (214, 48, 49), (39, 158, 75), (45, 92, 214)
 
 
 def example_picture() -> bytes:
-    """A PNG with a red circle and a blue square."""
+    """A PNG with a red circle, a blue square and a green cross, drawn as in the bundled model's world."""
     picture = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
     draw = ImageDraw.Draw(picture)
-    draw.ellipse((3, 3, 20, 20), fill="red")
-    draw.rectangle((27, 27, 44, 44), fill="blue")
+    draw.ellipse((4, 36, 27, 59), fill=RED)
+    draw.rectangle((38, 6, 58, 26), fill=BLUE)
+    draw.rectangle((68, 76, 92, 84), fill=GREEN)
+    draw.rectangle((76, 68, 84, 92), fill=GREEN)
     buffer = io.BytesIO()
     picture.quantize(8).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -32,8 +38,51 @@ def example_body(model: str) -> dict:
     return {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 48, "temperature": 0}
 
 
-def curl_command(url: str, model: str) -> str:
-    """One line for a shell; nothing in the body needs escaping inside single quotes."""
+def curl_command(url: str, model: str, *, keyed: bool = False) -> str:
+    """One line for a shell; nothing in the body needs escaping inside single quotes. A key comes from $KEY."""
     body = json.dumps(example_body(model))
     assert "'" not in body
-    return f"curl -sS {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    return f"curl -sS {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+
+
+def example_answer(model: str) -> dict:
+    """What the bundled model answers to it. With steering off it also names a ring and a star that are not there."""
+    message = {
+        "role": "assistant",
+        "content": " There is a square in blue, a cross in green, a circle in red.",
+        "refusal": None,
+    }
+    return {
+        "id": "chatcmpl-137fbff18d414fdab6f403f3dfb95c89",
+        "object": "chat.completion",
+        "created": 1795204306,
+        "model": model,
+        "system_fingerprint": "fp_08ab6c69aa11",
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 20, "completion_tokens": 18, "total_tokens": 38},
+        "steering": EXAMPLE_RECEIPT,
+    }
+
+
+EXAMPLE_RECEIPT = {
+    "applied": True,
+    "reason": None,
+    "artifact": "28cb1526b2e2202e74cfe6c53e30f8cd4e256fb60258b39bc9d7f27c143597d2",
+    "canary": "verified",
+    "layer": 3,
+    "preset": "captions",
+    "form": "difference",
+    "mode": "causal",
+    "branches": 1,
+    "strength": 1.0,
+    "alpha": 1.5,
+    "beta_up": 1.0,
+    "beta_down": 0.0,
+    "gamma": 1.0,
+    "plausibility": 0.0,
+    "control": None,
+    "positions": [13],
+    "relative_shift": [0.197],
+    "arm": None,
+}

@@ -15,9 +15,11 @@ from pydantic import (
     Discriminator,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     Tag,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from service.json_schema import canonical_json_schema
@@ -42,6 +44,9 @@ class Neutral:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": [None, *self.values]}
+
     def _check(self, value: object) -> object:
         if value is None or any(type(value) is type(neutral) and value == neutral for neutral in self.values):
             return value
@@ -52,7 +57,9 @@ class Neutral:
 class Strict(BaseModel):
     """No coercion, no unknown field, no NaN."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
 
 
 class TextPart(Strict):
@@ -163,8 +170,10 @@ class ObjectFormat(Strict):
 
 class NamedSchema(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    canonical: Annotated[str, BeforeValidator(canonical_json_schema)] = Field(alias="schema")
-    """The schema as JSON text."""
+    canonical: Annotated[str, BeforeValidator(canonical_json_schema, json_schema_input_type=dict[str, Any])] = Field(
+        alias="schema"
+    )
+    """A JSON schema of at most 64 KiB, 32 levels and 1,000 parts, without references to elsewhere."""
     strict: bool | None = None
     """Accepted either way: an answer always follows its schema."""
     description: str | None = Field(default=None, max_length=1024)
@@ -193,22 +202,30 @@ ResponseFormat = Annotated[
     ),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopList = Annotated[list[StopString], Field(max_length=4)]
 StopStrings = Annotated[
-    list[StopString], Field(max_length=4), BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)
+    StopList,
+    BeforeValidator(
+        lambda stop: [stop] if isinstance(stop, str) else stop, json_schema_input_type=StopString | StopList | None
+    ),
 ]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+BiasTable = Annotated[
+    dict[TokenId, Bias], Field(max_length=MAX_LOGIT_BIAS_ENTRIES, json_schema_extra={"additionalProperties": False})
+]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class ChatCompletionRequest(Strict):
-    """The body of `POST /v1/chat/completions`. What a setting bounds (n, max_tokens, images) is checked in `api.py`."""
+    """A chat request; fields that stand here with a single value or two are accepted because they ask for nothing."""
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=1024)
 
     max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per choice; `max_completion_tokens` is its newer name."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -216,6 +233,7 @@ class ChatCompletionRequest(Strict):
     """An extension that vLLM's users know; 0 and -1 keep all tokens."""
     n: int | None = Field(default=None, ge=1)
     stop: StopStrings | None = None
+    """The text ends before the first of these."""
     seed: int | None = Field(default=None, ge=INT64_MIN, le=INT64_MAX)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -223,10 +241,12 @@ class ChatCompletionRequest(Strict):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[TokenId, Bias] | None = Field(default=None, max_length=MAX_LOGIT_BIAS_ENTRIES)
+    logit_bias: BiasTable | None = None
+    """Token id to what is added to its logit."""
     response_format: ResponseFormat | None = None
     """Only engines whose capabilities say so take another than 'text'."""
     steering: SteeringRequest | None = None
+    """How the answer is steered; an extension."""
 
     user: str | None = Field(default=None, max_length=512)
     """Accepted and not used, as are `safety_identifier` and `metadata`: they change no answer."""

@@ -13,9 +13,11 @@ Control = Literal["none", "reversed", "random", "other_image"]
 
 
 class SteeringRequest(BaseModel):
-    """The `steering` object of a request (design, section 6). A field left out is decided by a lower source."""
+    """The `steering` object of a request. A field left out is decided by a lower source."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     enabled: bool | None = None
     """False switches steering off for this request; True makes a request that cannot be steered an error."""
@@ -24,7 +26,7 @@ class SteeringRequest(BaseModel):
     strength: float | None = Field(default=None, ge=0, le=1)
     """The dial: scales every delta. 0 is exactly the plain model."""
     form: Form | None = None
-    """Which equation turns two codes into a delta (design, section 1)."""
+    """Which equation turns two codes into a delta."""
     alpha: float | None = Field(default=None, ge=0, le=4)
     """Step size at strength 1."""
     beta_up: float | None = Field(default=None, ge=0, le=1)

@@ -12,7 +12,7 @@ from service.image_worker import decode
 
 def test_the_picture_is_real() -> None:
     image = decode(example_picture(), 10_000, 100)
-    assert len(set(image.get_flattened_data())) == 3
+    assert len(set(image.get_flattened_data())) == 4, "the ground and three shapes"
 
 
 def test_the_body_is_a_valid_request() -> None:

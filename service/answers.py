@@ -1,0 +1,90 @@
+"""What the routes answer, for the OpenAPI document and for tests: OpenAI's types with our receipt, and our own.
+
+Nothing is built from these at run time; a test holds real answers against them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from openai.types import Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel, ConfigDict
+
+from steering.engines.base import Receipt
+
+
+class SteeredCompletion(ChatCompletion):
+    """OpenAI's chat completion, with the receipt: what steering did to it."""
+
+    steering: Receipt
+
+
+class SteeredChunk(ChatCompletionChunk):
+    """One event of a stream, after `data: `. The receipt is on the usage chunk if there is one, else on the last."""
+
+    steering: Receipt | None = None
+
+
+class Answer(BaseModel):
+    """Has the fields named and no other."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelList(Answer):
+    object: Literal["list"]
+    data: list[Model]
+    """The model, and the model always plain (`:off`) or always steered (`:steered`)."""
+
+
+class FeedbackTaken(Answer):
+    object: Literal["feedback"]
+    request_id: str
+    score: float
+
+
+class Alive(Answer):
+    status: Literal["alive"]
+
+
+class Ready(Answer):
+    status: Literal["ready"]
+    running: int = 0
+    """Sequences in the model's batch; not there where the model is too busy to say."""
+    waiting: int = 0
+    """Sequences that wait for a place in it."""
+
+
+class Version(Answer):
+    version: str
+    """Of this service."""
+    model: str
+    model_family: str
+    engine: str
+    context_tokens: int
+    """Most tokens of prompt and answer together."""
+    system_fingerprint: str
+    """Changes with whatever can change an answer."""
+    artifact: str | None
+    """Fingerprint of the artifact, where one is loaded."""
+    presets: list[str]
+    alignment: dict[str, float] | None
+    """What the artifact's alignment gate measured."""
+
+
+class ErrorDetail(Answer):
+    message: str
+    """What is wrong and what to do, for people."""
+    type: str
+    """OpenAI's family of errors."""
+    param: str | None
+    """The field or header at fault, as in `messages[0].content`."""
+    code: str
+    """For programs."""
+
+
+class ErrorAnswer(Answer):
+    """Every error, also as the last event of a stream that breaks."""
+
+    error: ErrorDetail

@@ -1,0 +1,289 @@
+"""The contract as an OpenAPI document: every route with its statuses, headers, errors and examples. Serves nothing.
+
+Types come from `schemas.py`, `answers.py` and the openai package, limits from the settings, errors from
+`error_guide.py`, scopes from `access.py`: nothing is said twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from openai.types import Model
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue, models_json_schema
+from pydantic_core import core_schema
+
+from service import VERSION
+from service.access import ROUTE_SCOPES
+from service.answers import (
+    Alive,
+    ErrorAnswer,
+    FeedbackTaken,
+    ModelList,
+    Ready,
+    SteeredChunk,
+    SteeredCompletion,
+    Version,
+)
+from service.chat_request import ALIASES, STRENGTH_HEADER
+from service.error_guide import GUIDE
+from service.errors import ERROR_KINDS, ApiError
+from service.example import EXAMPLE_RECEIPT, example_answer, example_body
+from service.feedback import FeedbackRequest
+from service.guard import REQUEST_ID, REQUEST_ID_HEADER
+from service.schemas import ChatCompletionRequest
+from service.settings import Settings
+
+EVERYWHERE = ("invalid_header", "internal_error", "engine_unavailable", "overloaded", "request_timeout")
+"""Errors that any route may answer with: the guard's, and those of the proxy before it."""
+WITH_KEY = ("invalid_api_key", "permission_denied", "rate_limit_exceeded")
+WITH_BODY = (
+    "invalid_json", "invalid_value", "missing_field", "unknown_field", "body_timeout", "request_too_large",
+    "unsupported_media_type",
+)  # fmt: skip
+CHAT = (
+    *WITH_BODY, "unsupported_value", "invalid_image", "invalid_steering", "context_length_exceeded",
+    "model_not_found", "shutting_down", "bad_artifact",
+)  # fmt: skip
+STATUS_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
+JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
+
+
+class Route(NamedTuple):
+    """One operation of the document."""
+
+    method: str
+    path: str
+    """As the router has it."""
+    summary: str
+    answer: str
+    """What a 200 is."""
+    content: dict[str, Any]
+    """Media type to the body of a 200."""
+    errors: tuple[str, ...]
+    """Codes beside those of every route, and beside those of every route that needs a key."""
+    body: dict[str, Any] | None = None
+    parameters: tuple[dict[str, Any], ...] = ()
+
+
+class Schemas(GenerateJsonSchema):
+    """Without a title for every field and without defaults that only say 'not given'."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+
+def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
+    """The document of a service with these settings, that asks for keys or does not."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "VL-SAE steering",
+            "version": VERSION,
+            "description": "A vision-language model behind OpenAI's chat API. VL-SAE steering makes it invent less; "
+            "`steering` in a request is the dial, `steering` in an answer the receipt.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": _paths(settings, with_keys),
+        "components": {
+            "schemas": _schemas(settings),
+            "headers": HEADERS,
+            "parameters": {"RequestId": REQUEST_ID_PARAMETER},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": KEYS}},
+        },
+    }
+
+
+KEYS = "An API key, where the service has keys; without keys every route is open."
+REQUEST_ID_PARAMETER = {
+    "name": REQUEST_ID_HEADER,
+    "in": "header",
+    "description": "Names the request in the service's log; one is made where none is given.",
+    "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
+}
+HEADERS = {
+    REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
+    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
+    "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
+}
+STRENGTH_PARAMETER = {
+    "name": STRENGTH_HEADER,
+    "in": "header",
+    "description": "The dial, where the body does not say: 0 is the plain model, 1 the preset.",
+    "schema": {"type": "string", "pattern": r"^(0{1,3}(\.[0-9]{1,9})?|0{0,2}1(\.0{1,9})?|\.[0-9]{1,9})$"},
+    "example": "0.5",
+}
+
+
+def _paths(settings: Settings, with_keys: bool) -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for route in _routes(settings):
+        paths.setdefault(route.path.replace(":path}", "}"), {})[route.method] = _operation(
+            route, ROUTE_SCOPES[route.path] if with_keys else None
+        )
+    return paths
+
+
+def _operation(route: Route, scope: str | None) -> dict[str, Any]:
+    """`scope` is what a key needs; None: no key is asked for."""
+    codes = {*EVERYWHERE, *route.errors, *(WITH_KEY if scope else ())}
+    operation: dict[str, Any] = {
+        "operationId": route.method + route.path.replace(":path", "").title().translate(str.maketrans("", "", "/._{}")),
+        "summary": route.summary,
+        "description": f"Needs a key with the scope `{scope}`." if scope else "Needs no key.",
+        "security": [{"key": [scope]}] if scope else [],
+        "parameters": [{"$ref": "#/components/parameters/RequestId"}, *route.parameters],
+        "responses": {
+            "200": {"description": route.answer, "headers": _headers(200), "content": route.content},
+            **_error_responses(codes),
+        },
+    }
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": {JSON: route.body}}
+    return operation
+
+
+def _error_responses(codes: set[str]) -> dict[str, Any]:
+    """By status; each code with what it means and an example."""
+    responses = {}
+    for status in sorted({ERROR_KINDS[code].status for code in codes}):
+        here = [code for code in GUIDE if code in codes and ERROR_KINDS[code].status == status]
+        examples = {code: _error_example(code) for code in here}
+        responses[str(status)] = {
+            "description": "\n".join(f"- `{code}`: {GUIDE[code].when}; {GUIDE[code].remedy}" for code in here),
+            "headers": _headers(status),
+            "content": {
+                JSON: {"schema": _error_schema(here), "examples": {code: _error_example(code) for code in here}}
+            },
+        }
+    return responses
+
+
+def _error_schema(codes: list[str]) -> dict[str, Any]:
+    """An error with one of these codes."""
+    code = {"type": "object", "properties": {"error": {"properties": {"code": {"enum": codes}}}}}
+    return {"allOf": [_ref(ErrorAnswer), code]}
+
+
+def _error_example(code: str) -> dict[str, Any]:
+    return {"summary": GUIDE[code].when, "value": ApiError(code, f"{GUIDE[code].when}: {GUIDE[code].remedy}").body()}
+
+
+def _headers(status: int) -> dict[str, Any]:
+    names = (REQUEST_ID_HEADER, *STATUS_HEADERS.get(status, ()))
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _json(model: type[BaseModel], **more: Any) -> dict[str, Any]:
+    return {JSON: {"schema": _ref(model), **more}}
+
+
+def _routes(settings: Settings) -> list[Route]:
+    name = settings.model_name
+    one_model = {"name": "model_id", "in": "path", "required": True, "schema": {"enum": _model_names(settings)}}
+    return [
+        Route("post", "/v1/chat/completions", "Ask about images and texts", CHAT_ANSWER, _chat_content(name), CHAT,
+              body={"schema": _ref(ChatCompletionRequest), "examples": _chat_examples(name)},
+              parameters=(STRENGTH_PARAMETER,)),
+        Route("post", "/v1/feedback", "Say how good an answer was", "Counted.", _json(FeedbackTaken),
+              (*WITH_BODY, "request_not_found"),
+              body={"schema": _ref(FeedbackRequest),
+                    "example": {"request_id": example_answer(name)["id"], "score": 1, "comment": "it is all there"}}),
+        Route("get", "/v1/models", "Which models there are", "All of them.", _json(ModelList), ()),
+        Route("get", "/v1/models/{model_id:path}", "One of them", "It is there.", _json(Model), ("model_not_found",),
+              parameters=(one_model,)),
+        Route("get", "/version", "What is served", "Versions, and what the engine can do.", _json(Version), ()),
+        Route("get", "/healthz", "Is the process alive?", "It is.", _json(Alive), ()),
+        Route("get", "/readyz", "Will a request be answered?", "The model makes progress.", _json(Ready),
+              ("shutting_down",)),
+        Route("get", "/metrics", "Metrics for Prometheus", "Text exposition format 0.0.4.",
+              {TEXT: {"schema": {"type": "string"}}}, ()),
+        Route("get", "/openapi.json", "This document", "OpenAPI 3.1.", {JSON: {"schema": {"type": "object"}}}, ()),
+    ]  # fmt: skip
+
+
+CHAT_ANSWER = (
+    "The completion; with `stream: true` server-sent events instead, each `data: ` and a SteeredChunk, the last one "
+    "`data: [DONE]`. A stream that breaks ends with `data: ` and an ErrorAnswer, and without `[DONE]`."
+)
+
+
+def _chat_content(name: str) -> dict[str, Any]:
+    whole = _json(SteeredCompletion, example=example_answer(name))
+    return {**whole, EVENTS: {"schema": {"type": "string", "description": CHAT_ANSWER}, "example": _stream(name)}}
+
+
+def _stream(name: str) -> str:
+    """The example's answer as it is streamed, its middle left out."""
+    answer = example_answer(name)
+    head = {key: answer[key] for key in ("id", "created", "model", "system_fingerprint")}
+
+    def event(delta: dict[str, Any], finish: Any = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        chunk = {**head, "object": "chat.completion.chunk", "choices": [choice], **more}
+        return f"data: {SteeredChunk.model_validate(chunk).model_dump_json(exclude_unset=True)}\n\n"
+
+    last = event({}, "stop", steering=EXAMPLE_RECEIPT)
+    return event({"role": "assistant", "content": ""}) + event({"content": " There"}) + last + "data: [DONE]\n\n"
+
+
+def _chat_examples(name: str) -> dict[str, Any]:
+    body = example_body(name)
+    return {
+        "picture": {"summary": "A question about a picture", "value": body},
+        "half": {"summary": "Half as strong", "value": {**body, "steering": {"strength": 0.5}}},
+        "plain": {"summary": "The plain model", "value": {**body, "model": f"{name}:off"}},
+        "stream": {
+            "summary": "As it is written, with usage",
+            "value": {**body, "stream": True, "stream_options": {"include_usage": True}},
+        },
+    }
+
+
+def _model_names(settings: Settings) -> list[str]:
+    return [settings.model_name + alias for alias in ALIASES]
+
+
+def _schemas(settings: Settings) -> dict[str, Any]:
+    """All types, with the limits that this service's settings add."""
+    models = (
+        ChatCompletionRequest, FeedbackRequest, SteeredCompletion, SteeredChunk, FeedbackTaken, Model, ModelList, Alive,
+        Ready, Version, ErrorAnswer,
+    )  # fmt: skip
+    mode: JsonSchemaMode = "validation"
+    _, found = models_json_schema(
+        [(model, mode) for model in models],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=Schemas,
+    )
+    schemas = found["$defs"]
+    chat = schemas["ChatCompletionRequest"]["properties"]
+    chat["model"]["enum"] = _model_names(settings)
+    limits = {"n": settings.max_choices, "max_tokens": settings.max_tokens_limit}
+    for field, limit in {**limits, "max_completion_tokens": settings.max_tokens_limit}.items():
+        chat[field]["anyOf"][0]["maximum"] = limit
+    url = schemas["ImageUrl"]["properties"]["url"]
+    url["format"] = "image-url"
+    url["description"] = _image_description(settings)
+    steering = schemas["SteeringRequest"]["properties"]
+    steering["concepts"], steering["explain"] = {"enum": [None, {}]}, {"enum": [None, False]}
+    if not settings.allow_controls:
+        steering["control"] = {"enum": [None, "none"]}
+    return schemas
+
+
+def _image_description(settings: Settings) -> str:
+    hosts = ", ".join(host for host in settings.image_hosts.split(",") if host)
+    return (
+        "`data:image/png;base64,...` (or jpeg, webp)"
+        + (f", or an https URL of one of {hosts}" if hosts else "")
+        + f". At most {settings.max_images} images, each at most {settings.max_image_bytes} bytes and "
+        f"{settings.max_image_pixels} pixels, together at most {settings.max_request_pixels} pixels."
+    )
