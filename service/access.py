@@ -26,8 +26,14 @@ ROUTE_SCOPES: dict[str, keys.Scope | None] = {
     "/metrics": "metrics",
 }
 """Path of a route to the scope that a key needs; None: public. A route that is not here is not reachable."""
-PATTERNS = [(compile_path(path)[0], scope) for path, scope in ROUTE_SCOPES.items()]
+PATTERNS = [(compile_path(path)[0], path) for path in ROUTE_SCOPES]
 BEARER = re.compile(r"bearer +([!-~]{1,1024})", re.IGNORECASE)
+
+
+def find_route(scope: Scope) -> str | None:
+    """The entry of ROUTE_SCOPES that a request's path belongs to."""
+    path = get_route_path(scope)
+    return next((route for pattern, route in PATTERNS if pattern.match(path)), None)
 
 
 class Access:
@@ -37,14 +43,13 @@ class Access:
         """Without a key ring everybody may do everything."""
         self._keys, self._ledger = key_ring, ledger
 
-    async def admit(self, scope: Scope) -> Caller:
+    async def admit(self, route: str | None, headers: Headers) -> Caller:
         """The caller of a request that may be answered. Raises ApiError: without a key the same for every path."""
-        path = get_route_path(scope)
-        needed = next((needed for pattern, needed in PATTERNS if pattern.match(path)), "unknown")
-        if needed is None:
+        needed = None if route is None else ROUTE_SCOPES[route]
+        if route is not None and needed is None:
             return ANYBODY
-        caller = ANYBODY if self._keys is None else authenticate(self._keys, Headers(scope=scope))
-        if needed == "unknown":
+        caller = ANYBODY if self._keys is None else authenticate(self._keys, headers)
+        if route is None:
             raise ApiError("route_not_found", "there is no such path")
         if needed not in caller.scopes:
             raise ApiError("permission_denied", f"this path needs a key with the scope '{needed}'")

@@ -36,6 +36,7 @@ async def make_job(
     alias = find_alias(request.model, settings.model_name)
     steering = merge_steering(request.steering, strength_header, alias, settings)
     check_limits(request, settings)
+    check_scopes(request, caller)
     return ChatJob(
         request_id=request_id,
         turns=turns_of(request),
@@ -100,6 +101,17 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
             raise ApiError("invalid_value", f"{name}: at most {settings.max_tokens_limit} are allowed", param=name)
     if len(image_parts(request)) > settings.max_images:
         raise ApiError("invalid_value", f"messages: at most {settings.max_images} images are allowed", param="messages")
+
+
+def check_scopes(request: ChatCompletionRequest, caller: Caller) -> None:
+    """What not every key may ask for."""
+    control = request.steering and request.steering.control
+    if control not in (None, "none") and "evaluate" not in caller.scopes:
+        raise ApiError(
+            "permission_denied",
+            "steering.control: needs a key with the scope 'evaluate'",
+            param="steering.control",
+        )
 
 
 def sampling_of(request: ChatCompletionRequest) -> Sampling:

@@ -92,7 +92,10 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(math.ceil(self.retry_after_s))} if self.status in (429, 503) else {}
+        """What a client needs besides the body: when to come back, how to say who it is."""
+        if self.status in (429, 503):
+            return {"Retry-After": str(math.ceil(self.retry_after_s))}
+        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
     def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers={**(headers or {}), **self.headers()})

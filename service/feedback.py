@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Annotated
 
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import ApiError, from_validation_error
@@ -12,10 +14,13 @@ from service.keys import Caller
 from service.ledger import AnswerLabels
 from service.ledger_client import LedgerClient
 from service.metrics import Metrics
+from service.request_body import read_json_body
 from steering.engines.base import Receipt
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * 1024
+MAX_AT_ONCE = 32
+"""Requests; so many slow senders must not take the places of health checks."""
 STRENGTH_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """A strength is counted under the smallest of these that is not below it."""
 
@@ -41,18 +46,38 @@ def parse_feedback(body: bytes) -> FeedbackRequest:
         raise from_validation_error(error) from None
 
 
-async def take_feedback(request: FeedbackRequest, caller: Caller, ledger: LedgerClient, metrics: Metrics) -> None:
-    """Count it, once per answer and from its own caller only; else an ApiError that does not say which of it was."""
-    labels = await ledger.claim_answer(request.request_id, caller.name)
-    if labels is None:
-        raise ApiError(
-            "request_not_found",
-            "request_id: no answer that you were given has this id, or feedback on it was sent before, or it is more "
-            "than an hour old",
-            param="request_id",
-        )
-    metrics.feedback.labels(**labels._asdict()).observe(request.score)
-    log.info("feedback %s: score %g, %s", request.request_id, request.score, labels)
+class FeedbackDesk:
+    """Takes feedback, once per answer and from its own caller only."""
+
+    def __init__(self, ledger: LedgerClient, metrics: Metrics, *, body_timeout_s: float) -> None:
+        self._ledger, self._metrics, self._body_timeout_s = ledger, metrics, body_timeout_s
+        self._busy = 0
+
+    async def answer(self, request: Request) -> Response:
+        """Raises ApiError."""
+        if self._busy >= MAX_AT_ONCE:
+            raise ApiError("overloaded", "too much feedback at once; try again later")
+        self._busy += 1
+        try:
+            body = await read_json_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=self._body_timeout_s)
+            given = parse_feedback(body)
+            await self._take(given, request.state.caller)
+        finally:
+            self._busy -= 1
+        return JSONResponse({"object": "feedback", "request_id": given.request_id, "score": given.score})
+
+    async def _take(self, given: FeedbackRequest, caller: Caller) -> None:
+        labels = await self._ledger.claim_answer(given.request_id, caller.name)
+        if labels is None:
+            raise ApiError(
+                "request_not_found",
+                "request_id: no answer that you were given has this id, or feedback on it was sent before, or it is "
+                "more than an hour old",
+                param="request_id",
+            )
+        self._metrics.feedback.labels(**labels._asdict()).observe(given.score)
+        facts = {"completion_id": given.request_id, "key": caller.name or None, "score": given.score}
+        log.info("feedback", extra={"facts": {**facts, **labels._asdict()}})
 
 
 def labels_of(receipt: Receipt) -> AnswerLabels:

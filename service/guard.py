@@ -10,7 +10,7 @@ import re
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access import Access
+from service.access import Access, find_route
 from service.errors import ApiError
 from service.request_record import record_of
 
@@ -39,8 +39,10 @@ class RequestGuard:
             await send(message)
 
         try:
-            check_headers(Headers(scope=scope))
-            scope["state"] = {**scope.get("state", {}), "caller": await self._access.admit(scope)}
+            headers, route = Headers(scope=scope), find_route(scope)
+            record_of(scope).route = route or "unknown"
+            check_headers(headers)
+            scope["state"]["caller"] = await self._access.admit(route, headers)
             await self._app(scope, receive, watched_send)
         except ApiError as error:
             record_of(scope).error_code = error.code
