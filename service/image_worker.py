@@ -9,6 +9,7 @@ Job: `!BIQ` (MEASURE or DECODE, length of the encoded image, most pixels allowed
 """
 
 import io
+import re
 import resource
 import struct
 import sys
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 
 from PIL import Image, ImageFile, ImageOps
 
-OK, NOT_AN_IMAGE, TOO_LARGE, TOO_SMALL, ANIMATED = range(5)
+OK, NOT_AN_IMAGE, TOO_LARGE, TOO_SMALL, ANIMATED, TOO_MANY_SCANS = range(6)
 MEASURE, DECODE = range(2)
 JOB, ANSWER = struct.Struct("!BIQ"), struct.Struct("!BIII")
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -26,6 +27,11 @@ MIN_SIDE_PX = 4
 """Below this, image processors can take a side for the colour channels."""
 MAX_ASPECT_RATIO = 50
 """Processors scale the short side up; the long side of a thread-like image would grow past any limit."""
+MAX_SCANS = 64
+"""Of one JPEG; encoders write about ten. Every scan costs a pass over all pixels, and 40 bytes can ask for one."""
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
+"""The next marker, wherever it is: stuffed bytes and restart markers inside a scan are none."""
+START_OF_SCAN, END_OF_IMAGE = b"\xda", b"\xd9"
 
 
 class Refused(Exception):
@@ -50,7 +56,18 @@ def opened(encoded: bytes, max_pixels: int, max_side: int) -> Iterator[ImageFile
         # A phone's JPEG may carry a second picture for other displays (MPO); the first one is the photograph.
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
             raise Refused(ANIMATED)
+        if image.format in ("JPEG", "MPO") and scans(encoded) > MAX_SCANS:
+            raise Refused(TOO_MANY_SCANS)
         yield image
+
+
+def scans(jpeg: bytes) -> int:
+    """How many scans a decoder will go through, up to one more than are allowed."""
+    count, position = 0, 2
+    while count <= MAX_SCANS and (marker := JPEG_MARKER.search(jpeg, position)) and marker[1] != END_OF_IMAGE:
+        count += marker[1] == START_OF_SCAN
+        position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+    return count
 
 
 def measure(encoded: bytes, max_pixels: int, max_side: int) -> tuple[int, int]:

@@ -104,6 +104,7 @@ class ImageDecoder:
             f"side and sides of 1:{worker.MAX_ASPECT_RATIO} are accepted",
             worker.TOO_SMALL: f"the image is too small; at least {worker.MIN_SIDE_PX} pixels a side are needed",
             worker.ANIMATED: "animated images are not accepted; send one frame",
+            worker.TOO_MANY_SCANS: f"the JPEG has more than {worker.MAX_SCANS} scans; save it again",
         }[status]
 
     def _ask(self, operation: int, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:

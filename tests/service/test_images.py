@@ -16,6 +16,7 @@ from PIL import Image
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder, RgbImage, decode_data_url
 from tests.service.examples import data_url, encoded, picture
+from tests.service.hostile.pictures import jpeg_of_scans
 
 LIMITS = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
 FIELD = "messages[0].content[1].image_url.url"
@@ -224,3 +225,16 @@ def test_urls_that_are_refused(url: str, status: int, says: str) -> None:
     with pytest.raises(ApiError, match=says) as caught:
         decode_data_url(url, field=FIELD, max_bytes=1000)
     assert (caught.value.status, caught.value.param) == (status, FIELD)
+
+
+@pytest.mark.parametrize("hidden", [b"", b"\xff\xfe\x00\x06\xff\xd9\xff\xd9"], ids=["", "behind an end in a comment"])
+async def test_a_jpeg_that_asks_for_the_same_pass_again_and_again(decoder: ImageDecoder, hidden: bytes) -> None:
+    whole = jpeg_of_scans(65, size=(64, 64))
+    with pytest.raises(ApiError, match="more than 64 scans"):
+        await decode(decoder, whole[:2] + hidden + whole[2:])
+    few = jpeg_of_scans(20, size=(64, 64))
+    assert (await decode(decoder, few[:2] + hidden + few[2:])).width == 64
+
+
+async def test_a_video_behind_a_photograph_has_no_scans(decoder: ImageDecoder) -> None:
+    assert (await decode(decoder, encoded(picture(), "JPEG") + b"\xff\xda" * 1000)).width == 48
