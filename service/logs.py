@@ -70,12 +70,13 @@ class LineFile(logging.Handler):
 
 
 class JsonLine(logging.Formatter):
-    """time (UTC, RFC 3339), level, logger, message, then what the record carries as `facts`."""
+    """time (UTC, RFC 3339), level, process id, logger, message, then what the record carries as `facts`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
+            "process": record.process,
             "logger": record.name,
             "message": record.getMessage(),
             **getattr(record, "facts", {}),
@@ -90,7 +91,7 @@ def _anatomy(error: BaseException) -> dict[str, object]:
     types, cause = [], error
     while cause is not None and len(types) < 5:
         types.append(f"{type(cause).__module__}.{type(cause).__qualname__}")
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ if cause.__suppress_context__ else cause.__context__
     frames = traceback.extract_tb(error.__traceback__)
     return {"exception": types, "frames": [f"{_short(one.filename)}:{one.lineno} {one.name}" for one in frames[-20:]]}
 

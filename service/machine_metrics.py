@@ -53,7 +53,7 @@ def has_open(pid: int, path: Path) -> bool:
     """Whether a process lives and has the file mapped: a process id may be somebody else's by now."""
     try:
         return path.name in Path(f"/proc/{pid}/maps").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:  # it has ended, or is another user's
         return False
 
 

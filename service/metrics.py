@@ -12,6 +12,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from service.errors import ERROR_KINDS
 from service.machine_metrics import FOLDER_VARIABLE, MachineCollector, metrics_folder
 from service.request_record import RequestRecord
 from steering.engines.base import GenerationEnd, TextDelta
@@ -102,7 +103,8 @@ class Metrics:
         self.empty_answers = Counter(
             "vlsae_empty_answers_total", "Choices without any text.", ["applied"], registry=registry
         )
-
+        for code in ERROR_KINDS:
+            self.rejections.labels(reason=code)  # a rate needs to have seen the zero before the first
         for gauge in (self.in_progress, self.waiting):
             gauge.set(0)  # the file of a dead process with our id may hold another number
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -25,6 +26,7 @@ from steering.errors import SteeringError
 if TYPE_CHECKING:
     from service.conversation import ChatTokenizer
 
+log = logging.getLogger(__name__)
 FINGERPRINTED_BYTES = 1024 * 1024
 """So much of each file of a checkpoint enters its fingerprint: configurations whole, weights by their header."""
 
@@ -107,7 +109,7 @@ class ModelReplica:
         self._fingerprint = system_fingerprint(self._settings, capabilities)
 
     async def generate(self, job: ChatJob) -> AsyncGenerator[AnswerStart | TextDelta | GenerationEnd | ApiError, None]:
-        """A refusal is yielded, not raised: to Ray Serve an exception is a fault of the server."""
+        """A refusal is yielded, not raised, and so is a failure: Ray Serve would log what the exception quotes."""
         try:
             request, prompt_tokens = await asyncio.to_thread(self.prepare, job)
             yield AnswerStart(system_fingerprint=self._fingerprint, prompt_tokens=prompt_tokens)
@@ -118,6 +120,9 @@ class ModelReplica:
             yield from_steering_error(error)
         except ApiError as error:
             yield error
+        except Exception:
+            log.exception("a generation failed in a way nobody foresaw")
+            yield ApiError("internal_error", "the server failed on this request")
         finally:
             self._engine.cancel(job.request_id)
 

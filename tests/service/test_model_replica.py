@@ -107,6 +107,14 @@ async def test_a_refusal_is_an_event(replica: ModelReplica, changes: dict, code:
     assert (refusal.status, refusal.code, refusal.param) == (400, code, param)
 
 
+async def test_a_failure_nobody_foresaw_is_an_event_too(replica: ModelReplica) -> None:
+    broken = dataclasses.replace(job(), images=(RgbImage(PICTURE.width, PICTURE.height, b"too few bytes"),))
+    (failure,) = await events_of(replica, broken)
+    assert isinstance(failure, ApiError)
+    assert failure.code == "internal_error"
+    assert "bytes" not in failure.message
+
+
 async def test_the_bundled_miniature_is_served_by_default() -> None:
     replica = ModelReplica(Settings(device="cpu"))
     await replica.start()
