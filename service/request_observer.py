@@ -47,8 +47,6 @@ class RequestObserver:
                 self._end(record, scope)
 
     def _end(self, record: RequestRecord, scope: Scope) -> None:
-        if "route" in scope:
-            record.route = scope["route"].path
         if "caller" in scope["state"]:
             record.key = scope["state"]["caller"].name or None
         record.duration_s = time.monotonic() - record.arrived
