@@ -38,7 +38,7 @@ class RunningServer:
         return self._log.read_text()
 
     def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, **options)
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "unused", "max_retries": 0, **options})
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=10)

@@ -17,6 +17,7 @@ from service.draining import Drain
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
 from service.ledger import Ledger
+from service.load_estimate import LoadEstimate
 from service.metrics import Metrics
 from service.remote_images import RemoteImages
 from service.settings import Settings
@@ -247,6 +248,16 @@ async def test_too_many_at_once_are_refused_and_places_are_given_back(serve) -> 
     assert (await busy[1]).status_code == 200
     assert await server.metric("vlsae_requests_in_progress") == 0
     assert await server.metric('vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}') == 1
+
+
+@pytest.mark.parametrize("places", [0, 1])
+async def test_how_long_a_refused_client_should_wait_is_estimated(serve, places: int, monkeypatch) -> None:
+    """Whoever refuses it: the ingress that is full, or the queue before the model."""
+    monkeypatch.setattr(LoadEstimate, "retry_after_s", lambda self: 16.2)
+    settings = SETTINGS.model_copy(update={"max_concurrent_requests": places})
+    refused = await serve(ApiError("overloaded", "the queue is full"), settings=settings).chat()
+    assert (refused.status_code, error_of(refused)["code"]) == (503, "overloaded")
+    assert refused.headers["retry-after"] == "17"
 
 
 @pytest.mark.parametrize("stream", [False, True])

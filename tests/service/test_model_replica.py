@@ -68,6 +68,12 @@ async def test_an_answer(replica: ModelReplica) -> None:
     assert end.receipt.applied
 
 
+async def test_tenants_stay_apart(replica: ModelReplica) -> None:
+    """What an engine does with it is tested with the engines."""
+    request, _prompt_tokens = replica.prepare(job(tenant="alice"))
+    assert request.tenant == "alice"
+
+
 async def test_without_max_tokens_the_default_counts(replica: ModelReplica) -> None:
     end = (await events_of(replica, job(max_tokens=None)))[-1]
     assert end.completion_tokens[0] <= 6
