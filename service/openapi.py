@@ -63,6 +63,7 @@ class Route(NamedTuple):
     errors: tuple[str, ...]
     """Codes beside those of every route, and beside those of every route that needs a key."""
     body: dict[str, Any] | None = None
+    links: dict[str, Any] | None = None
     parameters: tuple[dict[str, Any], ...] = ()
 
 
@@ -141,6 +142,8 @@ def _operation(route: Route, scope: str | None) -> dict[str, Any]:
             **_error_responses(codes),
         },
     }
+    if route.links is not None:
+        operation["responses"]["200"]["links"] = route.links
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: route.body}}
     return operation
@@ -155,9 +158,7 @@ def _error_responses(codes: set[str]) -> dict[str, Any]:
         responses[str(status)] = {
             "description": "\n".join(f"- `{code}`: {GUIDE[code].when}; {GUIDE[code].remedy}" for code in here),
             "headers": _headers(status),
-            "content": {
-                JSON: {"schema": _error_schema(here), "examples": {code: _error_example(code) for code in here}}
-            },
+            "content": {JSON: {"schema": _error_schema(here), "examples": examples}},
         }
     return responses
 
@@ -191,7 +192,7 @@ def _routes(settings: Settings) -> list[Route]:
     return [
         Route("post", "/v1/chat/completions", "Ask about images and texts", CHAT_ANSWER, _chat_content(name), CHAT,
               body={"schema": _ref(ChatCompletionRequest), "examples": _chat_examples(name)},
-              parameters=(STRENGTH_PARAMETER,)),
+              links=FEEDBACK_LINK, parameters=(STRENGTH_PARAMETER,)),
         Route("post", "/v1/feedback", "Say how good an answer was", "Counted.", _json(FeedbackTaken),
               (*WITH_BODY, "request_not_found"),
               body={"schema": _ref(FeedbackRequest),
@@ -210,14 +211,43 @@ def _routes(settings: Settings) -> list[Route]:
 
 
 CHAT_ANSWER = (
-    "The completion; with `stream: true` server-sent events instead, each `data: ` and a SteeredChunk, the last one "
-    "`data: [DONE]`. A stream that breaks ends with `data: ` and an ErrorAnswer, and without `[DONE]`."
+    "The completion; with `stream: true` server-sent events instead: chunks, then `[DONE]`. A stream that breaks ends "
+    "with an error, and without `[DONE]`."
 )
+EVENT = {
+    "type": "object",
+    "description": "One server-sent event.",
+    "properties": {
+        "data": {
+            "type": "string",
+            "anyOf": [
+                {"const": "[DONE]"},
+                {
+                    "contentMediaType": JSON,
+                    "contentSchema": {
+                        "anyOf": [
+                            {"$ref": "#/components/schemas/SteeredChunk"},
+                            {"$ref": "#/components/schemas/ErrorAnswer"},
+                        ]
+                    },
+                },
+            ],
+        }
+    },
+    "required": ["data"],
+}
+FEEDBACK_LINK = {
+    "feedback": {
+        "operationId": "postV1Feedback",
+        "description": "The answer's `id` is what feedback on it names.",
+        "requestBody": {"request_id": "$response.body#/id", "score": 1},
+    }
+}
 
 
 def _chat_content(name: str) -> dict[str, Any]:
     whole = _json(SteeredCompletion, example=example_answer(name))
-    return {**whole, EVENTS: {"schema": {"type": "string", "description": CHAT_ANSWER}, "example": _stream(name)}}
+    return {**whole, EVENTS: {"schema": EVENT, "example": _stream(name)}}
 
 
 def _stream(name: str) -> str:
