@@ -22,6 +22,8 @@ from service.errors import ApiError
 
 POLL_S = 0.2
 """A process that answers somebody looks for the file so often."""
+SETTLE_S = 1.0
+"""By then every process has seen the file, be it ever so busy."""
 RETRY_AFTER_S = 5.0
 """By then another replica, or the next start, should be there."""
 
@@ -100,8 +102,8 @@ def share(file: Path) -> IO | None:
 def drain(file: Path, timeout_s: float) -> bool:
     """Make the file and wait until nobody answers anybody; whether that was so within `timeout_s` seconds."""
     file.touch()
+    time.sleep(SETTLE_S)
     deadline = time.monotonic() + timeout_s
-    time.sleep(2 * POLL_S)  # everybody has seen it
     with file.open() as opened:
         while True:
             try:

@@ -1,0 +1,159 @@
+"""The end of a service, in process: who is refused, who may finish, who is cut, and who waits for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from contextlib import aclosing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.api import build_api
+from service.draining import Drain, drain, share
+from service.errors import ApiError
+from service.images import DecoderLimits, ImageDecoder
+from service.settings import Settings
+from steering.engines.base import GenerationEnd, TextDelta
+from tests.service.examples import ScriptedModel, body
+
+SHORT_S, LONG_S = 0.3, 60.0
+
+
+class PatientModel(ScriptedModel):
+    """Answers one token, then goes on when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def generate(self, job):
+        async with aclosing(super().generate(job)) as events:
+            async for event in events:
+                yield event
+                if isinstance(event, TextDelta | GenerationEnd):
+                    self.reached.set()
+                    await self.go_on.wait()
+
+
+class Service:
+    """The API with a drain file that is not there yet."""
+
+    def __init__(self, folder: Path, drain_timeout_s: float) -> None:
+        self.file, self.model = folder / "drain", PatientModel()
+        limits = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
+        settings = Settings(
+            model="/models/tiny",
+            artifact="/a",
+            allow_anonymous=True,
+            drain_file=str(self.file),
+            drain_timeout_s=drain_timeout_s,
+        )
+        api = build_api(settings, self.model, ImageDecoder(workers=1, limits=limits))
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test")
+
+    async def chat(self, **fields) -> httpx.Response:
+        return await self.client.post("/v1/chat/completions", json=body(**fields))
+
+    async def running_chat(self, **fields) -> asyncio.Task[httpx.Response]:
+        asking = asyncio.create_task(self.chat(**fields))
+        await self.model.reached.wait()
+        return asking
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path, SHORT_S)
+
+
+def code_of(response: httpx.Response) -> str:
+    return response.json()["error"]["code"]
+
+
+async def test_who_comes_later_is_refused(service: Service) -> None:
+    service.model.go_on.set()
+    assert (await service.client.get("/readyz")).status_code == 200
+    assert (await service.chat()).status_code == 200
+    service.file.touch()
+    for refused in (await service.client.get("/readyz"), await service.chat()):
+        assert (refused.status_code, code_of(refused)) == (503, "shutting_down")
+        assert int(refused.headers["retry-after"]) >= 1
+    assert (await service.client.get("/healthz")).status_code == 200
+    service.file.unlink()
+    assert (await service.client.get("/readyz")).status_code == 200
+
+
+async def test_a_running_answer_is_finished_and_waited_for(tmp_path: Path) -> None:
+    service = Service(tmp_path, LONG_S)
+    asking = await service.running_chat(stream=True)
+    waiting = asyncio.create_task(asyncio.to_thread(drain, service.file, 10.0))
+    finished_waiting = await asyncio.to_thread(drain, service.file, 0.0)
+    assert not finished_waiting
+    assert not waiting.done()
+    service.model.go_on.set()
+    assert (await asking).text.endswith("data: [DONE]\n\n")
+    assert await waiting
+
+
+async def test_a_stream_that_takes_too_long_ends_with_an_error_event(service: Service) -> None:
+    asking = await service.running_chat(stream=True)
+    service.file.touch()
+    answer = await asking
+    assert answer.status_code == 200
+    last = [block for block in answer.text.split("\n\n") if block][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert service.model.closed == 1
+
+
+async def test_any_other_answer_that_takes_too_long_is_503(service: Service) -> None:
+    asking = await service.running_chat()
+    service.file.touch()
+    answer = await asking
+    assert (answer.status_code, code_of(answer)) == (503, "shutting_down")
+    assert "retry-after" in answer.headers
+
+
+async def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(TimeoutError):
+        async with Drain(None, 0).request():
+            raise TimeoutError
+    with pytest.raises(KeyError):
+        async with Drain("/nowhere", 0).request():
+            raise KeyError
+
+
+async def test_a_second_request_is_bounded_too(tmp_path: Path) -> None:
+    """It arrives while the watch for the first runs."""
+    drain_file = tmp_path / "drain"
+    bounds = Drain(str(drain_file), 0.1)
+
+    async def work() -> str:
+        try:
+            async with bounds.request():
+                await asyncio.Event().wait()
+        except ApiError as error:
+            return error.code
+        raise AssertionError("it cannot end by itself")
+
+    first = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    second = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    drain_file.touch()
+    assert await asyncio.gather(first, second) == ["shutting_down"] * 2
+
+
+def test_the_command_waits_for_another_process_and_says_when_it_gave_up(tmp_path: Path) -> None:
+    file = tmp_path / "drain"
+    command = [sys.executable, "-m", "service.draining", str(file), "--timeout-s", "0.1"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    lock = share(file)
+    assert lock is not None
+    with lock:
+        gave_up = subprocess.run(command, capture_output=True, text=True)
+    assert gave_up.returncode == 1
+    assert gave_up.stderr == "requests are still running after 0.1 s\n"
+    assert share(tmp_path / "other") is None

@@ -1,0 +1,160 @@
+"""What clients see of Serve's own answers, lost replicas, their own slowness and their own haste. Real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import uvicorn
+from ray.serve._private.http_util import RequestIdMiddleware, convert_object_to_asgi_messages
+from starlette.types import Receive, Scope, Send
+
+from service.proxy_edge import ProxyEdge, middlewares
+
+WRITE_TIMEOUT_S = 0.5
+LINGER_S = 0.5
+PIECE = b"x" * 1_000_000
+DISCONNECTED: list[str] = []
+
+
+async def serve_like(scope: Scope, receive: Receive, send: Send) -> None:
+    """By path: how Serve's proxy behaves in the cases it does not answer well."""
+    path = scope["path"].rpartition("/")[2]
+    if path.isdigit():
+        for message in convert_object_to_asgi_messages("Path '/' not found. Ping ...", status_code=int(path)):
+            await send(message)
+    elif path in ("stream", "json", "metrics"):
+        kind = {"stream": b"text/event-stream; charset=utf-8", "json": b"application/json", "metrics": b"text/plain"}
+        headers = [(b"content-type", kind[path])]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": path != "metrics"})
+    elif path == "endless":
+        await endless(receive, send)
+    elif path == "refused":
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+    elif path == "echo":
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"thanks"})
+
+
+async def endless(receive: Receive, send: Send) -> None:
+    """Sends until its client has gone, as the proxy does: it looks for that between two messages."""
+    await receive()
+    leaving = asyncio.ensure_future(receive())
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while not leaving.done():
+        await send({"type": "http.response.body", "body": PIECE, "more_body": True})
+        await asyncio.sleep(0)
+    DISCONNECTED.append(leaving.result()["type"])
+
+
+@pytest.fixture
+async def url() -> AsyncIterator[str]:
+    edge = ProxyEdge(RequestIdMiddleware(serve_like), write_timeout_s=WRITE_TIMEOUT_S, linger_s=LINGER_S)
+    server = uvicorn.Server(uvicorn.Config(edge, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
+    running = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.force_exit = server.should_exit = True
+    await running
+
+
+async def get(url: str, **options) -> httpx.Response:
+    async with httpx.AsyncClient() as client:
+        return await client.get(url, **options)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("404", 503, "engine_unavailable"),
+        ("408", 503, "request_timeout"),
+        ("429", 503, "overloaded"),
+        ("503", 503, "overloaded"),
+        ("500", 503, "engine_unavailable"),
+        ("nothing", 503, "engine_unavailable"),
+        ("-/routes", 404, "route_not_found"),
+    ],
+)
+async def test_serve_s_own_answers_become_ours(url: str, path: str, status: int, code: str) -> None:
+    answer = await get(f"{url}/{path}", headers={"x-request-id": "mine"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, code)
+    assert set(error) == {"message", "type", "param", "code"}
+    assert ("retry-after" in answer.headers) == (status == 503)
+    assert answer.headers.get_list("x-request-id") == ["mine"]
+    assert "Ping" not in answer.text
+
+
+async def test_kuberay_s_probe_and_our_metrics_are_left_alone(url: str) -> None:
+    assert (await get(f"{url}/metrics")).text == "data: {}\n\n"
+    edge = ProxyEdge(serve_like)
+    sent = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    await edge({"type": "http", "path": "/-/healthz", "headers": []}, send, send)  # pyright: ignore[reportArgumentType]
+    assert sent == []
+
+
+async def test_a_stream_that_lost_its_replica_ends_with_an_error_event(url: str) -> None:
+    answer = await get(f"{url}/stream")
+    first, last, rest = answer.text.split("\n\n")
+    assert (first, rest) == ("data: {}", "")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+
+
+async def test_any_other_answer_that_lost_it_is_not_taken_for_complete(url: str) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        await get(f"{url}/json")
+
+
+async def raw(url: str, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]), limit=2**10)
+    writer.write(request)
+    await writer.drain()
+    return reader, writer
+
+
+async def test_a_client_that_takes_nothing_has_gone(url: str) -> None:
+    DISCONNECTED.clear()
+    _reader, writer = await raw(url, b"GET /endless HTTP/1.1\r\nhost: a\r\n\r\n")
+    async with asyncio.timeout(20):
+        while not DISCONNECTED:
+            await asyncio.sleep(0.05)
+    assert DISCONNECTED == ["http.disconnect"]
+    writer.close()
+
+
+async def test_a_client_that_was_refused_gets_its_answer_and_cannot_go_on_sending(url: str) -> None:
+    head = b"POST /refused HTTP/1.1\r\nhost: a\r\ncontent-length: 100000000\r\ncontent-type: application/json\r\n\r\n"
+    reader, writer = await raw(url, head + b"x" * 10)
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413")
+    async with asyncio.timeout(20):  # it trickles on, and the connection is closed
+        while not writer.is_closing():
+            writer.write(b"x")
+            await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_has_sent_everything_keeps_its_connection(url: str) -> None:
+    request = b"POST /echo HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n{}"
+    reader, writer = await raw(url, request)
+    for _ in range(2):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"connection: close" not in head
+        await reader.readuntil(b"0\r\n\r\n")
+        writer.write(request)
+    writer.close()
+
+
+def test_serve_takes_what_it_is_given() -> None:
+    from ray.serve._private.http_util import validate_http_proxy_callback_return
+
+    assert validate_http_proxy_callback_return(middlewares())
