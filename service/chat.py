@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
 from service.access import Access
+from service.body_structure import check_structure
 from service.chat_request import STRENGTH_HEADER, make_job
 from service.draining import Drain
 from service.errors import ApiError, from_validation_error
@@ -198,6 +199,7 @@ class ChatAnswer(Response):
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:
     """Raises ApiError naming the first field at fault."""
+    check_structure(body)
     try:
         return ChatCompletionRequest.model_validate_json(body)
     except ValidationError as error:

@@ -101,11 +101,11 @@ UserPart = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")], _unknown_part("'text' or 'image_url'")
 ]
 UserContent = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[UserPart], Field(min_length=1), Tag("<parts>")],
+    Annotated[str, Tag("<text>")] | Annotated[list[UserPart], Field(min_length=1, fail_fast=True), Tag("<parts>")],
     Discriminator(_content_tag),
 ]
 TextContent = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<parts>")],
+    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<parts>")],
     Discriminator(_content_tag),
 ]
 

@@ -186,7 +186,7 @@ def test_numbers_that_are_none(number: bytes) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"null", b"[]", b'"x"', b"\xff", b"[" * 100_000, b'{"a":' + b"1" * 5000 + b"}", b'{"a":"\\ud800"}'],
+    [b"", b"{", b"null", b"[]", b'"x"', b"\xff", b"[" * 10_000, b'{"a":' + b"1" * 5000 + b"}", b'{"a":"\\ud800"}'],
 )
 def test_what_is_not_a_json_object(content: bytes) -> None:
     assert refused(content).status == 400

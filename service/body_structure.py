@@ -1,0 +1,24 @@
+"""How many values a JSON body holds, counted before anything is made of it. Knows no field and does not parse.
+
+A validator says everything that is wrong: 20 MB of `1,1,1,...` in the wrong place took minutes and 14 GB to refuse.
+"""
+
+from __future__ import annotations
+
+import re
+
+from service.errors import ApiError
+
+MAX_TOKENS = 50_000
+"""Strings, commas and opening brackets of one body. The longest conversation that is allowed has about 30,000."""
+TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)
+"""A string, to its end or the body's, or what stands before one more value."""
+
+
+def check_structure(body: bytes) -> None:
+    """Raises ApiError for a body of too many values; how long its strings are does not matter here."""
+    if sum(map(body.count, (b",", b"[", b"{"))) <= MAX_TOKENS // 4:
+        return  # each is followed by two strings at most; counting bytes costs next to nothing for large images
+    for count, _ in enumerate(TOKEN.finditer(body), start=1):
+        if count > MAX_TOKENS:
+            raise ApiError("request_too_large", f"the body may have at most {MAX_TOKENS} names, values and brackets")
