@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from starlette.datastructures import Headers
-from starlette.routing import compile_path, get_route_path
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from service import keys
@@ -26,14 +26,15 @@ ROUTE_SCOPES: dict[str, keys.Scope | None] = {
     "/metrics": "metrics",
 }
 """Path of a route to the scope that a key needs; None: public. A route that is not here is not reachable."""
-PATTERNS = [(compile_path(path)[0], path) for path in ROUTE_SCOPES]
 BEARER = re.compile(r"bearer +([!-~]{1,1024})", re.IGNORECASE)
 
 
 def find_route(scope: Scope) -> str | None:
-    """The entry of ROUTE_SCOPES that a request's path belongs to."""
-    path = get_route_path(scope)
-    return next((route for pattern, route in PATTERNS if pattern.match(path)), None)
+    """The path of the application's route that a request is for, as in ROUTE_SCOPES; methods are the route's matter."""
+    for route in scope["app"].routes:
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+            return route.path if route.path in ROUTE_SCOPES else None
+    return None
 
 
 class Access:
@@ -45,12 +46,12 @@ class Access:
 
     async def admit(self, route: str | None, headers: Headers) -> Caller:
         """The caller of a request that may be answered. Raises ApiError: without a key the same for every path."""
-        needed = None if route is None else ROUTE_SCOPES[route]
-        if route is not None and needed is None:
+        if route is not None and ROUTE_SCOPES[route] is None:
             return ANYBODY
         caller = ANYBODY if self._keys is None else authenticate(self._keys, headers)
         if route is None:
             raise ApiError("route_not_found", "there is no such path")
+        needed = ROUTE_SCOPES[route]
         if needed not in caller.scopes:
             raise ApiError("permission_denied", f"this path needs a key with the scope '{needed}'")
         await self._charge(caller, {"requests": 1})

@@ -20,6 +20,7 @@ from service.api import build_api
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
 from service.ledger import Ledger
+from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.examples import ScriptedModel, body, delta, encoded, end, image_part, picture, user
 from tests.service.test_ledger import Clock
@@ -94,15 +95,24 @@ def code_of(response: httpx.Response) -> str:
 def metric_of(service: Service, name: str, **labels: str) -> float:
     """A sample that the service counted."""
     [metrics] = [one.kwargs["metrics"] for one in service.api.user_middleware if "metrics" in one.kwargs]
+    assert isinstance(metrics, Metrics)
     return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 def test_every_route_says_who_may_ask(service: Service) -> None:
-    assert all(type(route) is Route or hasattr(route, "methods") for route in service.api.routes), (
-        "no sockets, no mounts"
-    )
-    assert {route.path for route in service.api.routes} == set(ROUTE_SCOPES)
+    paths = {route.path for route in service.api.routes if isinstance(route, Route)}
+    assert len(paths) == len(service.api.routes), "no sockets, no mounts"
+    assert paths == set(ROUTE_SCOPES)
     assert {path for path, scope in ROUTE_SCOPES.items() if scope is None} == PUBLIC
+
+
+async def test_a_route_that_says_nothing_is_not_reachable(service: Service) -> None:
+    @service.api.get("/forgotten")
+    async def forgotten() -> str:
+        pytest.fail("it was reached")
+
+    assert (await service.ask("GET", "/forgotten")).status_code == 401
+    assert (await service.ask("GET", "/forgotten", "other")).status_code == 404
 
 
 @pytest.mark.parametrize("path", [*SCOPES, "/v1/models/tiny", "/v1/models/", "/nowhere", "/", "/docs", "/healthz/"])
@@ -150,7 +160,7 @@ async def test_with_a_key_a_path_that_does_not_exist_is_404(service: Service, pa
     ],
 )  # fmt: skip
 async def test_keys_are_not_guessed_at(service: Service, header: str) -> None:
-    headers = {"authorization": header.encode("latin-1")}
+    headers = [(b"authorization", header.encode("latin-1"))]
     assert (await service.http.get("/version", headers=headers)).status_code == 401
 
 

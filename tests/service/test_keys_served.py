@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -51,10 +52,10 @@ def folder() -> Iterator[KeyFolder]:
 
 @pytest.fixture(scope="module")
 def keyed(folder: KeyFolder, checkpoint: tuple[Path, Path]) -> Iterator[RunningServer]:
-    """A service with these keys and two ingress replicas."""
+    """A service with these keys and two ingress replicas, not patient with bodies."""
     paths = ("--model", str(checkpoint[0]), "--artifact", str(checkpoint[1]))
-    keys_and_replicas = ("--keys-file", str(folder.file), "--ingress-replicas", "2")
-    running = start_server(*paths, *keys_and_replicas, home=folder.file.parent)
+    options = ("--keys-file", str(folder.file), "--ingress-replicas", "2", "--body-timeout-s", "2")
+    running = start_server(*paths, *options, home=folder.file.parent)
     try:
         yield running
         assert not any(secret in running.log() for secret in folder.secrets.values())
@@ -127,6 +128,18 @@ def test_feedback_reaches_the_replica_that_knows_the_answer(keyed: RunningServer
             for name in ("stranger", "chatter", "chatter")
         ]
         assert statuses == [404, 200, 404]
+
+
+def test_a_body_that_stops_half_way_is_given_up(keyed: RunningServer, folder: KeyFolder) -> None:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {folder.secrets['chatter']}\r\ncontent-length: 100\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", keyed.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(head.encode() + b'{"model"')
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"body_timeout"' in answer
 
 
 def test_keys_are_exchanged_under_way(keyed: RunningServer, folder: KeyFolder) -> None:
