@@ -28,8 +28,11 @@ class Tracing:
 
     @contextmanager
     def request(self, record: RequestRecord, headers: Headers) -> Iterator[None]:
-        """The whole request, continuing the caller's trace where `traceparent` names one."""
-        carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
+        """The whole request, continuing the caller's trace where `traceparent` names one.
+
+        `tracestate` is left out: it is text of the caller's, and would be passed on to the collector.
+        """
+        carrier = {"traceparent": headers["traceparent"]} if "traceparent" in headers else {}
         record.span = self._tracer.start_span(record.method, W3C.extract(carrier), kind=SpanKind.SERVER)
         try:
             yield
