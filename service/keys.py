@@ -197,7 +197,7 @@ def parse_keys(text: bytes, *, source: str) -> KeyFile:
     try:
         return KeyFile.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        first = error.errors(include_url=False)[0]
         place = ".".join(str(step) for step in first["loc"] if first["type"] != "extra_forbidden")
         raise KeyFileError(f"{source}: {place or 'as a whole'}: {first['msg']}") from None
 
