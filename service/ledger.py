@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 MINUTE_S = 60.0
 MAX_ANSWERS = 100_000
+"""They take about 64 MB."""
 ANSWER_LIFETIME_S = 3600.0
 
 

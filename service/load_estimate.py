@@ -31,8 +31,7 @@ class LoadEstimate:
     def begin(self) -> None:
         """A request was admitted."""
         if self._running == 0:
-            self._busy_since = self._clock()
-            self._ended.clear()  # rest says nothing about capacity
+            self._busy_since = self._clock()  # rest says nothing about capacity
         self._running += 1
 
     def end(self) -> None:
