@@ -5,18 +5,16 @@ gets out.
 from __future__ import annotations
 
 import logging
-import re
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import Access, find_route
 from service.errors import ApiError
+from service.request_id import check_request_id
 from service.request_record import record_of
 
 log = logging.getLogger(__name__)
-REQUEST_ID_HEADER = "x-request-id"
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 """Ray Serve's proxy obeys these: with them a client could keep a generation running after it has gone."""
 
@@ -56,13 +54,7 @@ class RequestGuard:
 
 def check_headers(headers: Headers) -> None:
     """Raises ApiError for what a client may not send."""
-    request_id = headers.get(REQUEST_ID_HEADER)
-    if request_id is not None and not REQUEST_ID.fullmatch(request_id):
-        raise ApiError(
-            "invalid_header",
-            f"{REQUEST_ID_HEADER}: at most 128 letters, digits and . _ : - are allowed",
-            param=REQUEST_ID_HEADER,
-        )
+    check_request_id(headers)
     for name in PROXY_HEADERS:
         if name in headers:
             raise ApiError("invalid_header", f"{name}: this header is not accepted", param=name)

@@ -30,7 +30,7 @@ from service.error_guide import GUIDE
 from service.errors import ERROR_KINDS, ApiError
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
 from service.feedback import FeedbackRequest
-from service.guard import REQUEST_ID, REQUEST_ID_HEADER
+from service.request_id import REQUEST_ID, REQUEST_ID_HEADER
 from service.schemas import ChatCompletionRequest
 from service.settings import Settings
 

@@ -1,7 +1,8 @@
 """What stands between a client and Ray Serve's HTTP proxy, in the proxy's own process.
 
-Serve answers in plain text where it has nobody to ask, ends a stream in the middle where a replica is lost, waits for
-ever for a client that takes nothing, and lets one that was refused go on sending. Here each becomes what an OpenAI
+Serve answers in plain text where it has nobody to ask, lets even a probe wait until a lost replica is back, ends a
+stream in the middle where a replica is lost, waits for ever for a client that takes nothing, and lets one that was
+refused go on sending. Here each becomes what an OpenAI
 client understands, or an end. Serve calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows
 no routes but Serve's own, no settings and no model.
 """
@@ -15,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError
+from service.request_id import REQUEST_ID_HEADER, check_request_id, request_id_of
 from service.streaming import error_event
 
 IMPORT_PATH = "service.proxy_edge.middlewares"
@@ -24,6 +26,8 @@ WRITE_TIMEOUT_S = 30.0
 LINGER_S = 2.0
 """How long a refused client may go on sending before the connection is closed: closed at once, it might lose the
 answer."""
+GET_TIMEOUT_S = 5.0
+"""What is only looked up is answered by then, or the process that should have is not there."""
 ROUTE_LIST = "/-/routes"
 RESTART_S = 5.0
 """A replica that was lost is back by then."""
@@ -50,19 +54,46 @@ def refusal(status: int) -> ApiError:
 class ProxyEdge:
     """ASGI middleware around Serve's proxy."""
 
-    def __init__(self, app: ASGIApp, *, write_timeout_s: float = WRITE_TIMEOUT_S, linger_s: float = LINGER_S) -> None:
-        self._app, self._write_timeout_s, self._linger_s = app, write_timeout_s, linger_s
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
+        linger_s: float = LINGER_S,
+        get_timeout_s: float = GET_TIMEOUT_S,
+    ) -> None:
+        self._app, self._write_timeout_s = app, write_timeout_s
+        self._linger_s, self._get_timeout_s = linger_s, get_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] == "/-/healthz":  # KubeRay's probes understand Serve's own answer
             await self._app(scope, receive, send)
             return
+        refused = settle_request_id(scope)
         exchange = _Exchange(scope, receive, send, self._write_timeout_s)
         if scope["path"] == ROUTE_LIST:
-            exchange.refused = ApiError("route_not_found", "there is no such path")
+            refused = ApiError("route_not_found", "there is no such path")
+        if refused is not None:
+            exchange.refused = refused
         else:
+            timer = None
+            if scope["method"] == "GET":
+                timer = asyncio.get_running_loop().call_later(self._get_timeout_s, exchange.give_up)
             await self._app(scope, exchange.receive, exchange.send)
+            if timer is not None:
+                timer.cancel()
         await exchange.finish(self._linger_s)
+
+
+def settle_request_id(scope: Scope) -> ApiError | None:
+    """The request has one id from here on, which Serve logs and returns; what was wrong with the client's, if any."""
+    headers, refused = MutableHeaders(scope=scope), None
+    try:
+        check_request_id(headers)
+    except ApiError as error:
+        refused = error
+    headers[REQUEST_ID_HEADER] = request_id_of(headers)
+    return refused
 
 
 class _Exchange:
@@ -76,14 +107,16 @@ class _Exchange:
         self._started = False
         self._finished = False
         self._streams_events = False
-        self._gone = asyncio.Event()
-        """The client takes nothing any more: for the application it has disconnected."""
+        self._gone = False
+        """The client takes nothing any more."""
+        self._leave = asyncio.Event()
+        """For the application the client has disconnected."""
         self.refused: ApiError | None = None
         """What to say instead of Serve's own answer."""
 
     async def receive(self) -> Message:
-        """The client's next message; its disconnection as soon as it counts as gone."""
-        reading, leaving = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._gone.wait())
+        """The client's next message, or that it has disconnected, as soon as that is decided here."""
+        reading, leaving = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._leave.wait())
         try:
             await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
@@ -109,14 +142,19 @@ class _Exchange:
         if self.refused is None:
             await self._deliver(message)
 
+    def give_up(self) -> None:
+        """Unless an answer has begun: there is nobody to give one."""
+        if not self._started:
+            self.refused = LOST
+            self._leave.set()
+
     async def finish(self, linger_s: float) -> None:
         """After the application: complete what it left open, and let go of a client that still sends."""
-        if self._gone.is_set():
+        if self._gone:
             return
         if not self._started:
             error = self.refused or LOST
-            request_id = Headers(scope=self._scope).get("x-request-id")
-            response = error.response({"x-request-id": request_id} if request_id else None)
+            response = error.response({REQUEST_ID_HEADER: Headers(scope=self._scope)[REQUEST_ID_HEADER]})
             await response(self._scope, self.receive, self._deliver)
         elif not self._finished and self._streams_events:
             await self._deliver({"type": "http.response.body", "body": error_event(LOST)})
@@ -126,7 +164,7 @@ class _Exchange:
 
     async def _deliver(self, message: Message) -> None:
         """To the client, unless it counts as gone. The last message waits where the client has not sent everything."""
-        if self._gone.is_set():
+        if self._gone:
             return
         if message["type"] == "http.response.start":
             self._started = True
@@ -141,7 +179,8 @@ class _Exchange:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._send(message)
         except TimeoutError:
-            self._gone.set()
+            self._gone = True
+            self._leave.set()
 
     async def _linger(self, seconds: float) -> None:
         """Take in and forget what a client sends that has its answer already."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.guard import REQUEST_ID, REQUEST_ID_HEADER
 from service.logs import log_request
 from service.metrics import Metrics
+from service.request_id import REQUEST_ID_HEADER, request_id_of
 from service.request_record import RequestRecord
 from service.tracing import Tracing
 
@@ -30,7 +29,7 @@ class RequestObserver:
             return
         headers = Headers(scope=scope)
         method = scope["method"] if scope["method"] in METHODS else "other"
-        record = RequestRecord(request_id=request_id(headers), method=method)
+        record = RequestRecord(request_id=request_id_of(headers), method=method)
         scope["state"] = {**scope.get("state", {}), "record": record}
 
         async def observed_send(message: Message) -> None:
@@ -52,9 +51,3 @@ class RequestObserver:
         record.duration_s = time.monotonic() - record.arrived
         self._metrics.count_response(record)
         log_request(record)
-
-
-def request_id(headers: Headers) -> str:
-    """The caller's, if it is one that we accept; else a new one."""
-    given = headers.get(REQUEST_ID_HEADER, "")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from service.proxy_edge import ProxyEdge, middlewares
 
-WRITE_TIMEOUT_S = 0.5
-LINGER_S = 0.5
+TIMEOUT_S = 0.5
+GET_TIMEOUT_S = 2.0
 PIECE = b"x" * 1_000_000
 DISCONNECTED: list[str] = []
 
@@ -33,6 +33,9 @@ async def serve_like(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": path != "metrics"})
     elif path == "endless":
         await endless(receive, send)
+    elif path == "silent":
+        while (await receive())["type"] != "http.disconnect":
+            pass
     elif path == "refused":
         await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": b"{}"})
@@ -55,7 +58,9 @@ async def endless(receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 async def url() -> AsyncIterator[str]:
-    edge = ProxyEdge(RequestIdMiddleware(serve_like), write_timeout_s=WRITE_TIMEOUT_S, linger_s=LINGER_S)
+    edge = ProxyEdge(
+        RequestIdMiddleware(serve_like), write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S, get_timeout_s=GET_TIMEOUT_S
+    )
     server = uvicorn.Server(uvicorn.Config(edge, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
     running = asyncio.create_task(server.serve())
     while not server.started:
@@ -79,6 +84,7 @@ async def get(url: str, **options) -> httpx.Response:
         ("503", 503, "overloaded"),
         ("500", 503, "engine_unavailable"),
         ("nothing", 503, "engine_unavailable"),
+        ("silent", 503, "engine_unavailable"),
         ("-/routes", 404, "route_not_found"),
     ],
 )
@@ -90,6 +96,21 @@ async def test_serve_s_own_answers_become_ours(url: str, path: str, status: int,
     assert ("retry-after" in answer.headers) == (status == 503)
     assert answer.headers.get_list("x-request-id") == ["mine"]
     assert "Ping" not in answer.text
+
+
+async def test_a_request_has_one_id_from_the_edge_on(url: str) -> None:
+    for path in ("json", "404", "-/routes"):
+        (made,) = (await get(f"{url}/{path}")).headers.get_list("x-request-id")
+        assert len(made) == 32
+    for wrong in (
+        [("x-request-id", "a b")],
+        [("x-request-id", "a"), ("x-request-id", "b")],
+        [("x-request-id", "\xff")],
+    ):
+        refused = await get(f"{url}/json", headers=[(name.encode(), value.encode()) for name, value in wrong])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-request-id")
+        (made,) = refused.headers.get_list("x-request-id")
+        assert len(made) == 32, "what was wrong goes no further"
 
 
 async def test_kuberay_s_probe_and_our_metrics_are_left_alone(url: str) -> None:
@@ -125,7 +146,7 @@ async def raw(url: str, request: bytes) -> tuple[asyncio.StreamReader, asyncio.S
 
 async def test_a_client_that_takes_nothing_has_gone(url: str) -> None:
     DISCONNECTED.clear()
-    _reader, writer = await raw(url, b"GET /endless HTTP/1.1\r\nhost: a\r\n\r\n")
+    _reader, writer = await raw(url, b"POST /endless HTTP/1.1\r\nhost: a\r\n\r\n")
     async with asyncio.timeout(20):
         while not DISCONNECTED:
             await asyncio.sleep(0.05)
