@@ -113,7 +113,7 @@ class InProcess:
 class OverHttp:
     """Asks a running service through the official client.
 
-    Where the service asks for keys, OPENAI_API_KEY holds one of scope `evaluate`, which controls need.
+    Where the service asks for keys, OPENAI_API_KEY holds one of scopes `chat` and, for the controls, `evaluate`.
     """
 
     def __init__(
