@@ -2,9 +2,8 @@
 
 Serve answers in plain text where it has nobody to ask, lets even a probe wait until a lost replica is back, ends a
 stream in the middle where a replica is lost, waits for ever for a client that takes nothing, and lets one that was
-refused go on sending. Here each becomes what an OpenAI
-client understands, or an end. Serve calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows
-no routes but Serve's own, no settings and no model.
+refused go on sending. Here each becomes what an OpenAI client understands, or an end. Serve calls `middlewares` where
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows no routes but Serve's own, no settings and no model.
 """
 
 from __future__ import annotations
