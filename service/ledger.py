@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MINUTE_S = 60.0
+ROUNDING_S = 1e-6
+"""Times are sums of floats: who comes back when told must not be early by a rounding error."""
 MAX_ANSWERS = 100_000
 """They take about 64 MB."""
 ANSWER_LIFETIME_S = 3600.0
@@ -59,8 +61,8 @@ class Ledger:
             filled = max(self._full_at.get((caller, kind), now), now)
             full_at[caller, kind] = filled + amount * MINUTE_S / per_minute
         wait_s = max(full_at.values(), default=now) - (now + MINUTE_S)
-        if wait_s > 0:
-            return wait_s
+        if wait_s > ROUNDING_S:
+            return min(wait_s, MINUTE_S)
         self._full_at |= full_at
         return 0.0
 

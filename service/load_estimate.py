@@ -13,7 +13,7 @@ from collections.abc import Callable
 WINDOW_S = 30.0
 """How far back 'lately' goes."""
 SHORTEST_S, LONGEST_S = 1.0, 60.0
-"""Nobody is told to stay away for longer: clients that never return are counted too."""
+"""Nobody is told to stay away for longer: who never returns is counted too, and OpenAI's clients heed no more."""
 
 
 class LoadEstimate:
@@ -45,7 +45,7 @@ class LoadEstimate:
         """Seconds until the next place that nobody else was told of; from 1 to 60."""
         now = self._clock()
         self._promised = min(max(self._promised, now) + self._seconds_per_place(now), now + LONGEST_S)
-        return max(self._promised - now, SHORTEST_S)
+        return min(max(self._promised - now, SHORTEST_S), LONGEST_S)
 
     def _seconds_per_place(self, now: float) -> float:
         """Measured while there was work without a break; as long as nothing has ended, it takes at least so long."""

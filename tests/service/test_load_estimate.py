@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from service.load_estimate import WINDOW_S, LoadEstimate
@@ -62,7 +64,8 @@ def test_nobody_is_sent_away_for_more_than_a_minute_or_less_than_a_second(load: 
     load.begin()
     assert load.retry_after_s() == 1
     clock.now += 20
-    assert max(load.retry_after_s() for _ in range(100)) == 60
+    clock.now += math.pi  # times at which sums are rounded
+    assert 59.9 < max(load.retry_after_s() for _ in range(100)) <= 60
     work(load, clock, seconds_per_request=0.01, seconds=90)
     assert load.retry_after_s() == 1
 
