@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError
+from service.http_connection import bound_connections
 from service.request_id import REQUEST_ID_HEADER, check_request_id, request_id_of
 from service.streaming import error_event
 
@@ -35,7 +36,8 @@ LOST = ApiError("engine_unavailable", "the process that worked on this request w
 
 
 def middlewares() -> list[Middleware]:
-    """For Ray Serve."""
+    """For Ray Serve, which asks for them before it starts its server."""
+    bound_connections()
     return [Middleware(ProxyEdge)]
 
 
@@ -70,7 +72,7 @@ class ProxyEdge:
             return
         refused = settle_request_id(scope)
         exchange = _Exchange(scope, receive, send, self._write_timeout_s)
-        if scope["path"] == ROUTE_LIST:
+        if scope["path"] == ROUTE_LIST or not scope["path"].startswith("/"):
             refused = ApiError("route_not_found", "there is no such path")
         if refused is not None:
             exchange.refused = refused

@@ -1,0 +1,110 @@
+"""One TCP connection to Serve's proxy: how large a request's head may be, and how long it may take to come.
+
+uvicorn bounds neither: a client could fill the proxy's memory with one header, or hold connections that never ask
+anything. Used in the proxy's process, where `proxy_edge.middlewares` puts it into uvicorn's table of protocols. Knows
+no routes, no settings and no Serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import uvicorn.config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.errors import ApiError
+
+IMPORT_PATH = "service.http_connection:BoundedConnection"
+MAX_HEAD_BYTES = 64 * 1024
+"""Request line and headers together."""
+HEAD_TIMEOUT_S = 20.0
+"""From the first moment of a connection, or the first byte of its next request, to the end of the head."""
+
+
+def bound_connections() -> None:
+    """Servers that uvicorn starts from here on in this process talk to their clients as below."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = IMPORT_PATH
+
+
+class HeadTooLarge(Exception):
+    """Ends the parser's work on a head."""
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """uvicorn's connection with limits, without WebSockets, and with OpenAI's error object for what is not HTTP."""
+
+    head_timeout_s = HEAD_TIMEOUT_S
+    _reading_head = False
+    _head_bytes = 0
+    _unparsed_bytes = 0
+    """Received for this head so far, most of it perhaps still in the parser: it hands out whole headers only."""
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._reading_head and not self.transport.is_closing():
+            self._unparsed_bytes += len(data)
+            if self._unparsed_bytes > MAX_HEAD_BYTES:
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._reading_head, self._head_bytes, self._unparsed_bytes = True, 0, 0
+        if self._timer is None:
+            self._start_timer()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._reading_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """In our words, whatever uvicorn's are; the rest of what the client sends is not read."""
+        error = ApiError(
+            "invalid_header",
+            f"this is not a request in HTTP/1.1 whose head has at most {MAX_HEAD_BYTES} bytes",
+        )
+        content = json.dumps(error.body()).encode()
+        headers = f"content-type: application/json\r\ncontent-length: {len(content)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[error.status] + headers.encode() + content)
+        self.transport.close()
+
+    def _should_upgrade_to_ws(self) -> bool:
+        return False
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An upgrade that is not made is answered like any other request."""
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise HeadTooLarge
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.head_timeout_s, self._hang_up)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _hang_up(self) -> None:
+        self._timer = None
+        self.transport.close()

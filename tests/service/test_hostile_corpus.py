@@ -1,0 +1,122 @@
+"""The hostile corpus against the real service: three passes, the status of every input, and what they leave behind.
+
+Whatever a pass costs for good must show between the second and the third: by then every buffer has had its size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from transformers import AutoProcessor
+
+from tests.service.examples import body, data_url, user
+from tests.service.hostile.bodies import BAD_BODIES, LARGE_BODIES, MISSING_MODELS, MODEL, ODD_BODIES
+from tests.service.hostile.clients import BEHAVIOURS, Address, endless_request, send
+from tests.service.hostile.pictures import HOSTILE_PICTURES, UNUSUAL_PICTURES
+from tests.service.hostile.urls import HOSTILE_URLS
+from tests.service.hostile.wire import CHAT, wire_requests
+from tests.service.running_server import RunningServer, any_engine_will_do
+
+pytestmark = [pytest.mark.service, pytest.mark.slow]
+PASSES = 3
+MAX_GROWTH = 0.02
+URL_FIELD = "messages[0].content[0].image_url.url"
+Seen = tuple[str, int, set[int], str]
+"""Name, status, the statuses it may have, what is wrong with the error object if anything is."""
+
+
+def with_url(url: str, model: str) -> bytes:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return json.dumps(body(user(part, "what ?"), model=model, max_tokens=1, temperature=0)).encode()
+
+
+def post(client: httpx.Client, content: bytes) -> httpx.Response:
+    return client.post(CHAT, content=content, headers={"content-type": "application/json"})
+
+
+def fault_of(response: httpx.Response, param: str | None = None) -> str:
+    """What is wrong with an error's shape; nothing of Python, Pillow or our folders may show in its message."""
+    if response.status_code == 200:
+        return "" if "choices" in response.json() else "no choices"
+    error = response.json()["error"]
+    told = [word for word in ("PIL", "Traceback", "pydantic", "/work", "site-packages", "0x7") if word in response.text]
+    if set(error) != {"message", "type", "param", "code"} or not error["message"] or len(error["message"]) > 2000:
+        return f"not an error: {error}"
+    if param is not None and error["param"] != param:
+        return f"names {error['param']}"
+    return f"tells {told}" if told else ""
+
+
+def pictures(client: httpx.Client, address: Address) -> Iterator[Seen]:
+    for table, status in ((HOSTILE_PICTURES, 400), (UNUSUAL_PICTURES, 200)):
+        for name, data in table.items():
+            response = post(client, with_url(data_url(data), address.model))
+            yield f"picture: {name}", response.status_code, {status}, fault_of(response, URL_FIELD)
+
+
+def urls(client: httpx.Client, address: Address) -> Iterator[Seen]:
+    for name, url in HOSTILE_URLS.items():
+        response = post(client, with_url(url, address.model))
+        yield f"URL: {name}", response.status_code, {400}, fault_of(response, URL_FIELD)
+
+
+def bodies(client: httpx.Client, address: Address) -> Iterator[Seen]:
+    for table, status in ((BAD_BODIES, 400), (LARGE_BODIES, 413), (MISSING_MODELS, 404), (ODD_BODIES, 200)):
+        for name, content in table.items():
+            response = post(client, content.replace(MODEL.encode(), address.model.encode()))
+            yield f"body: {name}", response.status_code, {status}, fault_of(response)
+
+
+def wires(_client: httpx.Client, address: Address) -> Iterator[Seen]:
+    for name, (data, statuses) in wire_requests(address.model).items():
+        yield f"wire: {name}", send(address, data), statuses, ""
+
+
+def behaviours(_client: httpx.Client, address: Address) -> Iterator[Seen]:
+    for behave, statuses in BEHAVIOURS.items():
+        yield f"client: {behave.__name__}", behave(address), statuses, ""
+
+
+CORPUS = (pictures, urls, bodies, wires, behaviours)
+
+
+def memory_bytes(server: RunningServer) -> int:
+    """Of all its processes together; what several share counts once."""
+    total = 0
+    for pid in [server.process.pid, *server.family()]:
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:  # it ended in between
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total
+
+
+@pytest.fixture
+def address(server: RunningServer, checkpoint: tuple[Path, Path]) -> Address:
+    end_token = AutoProcessor.from_pretrained(checkpoint[0]).tokenizer.eos_token_id
+    context = server.get("/version").json()["context_tokens"]
+    return Address(server.port, server.name, endless_request(server.name, end_token, context))
+
+
+@any_engine_will_do
+def test_three_passes(server: RunningServer, address: Address) -> None:
+    used, tried = [], 0
+    for _ in range(PASSES):
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            seen = [one for part in CORPUS for one in part(client, address)]
+        tried = len(seen)
+        wrong = [one for one in seen if one[1] not in one[2] or one[3]]
+        assert wrong == []
+        server.wait_until_idle()
+        assert server.get("/readyz").status_code == 200
+        assert server.metric("vlsae_requests_in_progress") == 0
+        used.append(memory_bytes(server))
+    growth = used[2] / used[1] - 1
+    print(f"{tried} inputs; memory {[round(one / 1e6) for one in used]} MB; growth in the last pass {growth:.2%}")
+    assert tried >= 120
+    assert growth < MAX_GROWTH

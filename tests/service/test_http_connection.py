@@ -1,0 +1,101 @@
+"""What a connection may send before it has asked anything, on real sockets under a real uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn
+import uvicorn.config
+from starlette.types import Receive, Scope, Send
+
+from service.http_connection import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, BoundedConnection, bound_connections
+
+ASK = b"GET / HTTP/1.1\r\nhost: a\r\n"
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def hello(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+@pytest.fixture
+async def connect(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator:
+    """Opens connections to a server that is patient for .3 s; it runs what `auto` has become."""
+    monkeypatch.setattr(BoundedConnection, "head_timeout_s", 0.3)
+    monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", "h11")
+    bound_connections()
+    server = uvicorn.Server(uvicorn.Config(hello, port=0, lifespan="off", log_level="critical"))
+    running = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield lambda: asyncio.open_connection("127.0.0.1", port)
+    server.should_exit = True
+    await running
+
+
+async def answer_to(connection: Connection, *pieces: bytes) -> bytes:
+    """All that comes back until the server hangs up or has said hello."""
+    reader, writer = connection
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.01)
+    answer = b""
+    while not answer.endswith(b"\r\n\r\nhello") and (piece := await reader.read(65_536)):
+        answer += piece
+    return answer
+
+
+async def test_a_connection_is_kept_for_more_than_one_request(connect) -> None:
+    connection = await connect()
+    for _ in range(3):
+        assert (await answer_to(connection, ASK + b"\r\n")).startswith(b"HTTP/1.1 200")
+    connection[1].close()
+
+
+async def test_a_head_may_come_in_pieces(connect) -> None:
+    connection = await connect()
+    pieces = (ASK, b"x-a: ", b"b" * (MAX_HEAD_BYTES - 100), b"\r\n", b"\r\n")
+    assert (await answer_to(connection, *pieces)).startswith(b"HTTP/1.1 200")
+    connection[1].close()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (ASK + b"x-a: " + b"b" * MAX_HEAD_BYTES + b"\r\n\r\n",),
+        (ASK + b"x-a: ", *[b"b" * 10_000] * 7),
+        (ASK + b"x-a: b\r\n" * 10_000 + b"\r\n",),
+        (b"GET /" + b"a" * MAX_HEAD_BYTES + b" HTTP/1.1\r\nhost: a\r\n\r\n",),
+        (b"hello\r\n\r\n",),
+    ],
+    ids=["a header", "a header in pieces", "many headers", "a path", "not HTTP"],
+)
+async def test_a_head_that_is_refused(connect, pieces: tuple[bytes, ...]) -> None:
+    answer = await answer_to(await connect(), *pieces)
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert b"connection: close" in head
+    error = json.loads(content)["error"]
+    assert (error["code"], str(MAX_HEAD_BYTES) in error["message"]) == ("invalid_header", True)
+
+
+@pytest.mark.parametrize("pieces", [(), (b"GE",), (ASK,), (ASK + b"\r\n", b"GET")], ids=["", "word", "half", "second"])
+async def test_a_head_that_does_not_come_is_not_waited_for(connect, pieces: tuple[bytes, ...]) -> None:
+    reader, writer = await connect()
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
+        await reader.read()
+
+
+async def test_a_websocket_is_a_request_like_any_other(connect) -> None:
+    upgrade = (
+        b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: YQ==\r\n\r\n"
+    )
+    assert (await answer_to(await connect(), ASK + upgrade)).startswith(b"HTTP/1.1 200")
