@@ -9,10 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
+from openai.types.chat import ChatCompletion
 from transformers import AutoProcessor
 
 from service.settings import BUNDLED_MODEL
+from tests.service.asking import GREEDY
+from tests.service.hostile.urls import ALLOWED_HOSTS
 from tests.service.running_server import ENGINES, RunningServer, start_server
 from tests.tiny_models import save_tiny_artifact
 
@@ -51,7 +55,7 @@ def server(request: pytest.FixtureRequest, checkpoint: tuple[Path, Path]) -> Ite
     model, artifact = checkpoint
     with tempfile.TemporaryDirectory(prefix="srv") as home:
         limits = ("--max-ongoing-requests", str(MAX_ONGOING), "--max-queued-requests", str(MAX_QUEUED))
-        paths = ("--model", str(model), "--artifact", str(artifact))
+        paths = ("--model", str(model), "--artifact", str(artifact), "--image-hosts", ALLOWED_HOSTS)
         running = start_server(*paths, *limits, engine=request.param, home=Path(home), environment=FOREIGN_RAY)
         try:
             yield running
@@ -62,3 +66,19 @@ def server(request: pytest.FixtureRequest, checkpoint: tuple[Path, Path]) -> Ite
             assert list(Path(home).glob("vlsae-*")) == []
         finally:
             running.process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> openai.OpenAI:
+    return server.client()
+
+
+@pytest.fixture
+def ask(client: openai.OpenAI, server: RunningServer):
+    """A greedy question about a picture, with changes; fields that OpenAI does not know go into `extra`."""
+
+    def send(alias: str = "", extra: dict | None = None, **changes) -> ChatCompletion:
+        options = {**GREEDY, **changes}
+        return client.chat.completions.create(model=server.name + alias, extra_body=extra or {}, **options)
+
+    return send
