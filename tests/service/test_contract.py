@@ -17,63 +17,14 @@ import torch
 from openai.types.chat import ChatCompletion
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tests.service.asking import GREEDY, PICTURE, QUESTION, joined, logprobs, receipt, streamed, text
 from tests.service.examples import body, encoded, image_part, json_schema, user
 from tests.service.running_server import RunningServer
 from tests.tiny_models import drawn_image
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
-PICTURE = drawn_image(1, (48, 48))
-QUESTION = user(image_part(encoded(PICTURE)), "Describe the picture .")
 LOGPROB_TOLERANCE = {"huggingface": 1e-5, "vllm": 1e-3}
 """Against transformers, in float32."""
-GREEDY = {"messages": [QUESTION], "temperature": 0, "max_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> openai.OpenAI:
-    return server.client()
-
-
-@pytest.fixture
-def ask(client: openai.OpenAI, server: RunningServer):
-    """A greedy question about a picture, with changes; fields that OpenAI does not know go into `extra`."""
-
-    def send(alias: str = "", extra: dict | None = None, **changes) -> ChatCompletion:
-        options = {**GREEDY, **changes}
-        return client.chat.completions.create(model=server.name + alias, extra_body=extra or {}, **options)
-
-    return send
-
-
-def text(answer: ChatCompletion, choice: int = 0) -> str:
-    return answer.choices[choice].message.content or ""
-
-
-def logprobs(answer: ChatCompletion, choice: int = 0) -> list[tuple[str, float]]:
-    found = answer.choices[choice].logprobs
-    assert found is not None
-    assert found.content is not None
-    return [(token.token, token.logprob) for token in found.content]
-
-
-def receipt(answer) -> dict:
-    return answer.model_extra["steering"]
-
-
-def streamed(
-    client: openai.OpenAI, server: RunningServer, *, usage: bool = False, extra: dict | None = None, **changes
-):
-    """All chunks of a stream."""
-    options = {"stream_options": {"include_usage": True}} if usage else {}
-    return list(
-        client.chat.completions.create(
-            model=server.name, stream=True, extra_body=extra or {}, **{**GREEDY, **options, **changes}
-        )
-    )
-
-
-def joined(chunks: list, choice: int = 0) -> str:
-    return "".join(part.delta.content or "" for chunk in chunks for part in chunk.choices if part.index == choice)
 
 
 def test_an_answer_and_its_receipt(ask, server: RunningServer) -> None:
