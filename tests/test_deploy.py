@@ -42,9 +42,11 @@ def test_every_metric_that_is_watched_exists(file: str):
     assert watched - known == set()
 
 
-def test_every_metric_is_on_the_dashboard():
-    shown = (DEPLOY / "grafana/dashboard.json").read_text()
-    assert [family.name for family in Metrics().registry.collect() if family.name not in shown] == []
+def test_every_metric_is_on_the_dashboard_and_in_the_readme():
+    dashboard, readme = (DEPLOY / "grafana/dashboard.json").read_text(), (DEPLOY.parent / "README.md").read_text()
+    names = [family.name for family in Metrics().registry.collect()]
+    assert [name for name in names if name not in dashboard] == []
+    assert [name for name in names if f"`{name.removeprefix('vlsae_')}" not in readme] == []
 
 
 def test_the_dashboard_is_one_that_grafana_can_import():
