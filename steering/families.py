@@ -52,6 +52,8 @@ class Family:
     """From the checkpoint's image processor and RGB images to `ImageInputs`."""
     prompt_positions: Callable[[Any, Tensor, Tensor, ImageInputs], PromptPositions]
     """From model, token ids [B, T], image mask [B, T] and the batch's images; padding on the right changes nothing."""
+    rotary_axes: int = 1
+    """3 in a family with multimodal rotary embeddings; text has the same position on each."""
 
 
 def _language_model_parts(model: Any) -> DecoderParts:
@@ -108,6 +110,7 @@ FAMILIES: dict[str, Family] = {
         decoder_parts=_language_model_parts,
         image_inputs=_inputs_together,
         prompt_positions=_positions_in_image_grids,
+        rotary_axes=3,
     ),
 }
 """By the checkpoint's `model_type`."""

@@ -15,7 +15,7 @@ from steering.decoder_layers import Decoder, embed_prompt, place_prompt
 from steering.engines.kv_cache import SlotCache
 from steering.engines.sampling import blend_branches
 from steering.engines.sequence import Sequence
-from steering.families import ImageInputs, join_image_inputs
+from steering.families import ImageInputs, find_family, join_image_inputs
 from steering.intervention import Intervention, Pass
 
 
@@ -100,7 +100,8 @@ class BatchRunner:
     def _place_text(self, sequences: Rows[Sequence], index_BT: Tensor) -> Places:
         """Places of tokens behind the last image of their prompts, or in prompts without any."""
         shifts_B = torch.tensor([sequence.position_shift for sequence in sequences], device=self.device)
-        return Places(index_BT=index_BT, rotary_BT=index_BT + shifts_B[:, None])
+        rotary_BT, axes = index_BT + shifts_B[:, None], find_family(self.decoder.family).rotary_axes
+        return Places(index_BT=index_BT, rotary_BT=rotary_BT if axes == 1 else rotary_BT.expand(axes, -1, -1))
 
     def _run_front(
         self, sequences: Rows[Sequence], rows: list[int], embeds: Tensor, places: Places, image: Tensor, text: Tensor

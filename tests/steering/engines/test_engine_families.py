@@ -17,6 +17,7 @@ from steering.artifact import load_artifact
 from steering.engines.base import GenerationRequest, Sampling
 from steering.engines.huggingface_engine import HuggingFaceEngine
 from steering.errors import BadArtifact, InvalidSteering
+from steering.families import find_family
 from steering.hooks import steer
 from steering.request import SteeringRequest, merge_sources
 from steering.resolution import resolve
@@ -147,6 +148,19 @@ async def test_positions_are_those_behind_the_last_image(engine):
     image_token = engine.processor.image_token_id
     behind = request.prompt_token_ids[::-1].index(image_token)
     assert answer.end.receipt.positions == [behind + answer.end.completion_tokens[0] - 1]
+
+
+async def test_every_pass_tells_the_rotary_embedding_all_of_its_axes(engine):
+    """Not every version of transformers in our range makes three positions of one."""
+    decoder, seen = engine._runner.decoder, []
+    handle = decoder.rotary.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["position_ids"].shape), with_kwargs=True
+    )
+    await send(engine, family_request(engine, SIZES[2], steering={"mode": "exact"}, max_tokens=3))
+    handle.remove()
+    axes = find_family(decoder.family).rotary_axes
+    assert {shape[-1] == 1 for shape in seen} == {True, False}
+    assert all(len(shape) == 2 if axes == 1 else shape[0] == axes for shape in seen)
 
 
 async def test_the_library_alone_steers_as_the_engine_does(engine, plain, tiny_family_artifact):
