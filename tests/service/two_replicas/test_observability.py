@@ -7,25 +7,20 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import signal
 import subprocess
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 from PIL.PngImagePlugin import PngInfo
-from prometheus_client.parser import text_string_to_metric_families
 
-from service import keys
 from tests.service.examples import body, encoded, image_part, picture, user
-from tests.service.running_server import REPOSITORY, RunningServer, free_port, start_server
-from tests.service.trace_collector import TraceCollector, attributes, collecting_traces
+from tests.service.running_server import REPOSITORY, free_port
+from tests.service.trace_collector import attributes
+from tests.service.watched_server import Watched
 from tests.tiny_models import drawn_image
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
@@ -41,47 +36,6 @@ SECRETS = {
          "field", "schema", "requestid", "tracestate", "notjson", "cookie")
     )
 }  # fmt: skip
-
-
-class Watched:
-    """The service, its keys, and all places that it writes to."""
-
-    def __init__(self, server: RunningServer, home: Path, secrets: dict[str, str], collector: TraceCollector) -> None:
-        self.server, self.home, self.secrets, self.collector = server, home, secrets, collector
-        self.client = httpx.Client(base_url=server.url, headers=self.key("alice"), timeout=60)
-
-    def key(self, name: str) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.secrets[name]}"}
-
-    def scrape(self) -> dict[str, float]:
-        """Sample, with its labels, to value."""
-        text = self.client.get("/metrics", headers=self.key("monitor")).text
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        return {sample.name + json.dumps(sample.labels, sort_keys=True): sample.value for sample in samples}
-
-    def lines(self) -> list[dict]:
-        """The log's, of requests."""
-        every = [json.loads(line) for line in (self.home / "service.log").read_text().splitlines()]
-        return [line for line in every if line["message"] == "request"]
-
-
-@pytest.fixture(scope="module")
-def watched(checkpoint: tuple[Path, Path]) -> Iterator[Watched]:
-    with tempfile.TemporaryDirectory(prefix="srv") as folder, collecting_traces() as collector:
-        home, secrets = Path(folder), {}
-        for name, scope in (("alice", "chat"), ("monitor", "metrics")):
-            secrets[name], key = keys.new_key({"name": name, "scopes": [scope]})
-            keys.append_key(home / "keys.json", key)
-        server = start_server(
-            "--model", str(checkpoint[0]), "--artifact", str(checkpoint[1]), "--keys-file", str(home / "keys.json"),
-            "--ingress-replicas", "2", "--model-replicas", "2", "--log-file", str(home / "service.log"),
-            "--traces-endpoint", collector.endpoint, home=home,
-        )  # fmt: skip
-        try:
-            yield Watched(server, home, secrets, collector)
-            assert server.stop(signal.SIGINT) == 0
-        finally:
-            server.process.kill()
 
 
 def asks(model: str) -> list[dict]:
