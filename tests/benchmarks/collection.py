@@ -77,7 +77,7 @@ class Setup:
 
     def __init__(self, folder: Path, shape: LlavaShape, case: Case, dtype: str) -> None:
         self.case, self.shape = case, shape
-        save_random_llava(folder, shape, dtype=dtype)
+        save_random_llava(folder, shape, dtype=dtype, device=case.device)
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.model = model.eval().to(case.device)
         self.processor: Any = AutoProcessor.from_pretrained(folder)

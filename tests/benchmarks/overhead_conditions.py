@@ -110,8 +110,10 @@ class Contestants:
 @asynccontextmanager
 async def running_engines(setup: Setup, names: set[str], folder: Path) -> AsyncIterator[Contestants]:
     """Write a random checkpoint with its artifact and start the named engines on it; stop them at the end."""
-    model = save_random_llava(folder / "model", setup.shape, dtype=setup.dtype, max_tokens=setup.context_tokens)
-    artifact = save_random_artifact(folder / "artifact", setup.shape)
+    model = save_random_llava(
+        folder / "model", setup.shape, dtype=setup.dtype, max_tokens=setup.context_tokens, device=setup.device
+    )
+    artifact = save_random_artifact(folder / "artifact", setup.shape, device=setup.device)
     async with AsyncExitStack() as stack:
         engines: dict[str, Engine] = {}
         for name in sorted(names - {LOOP}):

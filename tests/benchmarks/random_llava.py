@@ -101,13 +101,18 @@ class LlavaShape:
         )
 
 
-def save_random_llava(folder: Path, shape: LlavaShape, *, dtype: str = "float32", max_tokens: int = 2048) -> Path:
-    """Checkpoint in the published layout, one shard per decoder layer; `max_tokens` is its context."""
+def save_random_llava(
+    folder: Path, shape: LlavaShape, *, dtype: str = "float32", max_tokens: int = 2048, device: str = "cpu"
+) -> Path:
+    """Checkpoint in the published layout, one shard per decoder layer; `max_tokens` is its context.
+
+    `device`: where the weights are drawn; on a CPU the 7 G of LLaVA-1.5-7B take minutes.
+    """
     torch.manual_seed(0)
     config = _config(shape, max_tokens)
     folder.mkdir(parents=True)
     index: dict[str, str] = {}
-    for number, tensors in enumerate(_shards(config, shape, getattr(torch, dtype))):
+    for number, tensors in enumerate(_shards(config, shape, getattr(torch, dtype), device)):
         file = f"model-{number + 1:05d}-of-{shape.layers + 1:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
@@ -125,7 +130,7 @@ def save_random_llava(folder: Path, shape: LlavaShape, *, dtype: str = "float32"
     return folder
 
 
-def save_random_artifact(folder: Path, shape: LlavaShape) -> Path:
+def save_random_artifact(folder: Path, shape: LlavaShape, *, device: str = "cpu") -> Path:
     """Random VL-SAE at layer `layers - 2`. Its canary is random too, and says so (`canary_synthetic`)."""
     torch.manual_seed(0)
     preset = Preset(form="difference", alpha=1.0, beta_up=0.9, beta_down=0.9)
@@ -136,10 +141,13 @@ def save_random_artifact(folder: Path, shape: LlavaShape) -> Path:
         alignment={"paired_overlap": 0.0, "shuffled_overlap": 0.0, "recall_at_1": 0.0},
     )  # fmt: skip
     prompt = tuple(_tokenizer(shape.vocabulary)(f"{IMAGE_MARK}x", add_special_tokens=False)["input_ids"])
+    with torch.device(device):
+        auxiliary = AuxiliaryAutoencoder(shape.hidden, shape.hidden)
+        sae = VisionLanguageSAE(shape.hidden, shape.concepts, shape.active_concepts)
     artifact = Artifact(
         config=config,
-        auxiliary=AuxiliaryAutoencoder(shape.hidden, shape.hidden),
-        sae=VisionLanguageSAE(shape.hidden, shape.concepts, shape.active_concepts),
+        auxiliary=auxiliary.cpu(),
+        sae=sae.cpu(),
         canary=Canary(
             images=(noise(0, shape.image_size),), token_ids=(prompt,),
             image_ND=torch.randn(1, shape.hidden), text_ND=torch.randn(1, shape.hidden),
@@ -183,22 +191,23 @@ def _config(shape: LlavaShape, max_tokens: int) -> LlavaConfig:
     )  # fmt: skip
 
 
-def _shards(config: LlavaConfig, shape: LlavaShape, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def _shards(config: LlavaConfig, shape: LlavaShape, dtype: torch.dtype, device: str) -> Iterator[dict[str, Tensor]]:
     """Random weights: decoder layer by decoder layer, then all the rest."""
     with torch.device("meta"):
         wanted = {name: value.shape for name, value in LlavaForConditionalGeneration(config).state_dict().items()}
     layers = [f"model.language_model.layers.{number}." for number in range(shape.layers)]
     for prefix in layers:
-        yield {_published(name): _random(name, wanted.pop(name), dtype) for name in list(wanted) if prefix in name}
-    yield {_published(name): _random(name, size, dtype) for name, size in wanted.items()}
+        names = [name for name in wanted if prefix in name]
+        yield {_published(name): _random(name, wanted.pop(name), dtype, device) for name in names}
+    yield {_published(name): _random(name, size, dtype, device) for name, size in wanted.items()}
 
 
-def _random(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+def _random(name: str, size: torch.Size, dtype: torch.dtype, device: str) -> Tensor:
     """Scaled so that states keep their magnitude from layer to layer; norms at one."""
     if len(size) == 1:
         is_scale = "norm" in name and name.endswith("weight")
         return torch.ones(size, dtype=dtype) if is_scale else torch.zeros(size, dtype=dtype)
-    value = torch.randn(size, dtype=dtype) * size[-1] ** -0.5
+    value = (torch.randn(size, dtype=dtype, device=device) * size[-1] ** -0.5).cpu()
     if name == "lm_head.weight":
         value[:NEVER_GENERATED] = 0
     return value

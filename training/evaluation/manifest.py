@@ -29,6 +29,7 @@ def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        **_describe_gpu(),
     }
 
 
@@ -78,6 +79,14 @@ def processor_digest(folder: Path) -> str:
         if (file := folder / name).exists():
             digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _describe_gpu() -> dict[str, str]:
+    """Only where one was used: whoever asks over HTTP need not load torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {"gpu": torch.cuda.get_device_name()}
 
 
 def _version(package: str) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.published_benchmarks import CocoFolders, picture_name, write_pope
@@ -52,6 +53,14 @@ def test_a_run_names_its_versions_and_weights(tmp_path: Path):
     first = weights_digest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"b")
     assert weights_digest(tmp_path) != first
+
+
+def test_a_run_names_the_gpu_that_it_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert "gpu" not in describe_run({})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert describe_run({})["gpu"] == "a GPU"
 
 
 def test_a_processor_is_known_by_its_files(tmp_path: Path):
