@@ -115,6 +115,10 @@ class Metrics:
         if record.error_code:
             self.rejections.labels(reason=record.error_code).inc()
 
+    def count_refusal(self, code: str) -> None:
+        """Somebody was told an error who never reached the application."""
+        self.rejections.labels(reason=code).inc()
+
     def exposition(self) -> bytes:
         """The text that `/metrics` answers: this machine's sums where its processes share a folder."""
         if self._folder is None:

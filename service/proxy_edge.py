@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError
 from service.http_connection import bound_connections
+from service.metrics import Metrics
 from service.request_id import REQUEST_ID_HEADER, check_request_id, request_id_of
 from service.streaming import error_event
 
@@ -38,7 +39,7 @@ LOST = ApiError("engine_unavailable", "the process that worked on this request w
 def middlewares() -> list[Middleware]:
     """For Ray Serve, which asks for them before it starts its server."""
     bound_connections()
-    return [Middleware(ProxyEdge)]
+    return [Middleware(ProxyEdge, metrics=Metrics())]
 
 
 def refusal(status: int) -> ApiError:
@@ -59,11 +60,12 @@ class ProxyEdge:
         self,
         app: ASGIApp,
         *,
+        metrics: Metrics,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         linger_s: float = LINGER_S,
         get_timeout_s: float = GET_TIMEOUT_S,
     ) -> None:
-        self._app, self._write_timeout_s = app, write_timeout_s
+        self._app, self._metrics, self._write_timeout_s = app, metrics, write_timeout_s
         self._linger_s, self._get_timeout_s = linger_s, get_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,6 +86,8 @@ class ProxyEdge:
             if timer is not None:
                 timer.cancel()
         await exchange.finish(self._linger_s)
+        if exchange.told is not None:
+            self._metrics.count_refusal(exchange.told.code)
 
 
 def settle_request_id(scope: Scope) -> ApiError | None:
@@ -108,6 +112,9 @@ class _Exchange:
         self._started = False
         self._finished = False
         self._streams_events = False
+        self.told: ApiError | None = None
+        """What a client that is still there was told here, and not by the application."""
+        self._left = False
         self._gone = False
         """The client takes nothing any more."""
         self._leave = asyncio.Event()
@@ -129,7 +136,7 @@ class _Exchange:
         if message["type"] == "http.request" and not message.get("more_body", False):
             self._body_read = True
         if message["type"] == "http.disconnect":
-            self._body_read = True  # nothing more will come
+            self._left = self._body_read = True  # nothing more will come
         return message
 
     async def send(self, message: Message) -> None:
@@ -155,9 +162,11 @@ class _Exchange:
             return
         if not self._started:
             error = self.refused or LOST
+            self.told = None if self._left else error
             response = error.response({REQUEST_ID_HEADER: Headers(scope=self._scope)[REQUEST_ID_HEADER]})
             await response(self._scope, self.receive, self._deliver)
         elif not self._finished and self._streams_events:
+            self.told = None if self._left else LOST
             await self._deliver({"type": "http.response.body", "body": error_event(LOST)})
         if self._finished and not self._body_read:
             await self._linger(linger_s)

@@ -23,7 +23,7 @@ import httpcore
 from service.errors import ApiError
 from service.public_addresses import is_public
 
-log = logging.getLogger("ray.serve")
+log = logging.getLogger(__name__)
 PORT = 443
 MAX_URL_CHARACTERS = 4096
 MAX_CONCURRENT_REQUESTS = 16

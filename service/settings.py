@@ -6,6 +6,7 @@ A flag wins over the environment (`--max-images` over `VLSAE_MAX_IMAGES`), that 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -198,6 +199,8 @@ def check_installation(settings: Settings) -> None:
         raise SettingsError("--tensor-parallel-size: only --engine vllm shares a model among devices")
     if not (Path(settings.model) / "config.json").is_file():
         raise SettingsError(f"--model: {settings.model} is not a checkpoint folder (it has no config.json)")
+    if settings.log_file is not None and not os.access(Path(settings.log_file).resolve().parent, os.W_OK):
+        raise SettingsError(f"--log-file: {Path(settings.log_file).resolve().parent} is not a folder to write to")
     if settings.steering == "off":
         return
     if settings.artifact is None:

@@ -12,12 +12,15 @@ import uvicorn
 from ray.serve._private.http_util import RequestIdMiddleware, convert_object_to_asgi_messages
 from starlette.types import Receive, Scope, Send
 
+from service.metrics import Metrics
 from service.proxy_edge import ProxyEdge, middlewares
 
 TIMEOUT_S = 0.5
 GET_TIMEOUT_S = 2.0
 PIECE = b"x" * 1_000_000
 DISCONNECTED: list[str] = []
+ENDED: list[str] = []
+"""Paths whose requests are over, their counting included."""
 
 
 async def serve_like(scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,6 +34,11 @@ async def serve_like(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", kind[path])]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": path != "metrics"})
+    elif path == "silent":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        for message in convert_object_to_asgi_messages("Client disconnected", status_code=499):
+            await send(message)
     elif path == "endless":
         await endless(receive, send)
     elif path == "silent":
@@ -57,11 +65,22 @@ async def endless(receive: Receive, send: Send) -> None:
 
 
 @pytest.fixture
-async def url() -> AsyncIterator[str]:
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+async def url(metrics: Metrics) -> AsyncIterator[str]:
     edge = ProxyEdge(
-        RequestIdMiddleware(serve_like), write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S, get_timeout_s=GET_TIMEOUT_S
-    )
-    server = uvicorn.Server(uvicorn.Config(edge, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
+        RequestIdMiddleware(serve_like),
+        metrics=metrics, write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S, get_timeout_s=GET_TIMEOUT_S,
+    )  # fmt: skip
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await edge(scope, receive, send)
+        ENDED.append(scope["path"])
+
+    server = uvicorn.Server(uvicorn.Config(application, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
     running = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
@@ -109,9 +128,30 @@ async def test_a_request_has_one_id_from_the_edge_on(url: str) -> None:
         assert len(made) == 32, "what was wrong goes no further"
 
 
+async def test_what_is_said_here_is_counted_here(url: str, metrics: Metrics) -> None:
+    for path, headers in (
+        ("404", {}),
+        ("429", {}),
+        ("metrics", {}),
+        ("refused", {}),
+        ("metrics", {"x-request-id": "a b"}),
+    ):
+        await get(f"{url}/{path}", headers=headers)
+    async with httpx.AsyncClient(timeout=0.2) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post(f"{url}/silent")
+    while "/silent" not in ENDED:
+        await asyncio.sleep(0.01)
+    (rejections,) = metrics.rejections.collect()
+    counted = {sample.labels["reason"]: sample.value for sample in rejections.samples if sample.name.endswith("_total")}
+    assert {reason: count for reason, count in counted.items() if count} == {
+        "engine_unavailable": 1, "overloaded": 1, "invalid_header": 1,
+    }  # fmt: skip
+
+
 async def test_kuberay_s_probe_and_our_metrics_are_left_alone(url: str) -> None:
     assert (await get(f"{url}/metrics")).text == "data: {}\n\n"
-    edge = ProxyEdge(serve_like)
+    edge = ProxyEdge(serve_like, metrics=Metrics())
     sent = []
 
     async def send(message) -> None:

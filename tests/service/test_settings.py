@@ -117,6 +117,12 @@ def test_only_vllm_shares_a_model_among_devices() -> None:
         check_installation(parse_settings(["--tensor-parallel-size", "2"], {}))
 
 
+def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    check_installation(parse_settings(["--log-file", str(tmp_path / "service.log")], {}))
+    with pytest.raises(SettingsError, match="--log-file: .*nowhere is not a folder"):
+        check_installation(parse_settings(["--log-file", str(tmp_path / "nowhere" / "service.log")], {}))
+
+
 @pytest.mark.parametrize("flag", ["--model", "--artifact"])
 def test_missing_folders_are_named(flag: str, tiny_llava: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(tiny_llava), "--artifact", str(tmp_path), flag, str(tmp_path / "nowhere")]
