@@ -24,8 +24,11 @@ from service.model_replica import ModelReplica
 from service.settings import Settings
 
 APPLICATION = "vl-sae-steering"
-HEALTH_CHECK_PERIOD_S = 10
+HEALTH_CHECK_PERIOD_S = 2
+"""A replica that was killed is noticed, and replaced, at the next check."""
 HEALTH_CHECK_TIMEOUT_S = 30
+LEDGER_CHECK_PERIOD_S = 1
+"""While it is lost, callers with a quota are refused."""
 SHUTDOWN_MARGIN_S = 5
 """So much longer than any request may take, a replica that goes, and Serve's proxy, wait for it."""
 
@@ -104,6 +107,8 @@ def build_application(settings: Settings) -> Application:
         # Above our own limit, so that it is our 503 a client sees, and health and metrics always get through.
         max_ongoing_requests=settings.max_concurrent_requests + 64,
         max_queued_requests=settings.max_concurrent_requests,  # in Serve's proxy, while a replica is being replaced
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.2,
     ).bind(settings, model, *_shared_ledger(settings))
@@ -114,4 +119,9 @@ def _shared_ledger(settings: Settings) -> tuple[Application, ...]:
     if settings.ingress_replicas == 1:
         return ()
     every_request_of_all = settings.ingress_replicas * (settings.max_concurrent_requests + 64)
-    return (SharedLedger.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=every_request_of_all).bind(),)
+    ledger = SharedLedger.options(
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=every_request_of_all,
+        health_check_period_s=LEDGER_CHECK_PERIOD_S,
+    )
+    return (ledger.bind(),)
