@@ -32,6 +32,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 STATUS_TIMEOUT_S = 5.0
 REPORT_EVERY_S = 10
+LARGEST_KEPT_BLOCK_BYTES = 8 * 1024 * 1024
+"""Larger ones, such as pixels, go back to the system when they are freed; glibc keeps up to 64 MB for each thread."""
 DRAIN_MARGIN_S = 2.0
 """After their time is over, requests that were cut get so long to say so."""
 DELETE_TIMEOUT_S = 10.0
@@ -128,6 +130,7 @@ def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
     say(f"artifact  {settings.loaded_artifact or 'none: steering is off'}")
     say("starting Ray ...")
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = proxy_edge.IMPORT_PATH
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGEST_KEPT_BLOCK_BYTES))
     with tempfile.TemporaryDirectory(prefix="vlsae-run-", dir=short_folder()) as folder:
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
