@@ -16,6 +16,8 @@ HOST = "images.example"
 PUBLIC = "203.1.113.7"
 """An address like any other; nothing is ever sent to it."""
 
+AUTHORITY = trustme.CA()
+
 
 def answer(body: bytes = b"", *headers: str, status: str = "200 OK", media_type: str = "image/png") -> bytes:
     """An HTTP answer as it goes over the wire."""
@@ -29,7 +31,7 @@ class LocalWorld(httpcore.AsyncNetworkBackend):
     """Resolver and connector in one; `connected` is where the client went, by address, before it was diverted here."""
 
     def __init__(self) -> None:
-        self.authority = trustme.CA()
+        self.authority = AUTHORITY
         self.names: dict[str, list[str]] = {HOST: [PUBLIC]}
         self.resolved: list[str] = []
         self.connected: list[tuple[str, int]] = []
