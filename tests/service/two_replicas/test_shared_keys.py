@@ -88,7 +88,7 @@ def test_a_client_that_waits_as_told_is_served(watched: Watched) -> None:
 
 
 def test_feedback_reaches_the_replica_that_knows_the_answer(watched: Watched) -> None:
-    for _ in range(10):
+    for _ in range(6):
         given = {"request_id": ask(watched, watched.secrets["alice"]), "score": 0.5}
         statuses = [
             httpx.post(watched.server.url + "/v1/feedback", json=given, headers=watched.key(name)).status_code
