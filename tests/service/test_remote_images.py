@@ -238,7 +238,7 @@ def test_without_hosts_nothing_is_allowed() -> None:
 async def test_the_log_has_the_host_and_the_reason_but_no_path(caplog: pytest.LogCaptureFixture) -> None:
     world = LocalWorld()
     world.names[HOST] = ["10.0.0.1"]
-    with caplog.at_level(logging.INFO, logger="ray.serve"):
+    with caplog.at_level(logging.INFO, logger="service.remote_images"):
         await expect_refusal(world)
     assert HOST in caplog.text
     assert "not all public" in caplog.text
