@@ -119,7 +119,7 @@ def test_only_vllm_shares_a_model_among_devices() -> None:
 
 def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     check_installation(parse_settings(["--log-file", str(tmp_path / "service.log")], {}))
-    with pytest.raises(SettingsError, match="--log-file: .*nowhere is not a folder"):
+    with pytest.raises(SettingsError, match=r"--log-file: .*nowhere is not a folder"):
         check_installation(parse_settings(["--log-file", str(tmp_path / "nowhere" / "service.log")], {}))
 
 
