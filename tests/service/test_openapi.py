@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import schemathesis
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
@@ -50,6 +51,10 @@ def bodies() -> list[tuple[str, dict[str, Any]]]:
 def examples_of(media: dict[str, Any]) -> list[Any]:
     given = [media["example"]] if "example" in media else []
     return given + [example["value"] for example in media.get("examples", {}).values()]
+
+
+def test_it_is_openapi() -> None:
+    schemathesis.openapi.from_dict(DOCUMENT).validate()
 
 
 def test_every_reference_leads_somewhere_and_every_component_is_used() -> None:
