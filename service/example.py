@@ -61,7 +61,7 @@ def example_answer(model: str) -> dict:
         "system_fingerprint": "fp_08ab6c69aa11",
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 20, "completion_tokens": 18, "total_tokens": 38},
-        "steering": EXAMPLE_RECEIPT,
+        "steering": dict(EXAMPLE_RECEIPT),
     }
 
 

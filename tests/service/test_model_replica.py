@@ -15,11 +15,15 @@ import pytest
 
 from service.chat_job import ChatJob, Turn
 from service.errors import ApiError
+from service.example import example_answer, example_picture
+from service.image_worker import decode
 from service.images import RgbImage
 from service.model_replica import AnswerStart, ModelReplica, build_engine, max_tokens_for, system_fingerprint
 from service.settings import BUNDLED_ARTIFACT, Settings, SettingsError
+from service.streaming import AnswerHead, completion_json
 from steering.engines.base import GenerationEnd, ResponseFormat, Sampling, TextDelta
 from steering.request import RequestedSteering, SteeringRequest
+from tests.service.test_streaming import played
 from tests.tiny_models import drawn_image
 
 PICTURE = drawn_image(3)
@@ -40,11 +44,14 @@ async def replica(settings: Settings) -> AsyncIterator[ModelReplica]:
     await replica.stop()
 
 
-def job(*, images: int = 1, max_tokens: int | None = 4, text: str = "what?", **changes) -> ChatJob:
+def job(
+    *, images: int | tuple[RgbImage, ...] = 1, max_tokens: int | None = 4, text: str = "what?", **changes
+) -> ChatJob:
+    pixels = images if isinstance(images, tuple) else (IMAGE,) * images
     fields = {
         "request_id": "r",
-        "turns": (Turn("user", (*[None] * images, text)),),
-        "images": (IMAGE,) * images,
+        "turns": (Turn("user", (*[None] * len(pixels), text)),),
+        "images": pixels,
         "max_tokens": max_tokens,
         "sampling": Sampling(max_tokens=1, temperature=0.0),
         "steering": RequestedSteering(settings=SteeringRequest()),
@@ -121,15 +128,22 @@ async def test_a_failure_nobody_foresaw_is_an_event_too(replica: ModelReplica) -
     assert "bytes" not in failure.message
 
 
-async def test_the_bundled_miniature_is_served_by_default() -> None:
+async def test_the_bundled_miniature_is_served_by_default_and_answers_the_example_as_shown() -> None:
+    picture = decode(example_picture(), 10_000, 100)
+    image = RgbImage(picture.width, picture.height, picture.tobytes())
     replica = ModelReplica(Settings(device="cpu"))
     await replica.start()
-    start, *_, end = await events_of(replica, job(max_tokens=24))
+    _, *events = await events_of(replica, job(images=(image,), text="Describe the image.", max_tokens=48))
     await replica.stop()
     config = json.loads((BUNDLED_ARTIFACT / "config.json").read_text())
-    assert start.system_fingerprint
-    assert end.receipt.artifact == config["fingerprint"]
-    assert end.receipt.preset == config["default_preset"]
+    assert events[-1].receipt.artifact == config["fingerprint"]
+    assert events[-1].receipt.preset == config["default_preset"]
+    expected = example_answer("llava")
+    head = AnswerHead(**{name: expected[name] for name in ("id", "created", "model", "system_fingerprint")})
+    answer = json.loads(await completion_json(head, played(*events), n=1, logprobs=False))
+    shifts = [one["steering"].pop("relative_shift") for one in (answer, expected)]
+    assert shifts[0] == pytest.approx(shifts[1], abs=0.01)
+    assert answer == expected
 
 
 def test_vllm_is_built_as_set_and_sends_no_usage_reports(monkeypatch: pytest.MonkeyPatch) -> None:
