@@ -171,7 +171,7 @@ class RemoteImages:
 
     async def _fetch_in_time(self, urls: Sequence[tuple[str, RemoteUrl]], budget: ByteBudget) -> list[bytes]:
         pool = httpcore.AsyncConnectionPool(
-            ssl_context=self._tls, network_backend=self._backend, max_connections=None, max_keepalive_connections=0
+            ssl_context=self._tls, network_backend=self._backend, max_connections=len(urls)
         )
         try:
             async with asyncio.timeout(self._timeout_s), pool, asyncio.TaskGroup() as group:

@@ -16,7 +16,7 @@ from PIL import Image
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder, RgbImage, decode_data_url
 from tests.service.examples import data_url, encoded, picture
-from tests.service.hostile.pictures import jpeg_of_scans
+from tests.service.hostile.pictures import jpeg_of_scans, webp_canvas
 
 LIMITS = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
 FIELD = "messages[0].content[1].image_url.url"
@@ -123,12 +123,13 @@ async def test_a_phone_s_second_picture_is_left_out(decoder: ImageDecoder) -> No
         (encoded(picture(mode="1", size=(5001, 5000))), "too large"),
         (encoded(picture(mode="1", size=(4, 400))), "too large"),
         (bare_png(65_000, 65_000), "too large"),
+        (webp_canvas(16_000, 16_000), "too large"),
         (encoded(picture(), save_all=True, append_images=[picture("blue")]), "animated"),
         (encoded(picture(), "WEBP", save_all=True, append_images=[picture("blue")]), "animated"),
     ],
     ids=[
         "empty", "junk", "gif", "bmp", "cut-png", "cut-jpeg", "0x0", "no-rows", "3x3", "1-wide", "20000-wide",
-        "25-megapixels", "thread", "bomb", "apng", "webp-animation",
+        "25-megapixels", "thread", "bomb", "webp-bomb", "apng", "webp-animation",
     ],
 )  # fmt: skip
 async def test_refused(decoder: ImageDecoder, data: bytes, says: str) -> None:

@@ -115,6 +115,7 @@ async def test_no_redirect_is_followed(status: str) -> None:
         answer(PNG, "content-length: 20000"),
         answer(PNG[:50], "content-length: 60"),
         answer(PNG, "content-length: -1"),
+        answer(PNG, "content-length: " + "9" * 5000),
         answer(PNG, "content-length: 5", "transfer-encoding: chunked"),
         answer(b"zz\r\nabc\r\n", "transfer-encoding: chunked"),
         answer(b"4e20\r\n" + bytes(20_000) + b"\r\n0\r\n\r\n", "transfer-encoding: chunked"),
@@ -123,7 +124,7 @@ async def test_no_redirect_is_followed(status: str) -> None:
         b"\r\n",
     ],
     ids=[
-        "404", "206", "500", "html", "svg", "gzip", "long", "cut", "negative length",
+        "404", "206", "500", "html", "svg", "gzip", "long", "cut", "negative length", "endless length",
         "two lengths", "bad chunk", "long chunk", "long header", "no HTTP", "a line",
     ],
 )  # fmt: skip
