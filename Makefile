@@ -3,8 +3,8 @@
 SHELL := /bin/bash
 
 PYTHON ?= python3
-PORT ?= 8000
-ENGINE ?= huggingface
+PORT ?= $(VLSAE_PORT)
+ENGINE ?= $(VLSAE_ENGINE)
 MODEL ?=
 ARTIFACT ?=
 DEVICE ?=
@@ -27,8 +27,8 @@ unexport VIRTUAL_ENV
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-serve: $(if $(filter vllm,$(ENGINE)),setup-vllm,setup) ## run the service on 127.0.0.1 [PORT= ENGINE=vllm MODEL= ARTIFACT= DEVICE= DTYPE= STEERING=off]
-	@exec $(RUN) -m service --port $(PORT) --engine $(ENGINE) \
+serve: $(if $(filter vllm,$(ENGINE)),setup-vllm,setup) ## run the service on 127.0.0.1 [PORT=8000 ENGINE=huggingface|vllm MODEL= ARTIFACT= DEVICE= DTYPE= STEERING=off]
+	@exec $(RUN) -m service $(if $(PORT),--port $(PORT)) $(if $(ENGINE),--engine $(ENGINE)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) \
 		$(if $(DEVICE),--device $(DEVICE)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(STEERING),--steering $(STEERING))
 

@@ -59,8 +59,8 @@ GUIDE = {
                                  "wait; nothing of the request is kept", LATER),
     "shutting_down": Advice("the service stops and takes no new requests", "wait for the next one to take its place",
                             LATER),
-    "request_timeout": Advice("the answer took longer than a request may", "ask for fewer tokens or choices", LATER),
-    "bad_artifact": Advice("the artifact does not belong to the model", "tell the operator", LATER),
+    "request_timeout": Advice("the answer took longer than a request may", "ask for fewer tokens or choices", NO),
+    "bad_artifact": Advice("the artifact does not belong to the model", "tell the operator", NO),
     "internal_error": Advice("a fault of the service", "tell the operator the header `x-request-id`", YES),
 }  # fmt: skip
 

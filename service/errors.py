@@ -69,6 +69,10 @@ RETRY_AFTER_S = 1.0
 """Where nothing better is known."""
 
 
+AGAIN_IS_NO_USE = frozenset(("request_timeout", "bad_artifact"))
+"""OpenAI's clients repeat any 503 by themselves unless a header tells them not to."""
+
+
 class ApiError(Exception):
     """An answer to the client that is not a completion. `code` is a key of ERROR_KINDS."""
 
@@ -94,7 +98,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """What a client needs besides the body: when to come back, how to say who it is."""
         if self.status in (429, 503):
-            return {"Retry-After": str(math.ceil(self.retry_after_s))}
+            again = {"x-should-retry": "false"} if self.code in AGAIN_IS_NO_USE else {}
+            return {"Retry-After": str(math.ceil(self.retry_after_s)), **again}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
     def response(self, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -92,6 +92,7 @@ async def event_stream(
             last = chunks.delta(choice, part.ChoiceDelta(), finish_reason=event.finish_reason)
             if running:
                 yield _sse(last)
+    raise AssertionError("an engine ends with a GenerationEnd")  # a stream that just stopped would look complete
 
 
 def error_event(error: ApiError) -> bytes:

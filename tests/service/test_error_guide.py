@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.error_guide import GUIDE, LATER, markdown_table
-from service.errors import ERROR_KINDS
+from service.errors import ERROR_KINDS, ApiError
 from tests.service.running_server import REPOSITORY
 
 
@@ -15,7 +15,8 @@ def test_every_error_has_its_advice_in_the_order_of_the_table() -> None:
 
 @pytest.mark.parametrize("code", ERROR_KINDS)
 def test_whether_to_wait_is_what_the_header_says(code: str) -> None:
-    assert (GUIDE[code].retry == LATER) == (ERROR_KINDS[code].status in (429, 503))
+    headers = ApiError(code, "").headers()
+    assert (GUIDE[code].retry == LATER) == ("Retry-After" in headers and "x-should-retry" not in headers)
 
 
 def test_the_readme_has_the_table() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 
+import httpx
+import openai
 import pytest
 
-from service.errors import ERROR_KINDS, ApiError, field_path, from_steering_error
+from service.errors import AGAIN_IS_NO_USE, ERROR_KINDS, ApiError, field_path, from_steering_error
 from steering.errors import BadArtifact, EngineUnavailable, InvalidSteering
 
 
@@ -24,6 +26,24 @@ def test_every_kind_has_openai_s_shape(code: str) -> None:
 def test_retry_after_exactly_where_trying_again_helps(code: str) -> None:
     status = ERROR_KINDS[code].status
     assert ("retry-after" in ApiError(code, "").response().headers) == (status in (429, 503))
+
+
+@pytest.mark.parametrize("code", [code for code, kind in ERROR_KINDS.items() if kind.status == 503])
+def test_openai_s_clients_repeat_only_what_may_be_answered(code: str) -> None:
+    calls = 0
+
+    def refuse(_request: httpx.Request) -> httpx.Response:
+        nonlocal calls
+        calls += 1
+        refusal = ApiError(code, "no", retry_after_s=0.0).response()
+        return httpx.Response(refusal.status_code, headers=dict(refusal.headers), content=bytes(refusal.body))
+
+    client = openai.OpenAI(
+        base_url="http://test/v1", api_key="any", http_client=httpx.Client(transport=httpx.MockTransport(refuse))
+    )
+    with pytest.raises(openai.InternalServerError):
+        client.models.list()
+    assert calls == (1 if code in AGAIN_IS_NO_USE else 1 + client.max_retries)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,12 @@ async def test_an_engine_that_ends_early_is_a_fault() -> None:
         await completion_json(HEAD, played(delta(0, "a")), n=1, logprobs=False)
 
 
+@pytest.mark.parametrize("finish", [None, "stop"])
+async def test_a_stream_that_ends_early_is_a_fault(finish) -> None:
+    with pytest.raises(AssertionError, match="GenerationEnd"):
+        await streamed(delta(0, "a", finish=finish))
+
+
 def test_an_error_event_is_openai_s_error() -> None:
     block = error_event(ApiError("engine_unavailable", "lost"))
     assert block.startswith(b"data: {")
