@@ -91,7 +91,7 @@ def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
         "paths": _paths(settings, with_keys),
         "components": {
             "schemas": _schemas(settings),
-            "headers": HEADERS,
+            "headers": {name: {**header, "required": True} for name, header in HEADERS.items()},
             "parameters": {"RequestId": REQUEST_ID_PARAMETER},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": KEYS}},
         },
@@ -105,7 +105,7 @@ REQUEST_ID_PARAMETER = {
     "description": "Names the request in the service's log; one is made where none is given.",
     "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
 }
-HEADERS = {
+HEADERS: dict[str, dict[str, Any]] = {
     REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
     "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},

@@ -30,7 +30,8 @@ def map_case(_context: schemathesis.HookContext, case: schemathesis.Case) -> sch
         return case
     modes = {location.value: component.mode for location, component in case.meta.components.items()}
     broken_body = "body" in modes and modes["body"].is_negative
-    if broken_body or case.method.lower() != case.operation.method.lower():
+    linked = case.meta.phase.name.value == "stateful"  # its body comes from an answer, whatever the mode says
+    if not linked and (broken_body or case.method.lower() != case.operation.method.lower()):
         case.headers.clear()  # they are judged first
     if case.path == "/v1/chat/completions" and isinstance(case.body, dict):
         case.body = agreeing(case.body)
