@@ -70,7 +70,7 @@ class TextPart(Strict):
 
 class ImageUrl(Strict):
     url: str
-    """A `data:` URL with base64 content."""
+    """A `data:` URL with base64 content, or an `https://` URL of a host that the server allows."""
     detail: Annotated[Any, Neutral("auto")] = None
 
 
