@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
-from service.__main__ import check_port, startup_failure
-from service.settings import SettingsError
+from service.__main__ import check_drain_file, check_port, own_url, startup_failure
+from service.settings import Settings, SettingsError
 
 
 def test_a_taken_port_is_named() -> None:
@@ -29,3 +30,26 @@ def test_our_own_errors_need_no_traceback(family: str) -> None:
 def test_others_do() -> None:
     words = 'Traceback:\n  File "a.py"\nMemoryError: too little\n'
     assert words in startup_failure(words)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+        ("localhost", "http://localhost:8000"),
+    ],
+)
+def test_where_the_service_is_reached_from_here(host: str, url: str) -> None:
+    assert own_url(Settings(host=host)) == url
+
+
+def test_what_is_left_of_an_earlier_drain_is_named(tmp_path: Path) -> None:
+    left = tmp_path / "drain"
+    check_drain_file(Settings(drain_file=str(left)))
+    left.touch()
+    with pytest.raises(SettingsError, match=f"--drain-file: {left} exists"):
+        check_drain_file(Settings(drain_file=str(left)))
