@@ -1,4 +1,4 @@
-"""`POST /v1/feedback`: how good an answer was, counted by what was done to it. Comments are never stored or logged."""
+"""`POST /v1/feedback`: how good an answer was, counted by what was done to it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ class FeedbackRequest(BaseModel):
     """The `id` of a chat completion."""
     score: Annotated[float, Field(ge=0, le=1)]
     """0 is bad, 1 is good."""
-    comment: str | None = Field(default=None, max_length=1000)
-    """Accepted, and neither kept nor logged."""
 
 
 def parse_feedback(body: bytes) -> FeedbackRequest:

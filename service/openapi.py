@@ -45,7 +45,7 @@ CHAT = (
     *WITH_BODY, "unsupported_value", "invalid_image", "invalid_steering", "context_length_exceeded",
     "model_not_found", "shutting_down", "bad_artifact",
 )  # fmt: skip
-STATUS_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
+STATUS_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After", "x-should-retry")}
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 
 
@@ -91,7 +91,7 @@ def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
         "paths": _paths(settings, with_keys),
         "components": {
             "schemas": _schemas(settings),
-            "headers": {name: {**header, "required": True} for name, header in HEADERS.items()},
+            "headers": {name: {**header, "required": name != "x-should-retry"} for name, header in HEADERS.items()},
             "parameters": {"RequestId": REQUEST_ID_PARAMETER},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": KEYS}},
         },
@@ -109,6 +109,10 @@ HEADERS: dict[str, dict[str, Any]] = {
     REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
     "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
+    "x-should-retry": {
+        "description": "There where sending the request again is no use; OpenAI's clients obey it.",
+        "schema": {"const": "false"},
+    },
 }
 STRENGTH_PARAMETER = {
     "name": STRENGTH_HEADER,
@@ -196,7 +200,7 @@ def _routes(settings: Settings) -> list[Route]:
         Route("post", "/v1/feedback", "Say how good an answer was", "Counted.", _json(FeedbackTaken),
               (*WITH_BODY, "request_not_found"),
               body={"schema": _ref(FeedbackRequest),
-                    "example": {"request_id": example_answer(name)["id"], "score": 1, "comment": "it is all there"}}),
+                    "example": {"request_id": example_answer(name)["id"], "score": 1}}),
         Route("get", "/v1/models", "Which models there are", "All of them.", _json(ModelList), ()),
         Route("get", "/v1/models/{model_id:path}", "One of them", "It is there.", _json(Model), ("model_not_found",),
               parameters=(one_model,)),
