@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
-import httpx
+import httpx2  # what the client is made of
 import openai
 import pytest
 
@@ -32,14 +32,14 @@ def test_retry_after_exactly_where_trying_again_helps(code: str) -> None:
 def test_openai_s_clients_repeat_only_what_may_be_answered(code: str) -> None:
     calls = 0
 
-    def refuse(_request: httpx.Request) -> httpx.Response:
+    def refuse(_request: httpx2.Request) -> httpx2.Response:
         nonlocal calls
         calls += 1
         refusal = ApiError(code, "no", retry_after_s=0.0).response()
-        return httpx.Response(refusal.status_code, headers=dict(refusal.headers), content=bytes(refusal.body))
+        return httpx2.Response(refusal.status_code, headers=dict(refusal.headers), content=bytes(refusal.body))
 
     client = openai.OpenAI(
-        base_url="http://test/v1", api_key="any", http_client=httpx.Client(transport=httpx.MockTransport(refuse))
+        base_url="http://test/v1", api_key="any", http_client=httpx2.Client(transport=httpx2.MockTransport(refuse))
     )
     with pytest.raises(openai.InternalServerError):
         client.models.list()
