@@ -26,6 +26,7 @@ from service.images import ImageDecoder
 from service.keys import load_keys
 from service.ledger import Ledger
 from service.ledger_client import LedgerClient
+from service.memory_budget import MemoryBudget
 from service.metrics import Metrics
 from service.model_client import ModelClient
 from service.openapi import build_openapi
@@ -74,6 +75,7 @@ def build_api(
         tracing=tracing,
         drain=drain,
         access=access,
+        memory=MemoryBudget(settings.max_memory_bytes),
         ledger=ledger,
     )
     desk = FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from typing import NamedTuple
 
 from fastapi import Request, Response
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.access import Access
 from service.body_structure import check_structure
+from service.chat_job import ChatJob
 from service.chat_request import STRENGTH_HEADER, make_job
 from service.draining import Drain
 from service.errors import ApiError, from_validation_error
@@ -25,6 +26,7 @@ from service.images import ImageDecoder
 from service.keys import Caller
 from service.ledger_client import LedgerClient
 from service.load_estimate import LoadEstimate
+from service.memory_budget import MemoryBudget, Share
 from service.metrics import Meter, Metrics
 from service.model_client import ModelClient
 from service.model_replica import AnswerStart
@@ -32,13 +34,33 @@ from service.remote_images import RemoteImages
 from service.request_body import read_json_body
 from service.request_record import record_of
 from service.schemas import ChatCompletionRequest
-from service.settings import Settings
+from service.settings import BYTES_PER_PIXEL, COPIES_OF_A_BODY, Settings
 from service.streaming import AnswerHead, Event, completion_json, error_event, event_stream
 from service.tracing import Tracing
 from steering.engines.base import GenerationEnd
 
 log = logging.getLogger(__name__)
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class AnswerShape(NamedTuple):
+    """What of a request is needed to write its answer; the conversation is not."""
+
+    model: str
+    stream: bool
+    include_usage: bool
+    n: int
+    logprobs: bool
+
+    @classmethod
+    def of(cls, chat: ChatCompletionRequest) -> AnswerShape:
+        return cls(
+            model=chat.model,
+            stream=bool(chat.stream),
+            include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
+            n=chat.n or 1,
+            logprobs=bool(chat.logprobs),
+        )
 
 
 @dataclass(kw_only=True)
@@ -53,6 +75,7 @@ class ChatService:
     tracing: Tracing
     drain: Drain
     access: Access
+    memory: MemoryBudget
     ledger: LedgerClient
     load: LoadEstimate = field(default_factory=LoadEstimate)
     in_progress: int = 0
@@ -110,24 +133,47 @@ class ChatAnswer(Response):
             raise ApiError("request_timeout", f"a request may take {limit:g} s; ask for less, or later") from None
 
     async def _answer(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.memory.share() as pixels:
+            job, shape = await self._take_in(pixels, scope)
+            for image in job.images:
+                meter.count_image(image.width * image.height)
+            await self._generate(job, shape, meter, scope, receive, send)
+
+    async def _take_in(self, pixels: Share, scope: Scope) -> tuple[ChatJob, AnswerShape]:
+        """What was asked, checked. The body and all that was made of it on the way ends here."""
         service, request, record = self._service, self._request, record_of(scope)
         caller, settings = scope["state"]["caller"], service.settings
-        body = await read_json_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-        chat = parse_chat(body)
-        with service.tracing.step(record, "images"):
-            job = await make_job(
-                chat,
-                request_id=f"chatcmpl-{uuid.uuid4().hex}",
-                strength_header=request.headers.get(STRENGTH_HEADER),
-                settings=settings,
-                decoder=service.decoder,
-                remote=service.remote,
-                caller=caller,
-                admit_images=partial(service.access.admit_images, caller),
+
+        async def admit_images(count: int, total_pixels: int) -> None:
+            await service.access.admit_images(caller, count, total_pixels)
+            pixels.take(BYTES_PER_PIXEL * total_pixels)
+
+        with service.memory.share() as bodies:
+            body = await read_json_body(
+                request,
+                max_bytes=settings.max_body_bytes,
+                timeout_s=settings.body_timeout_s,
+                take=lambda piece_bytes: bodies.take(COPIES_OF_A_BODY * piece_bytes),
             )
+            chat = parse_chat(body)
+            with service.tracing.step(record, "images"):
+                job = await make_job(
+                    chat,
+                    request_id=f"chatcmpl-{uuid.uuid4().hex}",
+                    strength_header=request.headers.get(STRENGTH_HEADER),
+                    settings=settings,
+                    decoder=service.decoder,
+                    remote=service.remote,
+                    caller=caller,
+                    admit_images=admit_images,
+                )
         record.completion_id, record.stream = job.request_id, bool(chat.stream)
-        for image in job.images:
-            meter.count_image(image.width * image.height)
+        return job, AnswerShape.of(chat)
+
+    async def _generate(
+        self, job: ChatJob, shape: AnswerShape, meter: Meter, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        service, record, caller = self._service, record_of(scope), scope["state"]["caller"]
         meter.submitted()
         async with aclosing(service.model.generate(job)) as answer:
             with service.tracing.step(record, "queue"):
@@ -137,16 +183,16 @@ class ChatAnswer(Response):
             head = AnswerHead(
                 id=job.request_id,
                 created=int(time.time()),
-                model=chat.model,
+                model=shape.model,
                 system_fingerprint=start.system_fingerprint,
             )
             with service.tracing.step(record, "generation"):
                 events = self._observed(answer, meter, caller, job.request_id)
-                await self._write(chat, head, events, scope, receive, send)
+                await self._write(shape, head, events, scope, receive, send)
 
     async def _write(
         self,
-        chat: ChatCompletionRequest,
+        shape: AnswerShape,
         head: AnswerHead,
         events: AsyncIterator[Event],
         scope: Scope,
@@ -154,13 +200,12 @@ class ChatAnswer(Response):
         send: Send,
     ) -> None:
         """The answer as it comes, or when it is whole."""
-        n, logprobs = chat.n or 1, bool(chat.logprobs)
-        if not chat.stream:
+        n, logprobs = shape.n, shape.logprobs
+        if not shape.stream:
             body = await completion_json(head, events, n=n, logprobs=logprobs)
             await Response(body, media_type="application/json")(scope, receive, send)
             return
-        include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-        async for chunk in event_stream(head, events, n=n, logprobs=logprobs, include_usage=include_usage):
+        async for chunk in event_stream(head, events, n=n, logprobs=logprobs, include_usage=shape.include_usage):
             await self._send(send, chunk)
         await send({"type": "http.response.body", "body": b""})
 

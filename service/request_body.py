@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from fastapi import Request
 
 from service.errors import ApiError
 
 
-async def read_json_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
-    """The body, refused as soon as it is known to be too large, too slow or not said to be JSON."""
+async def read_json_body(
+    request: Request, *, max_bytes: int, timeout_s: float, take: Callable[[int], None] = lambda _bytes: None
+) -> bytes:
+    """The body, refused as soon as it is known to be too large, too slow or not said to be JSON.
+
+    `take` is told the bytes of every piece, and may raise.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError("unsupported_media_type", "content-type: must be application/json", param="content-type")
@@ -21,6 +27,7 @@ async def read_json_body(request: Request, *, max_bytes: int, timeout_s: float) 
     try:
         async with asyncio.timeout(timeout_s):
             async for piece in request.stream():
+                take(len(piece))
                 body += piece
                 if len(body) > max_bytes:
                     raise too_large

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 ENVIRONMENT_PREFIX = "VLSAE_"
 KEYS_VARIABLE = "VLSAE_KEYS"
@@ -20,6 +20,9 @@ KEYS_VARIABLE = "VLSAE_KEYS"
 BUNDLE = Path(__file__).parent.parent / "training" / "miniature" / "bundle"
 BUNDLED_MODEL, BUNDLED_ARTIFACT = BUNDLE / "llava", BUNDLE / "artifact"
 MIB = 1024 * 1024
+COPIES_OF_A_BODY = 3
+"""Held at a time: as it came, as text, and as the bytes that base64 meant."""
+BYTES_PER_PIXEL = 3
 
 
 class Settings(BaseModel):
@@ -89,6 +92,8 @@ class Settings(BaseModel):
     """All images of a request together, in pixels."""
     max_image_side: int = Field(default=16_384, ge=1)
     """Longest side of an image, in pixels."""
+    max_memory_bytes: int = Field(default=2048 * MIB, validate_default=True)
+    """Bodies and pixels that one ingress replica holds at a time, in bytes; more are refused with 503."""
 
     image_workers: int = Field(default=2, ge=1)
     """Decoding processes per ingress replica."""
@@ -134,6 +139,14 @@ class Settings(BaseModel):
     """At the end, running requests may take so many more seconds; a stream that is cut says so in an error event."""
     drain_file: str | None = None
     """While this file exists, this machine's service refuses new requests and ends the running ones."""
+
+    @field_validator("max_memory_bytes")
+    @classmethod
+    def _one_request_fits(cls, value: int, info: ValidationInfo) -> int:
+        body, pixels = info.data.get("max_body_bytes", 0), info.data.get("max_request_pixels", 0)
+        if value < (least := COPIES_OF_A_BODY * body + BYTES_PER_PIXEL * pixels):
+            raise ValueError(f"must hold one request of max_body_bytes and max_request_pixels: at least {least} bytes")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -18,11 +18,12 @@ from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
 from service.ledger import Ledger
 from service.load_estimate import LoadEstimate
+from service.memory_budget import MemoryBudget
 from service.metrics import Metrics
 from service.remote_images import RemoteImages
 from service.settings import Settings
 from service.tracing import Tracing
-from steering.engines.base import Health
+from steering.engines.base import GenerationEnd, Health
 from tests.service.examples import ScriptedModel, body, delta, end, image_part, user
 
 SETTINGS = Settings(
@@ -286,8 +287,57 @@ def test_a_place_is_given_back_after_any_exception() -> None:
         tracing=Tracing(None),
         drain=Drain(None, 0),
         access=Access(None, Ledger()),
+        memory=MemoryBudget(0),
         ledger=Ledger(),
     )
     with pytest.raises(KeyError), service.admitted():
         raise KeyError
     assert service.in_progress == 0
+
+
+LITTLE_MEMORY = SETTINGS.model_copy(update={"max_memory_bytes": 3 * 48 * 32 + 3000})
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        (body(), 200),
+        (body(user("x" * 3000)), 503),
+        (body(user(image_part(), "what?")), 200),
+        (body(user(image_part(), image_part(), "what?")), 503),
+    ],
+    ids=["a body that fits", "a body that does not", "pixels that fit", "pixels that do not"],
+)
+async def test_bodies_and_pixels_have_a_budget(serve, asked: dict, status: int) -> None:
+    server = serve(settings=LITTLE_MEMORY)
+    for _ in range(3):  # what a request took is given back
+        response = await server.chat(asked)
+        assert response.status_code == status
+        if status == 503:
+            assert error_of(response)["code"] == "overloaded"
+            assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_pixels_are_held_until_the_answer_has_ended(serve) -> None:
+    waiting = asyncio.Event()
+
+    class Waiting(ScriptedModel):
+        async def generate(self, job):
+            async for event in super().generate(job):
+                if isinstance(event, GenerationEnd):
+                    await waiting.wait()
+                yield event
+
+    server = serve(settings=LITTLE_MEMORY)
+    model = Waiting()
+    server.api = build_api(LITTLE_MEMORY, model, server.decoder)
+    server.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=server.api), base_url="http://test")
+    asked = body(user(image_part(), "what?"))
+    first = asyncio.create_task(server.chat(asked))
+    while not model.jobs:
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(60):
+        assert (await server.chat(asked)).status_code == 503
+    waiting.set()
+    assert (await first).status_code == 200
+    assert (await server.chat(asked)).status_code == 200

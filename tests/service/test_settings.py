@@ -139,3 +139,11 @@ def test_automatic_choices() -> None:
 def test_the_model_s_name_is_its_folder_s() -> None:
     assert Settings(model="/models/llava-1.5-7b-hf/").model_name == "llava-1.5-7b-hf"
     assert Settings(model="/x", served_model_name="org/name").model_name == "org/name"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--max-memory-bytes", "1000"], ["--max-request-pixels", "9" * 12], ["--max-body-bytes", "9" * 12]]
+)
+def test_one_request_at_its_limits_must_fit(arguments: list[str]) -> None:
+    with pytest.raises(SettingsError, match=r"^--max-memory-bytes: .*max_request_pixels: at least \d+ bytes"):
+        parse_settings(arguments, {})
