@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -36,9 +37,11 @@ from service.request_record import record_of
 from service.settings import Settings
 from service.tracing import Tracing
 
+log = logging.getLogger(__name__)
 OWNER = "vl-sae-steering"
 BUSY_WINDOW_S = 5.0
 """A token that is not older says that the model lives, though all its places are taken."""
+LOOK_EVERY_S = 10.0
 
 
 def build_api(
@@ -82,9 +85,23 @@ def build_api(
     started = int(time.time())
     document = json.dumps(build_openapi(settings, with_keys=keys is not None))
 
+    async def look() -> dict:
+        """What /readyz says; raises ApiError where it is not ready. The gauge says the same."""
+        is_ready = False
+        try:
+            if drain.begun:
+                raise shutting_down()
+            answer = await _readiness(settings, model)
+            is_ready = True
+            return answer
+        finally:
+            metrics.ready.set(is_ready)
+
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
+        looking = asyncio.create_task(_keep_looking(look))
         yield
+        looking.cancel()
         tracing.close()
 
     api = FastAPI(
@@ -121,9 +138,7 @@ def build_api(
 
     @api.get("/readyz")
     async def ready() -> Response:
-        answer = shutting_down().response() if drain.begun else await _readiness(settings, model)
-        metrics.ready.set(answer.status_code == 200)
-        return answer
+        return JSONResponse(await look())
 
     @api.get("/version")
     async def version() -> Response:
@@ -149,24 +164,40 @@ def build_api(
 
     @api.get("/metrics")
     async def exposition() -> Response:
-        await ready()
+        with suppress(ApiError):
+            await look()
         text = await asyncio.to_thread(metrics.exposition)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return api
 
 
-async def _readiness(settings: Settings, model: ModelClient) -> Response:
-    """200 while the engine makes progress. A model too busy to be asked is ready as long as its tokens arrive."""
+async def _keep_looking(look: Callable[[], Awaitable[object]]) -> None:
+    """The gauge is true though nobody asks: a scrape may go to `machine_metrics`, a probe to Serve."""
+    while True:
+        try:
+            await look()
+        except ApiError:
+            pass  # not ready, as the gauge says
+        except Exception:
+            log.exception("whether the model is ready cannot be found out")
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _readiness(settings: Settings, model: ModelClient) -> dict:
+    """While the engine makes progress; else raises ApiError.
+
+    A model too busy to be asked is ready as long as its tokens arrive.
+    """
     try:
         health = (await model.status()).health
-    except ApiError as error:
+    except ApiError:
         if model.seconds_since_event() <= BUSY_WINDOW_S:
-            return JSONResponse({"status": "ready"})
-        return error.response()
+            return {"status": "ready"}
+        raise
     if not health.alive or health.seconds_since_progress > settings.unready_after_s:
-        return ApiError("engine_unavailable", "the model makes no progress; try again later").response()
-    return JSONResponse({"status": "ready", "running": health.running, "waiting": health.waiting})
+        raise ApiError("engine_unavailable", "the model makes no progress; try again later")
+    return {"status": "ready", "running": health.running, "waiting": health.waiting}
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:

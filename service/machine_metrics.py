@@ -36,17 +36,17 @@ class MachineCollector(MultiProcessCollector):
         self._folder = folder
 
     def collect(self) -> Iterable[Metric]:
-        drop_dead_gauges(self._folder)
-        files = [str(path) for path in self._folder.glob("*.db") if size_of(path)]
+        files = [str(path) for path in self._folder.glob("*.db") if counts(path)]
         return [metric for metric in self.merge(files) if metric.name.startswith(PREFIX)]
 
 
-def drop_dead_gauges(folder: Path) -> None:
-    """What a process was doing when it died is not being done; what it has counted stays counted."""
-    for path in folder.glob("gauge_live*.db"):
-        owner = LIVE_GAUGE.fullmatch(path.name)
-        if owner and not has_open(int(owner[1]), path):
-            path.unlink(missing_ok=True)
+def counts(path: Path) -> bool:
+    """What a process was doing when it died is not being done; what it has counted stays counted.
+
+    Nothing is deleted: whoever cannot see a process (another container, another user) must not take its file from it.
+    """
+    owner = LIVE_GAUGE.fullmatch(path.name)
+    return size_of(path) > 0 and (owner is None or has_open(int(owner[1]), path))
 
 
 def has_open(pid: int, path: Path) -> bool:

@@ -22,6 +22,8 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 SCORE_BUCKETS = (0, 0.25, 0.5, 0.75, 1)
 SHIFT_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
+PROBES = frozenset(("/healthz", "/readyz"))
+"""Asked over and over while a service starts: their refusals are nobody's loss."""
 
 
 class Metrics:
@@ -33,7 +35,7 @@ class Metrics:
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
         self.requests = Counter(
-            "vlsae_requests_total", "Requests that reached the model.", ["arm", "applied", "finish"], registry=registry
+            "vlsae_requests_total", "Requests a model replica began.", ["arm", "applied", "finish"], registry=registry
         )
         self.responses = Counter(
             "vlsae_http_responses_total", "HTTP requests answered, of any kind.", ["route", "status"], registry=registry
@@ -53,6 +55,12 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self.at_model = Gauge(
+            "vlsae_requests_at_model",
+            "Chat requests that were handed to the model and have not ended.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
         self.ready = Gauge(
             "vlsae_ready",
             "1 where the last look at the model found it making progress, else 0.",
@@ -67,7 +75,7 @@ class Metrics:
         )
         self.time_to_first_token = Histogram(
             "vlsae_time_to_first_token_seconds",
-            "From the request's arrival to the first token.",
+            "From the request's arrival at the ingress to the first token.",
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
@@ -79,7 +87,7 @@ class Metrics:
         )
         self.duration = Histogram(
             "vlsae_request_duration_seconds",
-            "From the request's arrival to the last token.",
+            "From the request's arrival at the ingress to the end of its answer, whole or not.",
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
@@ -100,24 +108,21 @@ class Metrics:
             buckets=SCORE_BUCKETS,
             registry=registry,
         )
+        self.choices = Counter("vlsae_choices_total", "Choices of whole answers.", ["applied"], registry=registry)
         self.empty_answers = Counter(
             "vlsae_empty_answers_total", "Choices without any text.", ["applied"], registry=registry
         )
         for code in ERROR_KINDS:
             self.rejections.labels(reason=code)  # a rate needs to have seen the zero before the first
-        for gauge in (self.in_progress, self.waiting):
+        for gauge in (self.in_progress, self.waiting, self.at_model):
             gauge.set(0)  # the file of a dead process with our id may hold another number
 
     def count_response(self, record: RequestRecord) -> None:
         """An HTTP request has ended."""
         status = "none" if record.status is None else str(record.status)
         self.responses.labels(route=record.route, status=status).inc()
-        if record.error_code:
+        if record.error_code and record.route not in PROBES:
             self.rejections.labels(reason=record.error_code).inc()
-
-    def count_refusal(self, code: str) -> None:
-        """Somebody was told an error who never reached the application."""
-        self.rejections.labels(reason=code).inc()
 
     def exposition(self) -> bytes:
         """The text that `/metrics` answers: this machine's sums where its processes share a folder."""
@@ -141,7 +146,7 @@ class Meter:
     def __init__(self, metrics: Metrics, record: RequestRecord) -> None:
         """What is measured is also written to `record`."""
         self._metrics, self._record = metrics, record
-        self._waits = False
+        self._submitted = self._started = self._waits = False
         self._last_token: dict[int, float] = {}
         self._with_text: set[int] = set()
         self._finish: set[str] = set()
@@ -151,12 +156,13 @@ class Meter:
 
     def submitted(self) -> None:
         """The request is handed to the model."""
-        self._waits = True
+        self._submitted = self._waits = True
         self._metrics.waiting.inc()
+        self._metrics.at_model.inc()
 
     def started(self, prompt_tokens: int) -> None:
         """The model has the request; `prompt_tokens` are its prompt's, images included."""
-        self._prompt_tokens = prompt_tokens
+        self._started, self._prompt_tokens = True, prompt_tokens
         self._metrics.last_event.set_to_current_time()
 
     def count_image(self, pixels: int) -> None:
@@ -198,10 +204,13 @@ class Meter:
     def finished(self, failure: str | None) -> None:
         """`failure` is None, 'cancelled', or the error code that the client saw."""
         self._waits_no_longer()
+        if self._submitted:
+            self._metrics.at_model.dec()
         if failure not in (None, "cancelled"):
             self._record.error_code = failure
-        if self._end is None and not self._last_token:
-            return  # nothing was generated
+        refused = failure in ERROR_KINDS and ERROR_KINDS[failure].status < 500
+        if not self._started or (refused and not self._last_token):
+            return  # no model replica had it, or the engine would not take it
         self._metrics.duration.observe(time.monotonic() - self._record.arrived)
         if failure == "cancelled":
             finish = "cancelled"
@@ -224,6 +233,7 @@ class Meter:
             return
         applied = "true" if end.receipt.applied else "false"
         metrics.requests.labels(arm=end.receipt.arm or "none", applied=applied, finish=finish).inc()
+        metrics.choices.labels(applied=applied).inc(len(end.completion_tokens))
         metrics.empty_answers.labels(applied=applied).inc(len(end.completion_tokens) - len(self._with_text))
         if end.receipt.applied:
             for shift in end.receipt.relative_shift:

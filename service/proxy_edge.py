@@ -3,7 +3,7 @@
 Serve answers in plain text where it has nobody to ask, lets even a probe wait until a lost replica is back, ends a
 stream in the middle where a replica is lost, waits for ever for a client that takes nothing, and lets one that was
 refused go on sending. Here each becomes what an OpenAI client understands, or an end. Serve calls `middlewares` where
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows no routes but Serve's own, no settings and no model.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows no settings and no model, and routes but to count by them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access import ROUTE_SCOPES
 from service.errors import ApiError
 from service.http_connection import bound_connections
 from service.metrics import Metrics
 from service.request_id import REQUEST_ID_HEADER, check_request_id, request_id_of
+from service.request_record import RequestRecord
 from service.streaming import error_event
 
 IMPORT_PATH = "service.proxy_edge.middlewares"
@@ -87,7 +89,16 @@ class ProxyEdge:
                 timer.cancel()
         await exchange.finish(self._linger_s)
         if exchange.told is not None:
-            self._metrics.count_refusal(exchange.told.code)
+            self._count(scope, exchange)
+
+    def _count(self, scope: Scope, exchange: _Exchange) -> None:
+        """As the application counts what it answers."""
+        told = exchange.told
+        assert told is not None
+        route = scope["path"] if scope["path"] in ROUTE_SCOPES else "unknown"
+        status = 200 if exchange.broke_off else told.status
+        record = RequestRecord(request_id="", method=scope["method"], route=route, status=status, error_code=told.code)
+        self._metrics.count_response(record)
 
 
 def settle_request_id(scope: Scope) -> ApiError | None:
@@ -114,6 +125,8 @@ class _Exchange:
         self._streams_events = False
         self.told: ApiError | None = None
         """What a client that is still there was told here, and not by the application."""
+        self.broke_off = False
+        """A stream with the status 200 ended with that."""
         self._left = False
         self._gone = False
         """The client takes nothing any more."""
@@ -166,7 +179,7 @@ class _Exchange:
             response = error.response({REQUEST_ID_HEADER: Headers(scope=self._scope)[REQUEST_ID_HEADER]})
             await response(self._scope, self.receive, self._deliver)
         elif not self._finished and self._streams_events:
-            self.told = None if self._left else LOST
+            self.told, self.broke_off = None if self._left else LOST, True
             await self._deliver({"type": "http.response.body", "body": error_event(LOST)})
         if self._finished and not self._body_read:
             await self._linger(linger_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 
 import httpx
@@ -211,6 +212,40 @@ async def test_ready_means_progress(serve, health, since_event: float, status: i
     server.model.health, server.model.since_event = health, since_event
     assert (await server.client.get("/readyz")).status_code == status
     assert (await server.client.get("/healthz")).status_code == 200
+
+
+async def test_readiness_is_looked_at_though_nobody_asks(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the application lives; a look that fails in an unforeseen way is not the last."""
+    monkeypatch.setattr("service.api.LOOK_EVERY_S", 0.01)
+    gauges = []
+    monkeypatch.setattr("service.api.Metrics", lambda: gauges.append(Metrics()) or gauges[-1])
+    server = serve()
+
+    async def becomes(value: int) -> None:
+        async with asyncio.timeout(5):
+            while gauges[0].registry.get_sample_value("vlsae_ready") != value:
+                await asyncio.sleep(0.01)
+
+    async with server.api.router.lifespan_context(server.api):
+        await becomes(1)
+        server.model.health = ApiError("engine_unavailable", "stalled")
+        await becomes(0)
+        server.model.health = ScriptedModel().health
+        await becomes(1)
+        server.model.health = None  # not what a model says
+        await becomes(0)
+        server.model.health = ScriptedModel().health
+        await becomes(1)
+
+
+async def test_not_ready_has_its_code_in_the_log(serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="service")
+    server = serve()
+    server.model.health = ApiError("engine_unavailable", "no answer")
+    assert (await server.client.get("/readyz")).status_code == 503
+    (line,) = [record for record in caplog.records if record.name == "service.requests"]
+    assert getattr(line, "facts")["error_code"] == "engine_unavailable"  # noqa: B009
+    assert await server.metric('vlsae_rejections_total{reason="engine_unavailable"}') == 0
 
 
 class SlowModel(ScriptedModel):

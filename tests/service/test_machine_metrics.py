@@ -128,5 +128,7 @@ def test_the_dead_and_their_successors(machine: Machine) -> None:
     assert machine.value("vlsae_requests_in_progress") == 2
     assert machine.value("vlsae_requests_total", arm="none", applied="true", finish="stop") == 5
     of_the_other = machine.folder / f"gauge_livesum_{machine.processes[0].pid}.db"
-    of_the_other.rename(machine.folder / f"gauge_livesum_{os.getpid()}.db")
+    unseen = of_the_other.rename(machine.folder / f"gauge_livesum_{os.getpid()}.db")
     assert machine.value("vlsae_requests_in_progress") is None, "the id of a process that is not ours"
+    unseen.rename(of_the_other)
+    assert machine.value("vlsae_requests_in_progress") == 2, "left out, not lost"

@@ -21,10 +21,12 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
-def run(metrics: Metrics, *events, failure: str | None = None, ago_s: float = 0.0) -> RequestRecord:
+def run(
+    metrics: Metrics, *events, failure: str | None = None, ago_s: float = 0.0, started: bool | None = None
+) -> RequestRecord:
     record = RequestRecord(request_id="r", method="POST", arrived=time.monotonic() - ago_s)
     meter = Meter(metrics, record)
-    if events:
+    if events or started:
         meter.started(prompt_tokens=20)
     for event in events:
         meter.observe(event)
@@ -54,6 +56,7 @@ def test_a_plain_answer_in_an_arm(metrics: Metrics) -> None:
 def test_empty_answers_are_counted_by_choice(metrics: Metrics) -> None:
     run(metrics, delta(0, "", finish="stop", tokens=0), delta(1, "a", finish="stop"), end(1, 2))
     assert value(metrics, "vlsae_empty_answers_total", applied="true") == 1
+    assert value(metrics, "vlsae_choices_total", applied="true") == 2
 
 
 def test_a_refused_request_is_a_rejection_and_no_request(metrics: Metrics) -> None:
@@ -81,6 +84,41 @@ def test_tokens_of_an_answer_that_never_ended_are_counted(metrics: Metrics, fail
     run(metrics, delta(0, "a", tokens=2), delta(1, "b", tokens=3), delta(0, "", tokens=1), failure=failure)
     assert value(metrics, "vlsae_prompt_tokens_total") == 20
     assert value(metrics, "vlsae_completion_tokens_total") == 6
+
+
+@pytest.mark.parametrize(
+    ("failure", "finish"), [("cancelled", "cancelled"), ("request_timeout", "error"), ("engine_unavailable", "error")]
+)
+def test_a_prompt_that_was_computed_for_nothing_is_counted(metrics: Metrics, failure: str, finish: str) -> None:
+    run(metrics, failure=failure, started=True)
+    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish=finish) == 1
+    assert value(metrics, "vlsae_prompt_tokens_total") == 20
+    assert value(metrics, "vlsae_request_duration_seconds_count") == 1
+
+
+def test_one_that_the_engine_refuses_has_cost_no_prompt(metrics: Metrics) -> None:
+    run(metrics, failure="invalid_steering", started=True)
+    assert value(metrics, "vlsae_prompt_tokens_total") == 0
+
+
+@pytest.mark.parametrize("failure", [None, "cancelled", "overloaded"])
+def test_only_what_was_handed_to_the_model_and_has_not_ended_is_at_it(metrics: Metrics, failure: str | None) -> None:
+    meters = [Meter(metrics, RequestRecord(request_id="r", method="POST")) for _ in range(3)]
+    for meter in meters[1:]:
+        meter.submitted()
+    assert value(metrics, "vlsae_requests_at_model") == 2
+    meters[0].finished("body_timeout")
+    meters[1].finished(failure)
+    assert value(metrics, "vlsae_requests_at_model") == 1
+
+
+def test_a_probe_that_is_told_to_wait_is_no_rejection(metrics: Metrics) -> None:
+    for route in ("/readyz", "/healthz", "/metrics"):
+        metrics.count_response(
+            RequestRecord(request_id="r", method="GET", route=route, status=503, error_code="engine_unavailable")
+        )
+        assert value(metrics, "vlsae_http_responses_total", route=route, status="503") == 1
+    assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable") == 1
 
 
 def test_images(metrics: Metrics) -> None:

@@ -135,6 +135,8 @@ async def test_what_is_said_here_is_counted_here(url: str, metrics: Metrics) -> 
         ("metrics", {}),
         ("refused", {}),
         ("metrics", {"x-request-id": "a b"}),
+        ("readyz", {}),
+        ("stream", {}),
     ):
         await get(f"{url}/{path}", headers=headers)
     async with httpx.AsyncClient(timeout=0.2) as client:
@@ -145,8 +147,15 @@ async def test_what_is_said_here_is_counted_here(url: str, metrics: Metrics) -> 
     (rejections,) = metrics.rejections.collect()
     counted = {sample.labels["reason"]: sample.value for sample in rejections.samples if sample.name.endswith("_total")}
     assert {reason: count for reason, count in counted.items() if count} == {
-        "engine_unavailable": 1, "overloaded": 1, "invalid_header": 1,
+        "engine_unavailable": 2, "overloaded": 1, "invalid_header": 1,
     }  # fmt: skip
+    (responses,) = metrics.responses.collect()
+    answered = {
+        tuple(sample.labels.values()): sample.value for sample in responses.samples if sample.name.endswith("_total")
+    }
+    assert answered == {
+        ("unknown", "503"): 2, ("/metrics", "400"): 1, ("/readyz", "503"): 1, ("unknown", "200"): 1,
+    }, "a share of the answers that were refusals is never more than all"  # fmt: skip
 
 
 async def test_kuberay_s_probe_and_our_metrics_are_left_alone(url: str) -> None:
