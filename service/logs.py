@@ -41,7 +41,7 @@ def log_request(record: RequestRecord) -> None:
     level = logging.INFO
     if record.error_code == "internal_error":
         level = logging.ERROR
-    elif record.status is not None and record.status >= 500:
+    elif record.failed:
         level = logging.WARNING
     requests.log(level, "request", extra={"facts": record.facts()})
 

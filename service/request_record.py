@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from opentelemetry.trace import INVALID_SPAN, Span
 from starlette.types import Scope
 
+from service.errors import ERROR_KINDS
 from steering.engines.base import Receipt
 
 
@@ -42,6 +43,12 @@ class RequestRecord:
     duration_s: float = 0.0
     span: Span = INVALID_SPAN
     """The trace's span of this request; invalid where nothing is traced."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the service is at fault. A stream that breaks has the status 200, a client that left has none."""
+        status = ERROR_KINDS[self.error_code].status if self.error_code else self.status
+        return status is not None and status >= 500
 
     def facts(self) -> dict[str, object]:
         """What the log says, flat, without what is not known."""

@@ -48,7 +48,7 @@ class Tracing:
         span = self._tracer.start_span(name, parent)
         try:
             yield
-        except BaseException:
+        except Exception:  # a client that leaves is none
             span.set_status(Status(StatusCode.ERROR))
             raise
         finally:
@@ -98,5 +98,5 @@ def _describe(record: RequestRecord) -> None:
     for name, value in attributes.items():
         if value is not None:
             span.set_attribute(name, value)
-    if record.status is None or record.status >= 500 or record.error_code == "internal_error":
+    if record.failed:
         span.set_status(Status(StatusCode.ERROR))

@@ -63,6 +63,8 @@ def test_a_request(file: Path) -> None:
         ({"status": 400, "error_code": "invalid_value"}, "info"),
         ({"status": 503, "error_code": "overloaded"}, "warning"),
         ({"status": 200, "error_code": "internal_error"}, "error"),
+        ({"status": 200, "error_code": "engine_unavailable"}, "warning"),
+        ({"status": None, "error_code": "shutting_down"}, "warning"),
         ({"status": None, "finish": "cancelled"}, "info"),
     ],
 )
