@@ -137,8 +137,8 @@ def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
         with private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
             stop_on_signals()
+            deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
             try:
-                deploy(settings)
                 wait_until_ready(settings, began)
                 report(settings, time.monotonic() - began, keyed=keyed)
                 while True:

@@ -118,7 +118,8 @@ def build_api(
 
     @api.post("/v1/feedback")
     async def feedback(request: Request) -> Response:
-        return await desk.answer(request)
+        async with drain.request():
+            return await desk.answer(request)
 
     @api.get("/v1/models")
     async def models() -> Response:

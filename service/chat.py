@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from service.ledger_client import LedgerClient
 from service.load_estimate import LoadEstimate
 from service.memory_budget import MemoryBudget, Share
 from service.metrics import Meter, Metrics
-from service.model_client import ModelClient
+from service.model_client import Answer, ModelClient
 from service.model_replica import AnswerStart
 from service.remote_images import RemoteImages
 from service.request_body import read_json_body
@@ -79,13 +80,20 @@ class ChatService:
     ledger: LedgerClient
     load: LoadEstimate = field(default_factory=LoadEstimate)
     in_progress: int = 0
+    in_progress_of: Counter[str] = field(default_factory=Counter)
+    """By the caller's name."""
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A place among the requests being worked on, or 503 before a byte of the body is read."""
-        if self.in_progress >= self.settings.max_concurrent_requests:
+    def admitted(self, caller: Caller) -> Iterator[None]:
+        """A place among the requests being worked on, or 503 before a byte of the body is read. Of callers that are
+        told apart by keys none gets more than half."""
+        places, of_caller = self.settings.max_concurrent_requests, self.in_progress_of[caller.name]
+        if self.in_progress >= places:
             raise ApiError("overloaded", "too many requests at once; try again later")
+        if caller.name and of_caller >= (places + 1) // 2:
+            raise ApiError("overloaded", "the key has too many requests at once; try again later")
         self.in_progress += 1
+        self.in_progress_of[caller.name] += 1
         self.metrics.in_progress.set(self.in_progress)
         self.load.begin()
         try:
@@ -93,6 +101,7 @@ class ChatService:
         finally:
             self.load.end()
             self.in_progress -= 1
+            self.in_progress_of[caller.name] -= 1
             self.metrics.in_progress.set(self.in_progress)
 
 
@@ -109,7 +118,7 @@ class ChatAnswer(Response):
         failure: str | None = "cancelled"
         try:
             async with self._service.drain.request():
-                with self._service.admitted():
+                with self._service.admitted(scope["state"]["caller"]):
                     await self._answer_in_time(meter, scope, receive, send)
             failure = None
         except ApiError as error:
@@ -127,17 +136,21 @@ class ChatAnswer(Response):
     async def _answer_in_time(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self._service.settings.request_timeout_s
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit) as clock:
                 await self._answer(meter, scope, receive, send)
         except TimeoutError:
+            if not clock.expired():
+                raise
             raise ApiError("request_timeout", f"a request may take {limit:g} s; ask for less, or later") from None
 
     async def _answer(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.memory.share() as pixels:
+        with self._service.memory.share(scope["state"]["caller"].name) as pixels:
             job, shape = await self._take_in(pixels, scope)
             for image in job.images:
                 meter.count_image(image.width * image.height)
-            await self._generate(job, shape, meter, scope, receive, send)
+            answer_id, answer = job.request_id, self._service.model.generate(job)
+            del job  # once the model has the pixels, nobody here holds them
+            await self._pass_on(answer_id, answer, shape, pixels, meter, scope, receive, send)
 
     async def _take_in(self, pixels: Share, scope: Scope) -> tuple[ChatJob, AnswerShape]:
         """What was asked, checked. The body and all that was made of it on the way ends here."""
@@ -148,7 +161,7 @@ class ChatAnswer(Response):
             await service.access.admit_images(caller, count, total_pixels)
             pixels.take(BYTES_PER_PIXEL * total_pixels)
 
-        with service.memory.share() as bodies:
+        with service.memory.share(caller.name) as bodies:
             body = await read_json_body(
                 request,
                 max_bytes=settings.max_body_bytes,
@@ -170,24 +183,34 @@ class ChatAnswer(Response):
         record.completion_id, record.stream = job.request_id, bool(chat.stream)
         return job, AnswerShape.of(chat)
 
-    async def _generate(
-        self, job: ChatJob, shape: AnswerShape, meter: Meter, scope: Scope, receive: Receive, send: Send
+    async def _pass_on(
+        self,
+        answer_id: str,
+        answer: AsyncGenerator[Answer, None],
+        shape: AnswerShape,
+        pixels: Share,
+        meter: Meter,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
+        """The model's answer to the client, from its start on without the pixels."""
         service, record, caller = self._service, record_of(scope), scope["state"]["caller"]
         meter.submitted()
-        async with aclosing(service.model.generate(job)) as answer:
+        async with aclosing(answer):
             with service.tracing.step(record, "queue"):
                 start = await anext(answer)
             assert isinstance(start, AnswerStart)
+            pixels.give_back()
             meter.started(start.prompt_tokens)
             head = AnswerHead(
-                id=job.request_id,
+                id=answer_id,
                 created=int(time.time()),
                 model=shape.model,
                 system_fingerprint=start.system_fingerprint,
             )
             with service.tracing.step(record, "generation"):
-                events = self._observed(answer, meter, caller, job.request_id)
+                events = self._observed(answer, meter, caller, answer_id)
                 await self._write(shape, head, events, scope, receive, send)
 
     async def _write(

@@ -1,9 +1,10 @@
-"""How the service goes away without cutting anybody short: a file says so, and a lock on it says who still works.
+"""How the service goes away without cutting anybody short: a file says so, and a lock says who still works.
 
-While the file exists new requests are refused and the running ones get so many seconds; then they end with the error
-`shutting_down`. A process that still answers somebody holds a shared lock on the file, so whoever made it can wait for
-all processes of the machine, however they end. `python -m service.draining FILE` does so before a container stops.
-Knows no Ray and no engine.
+While the file exists an ingress replica refuses new requests and gives the running ones so many seconds; then they end
+with the error `shutting_down`. Whoever works on a request, an ingress replica or a model replica, holds a shared lock on
+FILE.lock from the request's beginning, so whoever made the file can wait for all processes of the machine, however they
+end. A model replica refuses nothing: it does not know whose requests are new. `python -m service.draining FILE` drains
+before a container stops. Knows no Ray and no engine.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import logging
+import os
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import IO
 
 from service.errors import ApiError
+from service.settings import SettingsError
 
+log = logging.getLogger(__name__)
 POLL_S = 0.2
 """A process that answers somebody looks for the file so often."""
-SETTLE_S = 1.0
-"""By then every process has seen the file, be it ever so busy."""
 RETRY_AFTER_S = 5.0
 """By then another replica, or the next start, should be there."""
 
@@ -33,15 +35,52 @@ def shutting_down() -> ApiError:
     return ApiError("shutting_down", "the server is shutting down; try again later", retry_after_s=RETRY_AFTER_S)
 
 
+class WorkLock:
+    """One process's share of the lock. Without a file there is none."""
+
+    def __init__(self, drain_file: str | None) -> None:
+        """Raises SettingsError where the lock cannot be made."""
+        self._file = None if drain_file is None else lock_of(Path(drain_file))
+        self._holders = 0
+        self._lock = -1
+        try:
+            if self._file is not None:
+                os.close(share(self._file))
+        except OSError as error:
+            raise SettingsError(f"--drain-file: cannot use {self._file} ({error.strerror})") from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around all work on one request."""
+        if self._file is None:
+            yield
+            return
+        if self._holders == 0:
+            self._lock = share(self._file)
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if self._holders == 0:
+                os.close(self._lock)
+
+
 class Drain:
-    """One process's view of the file, and the requests that it bounds. Without a file nothing ever ends."""
+    """One ingress process's view of the file, and the requests that it bounds. Without a file nothing ever ends."""
 
     def __init__(self, file: str | None, timeout_s: float) -> None:
-        """`timeout_s`: seconds that running requests get, from when this process sees the file."""
+        """`timeout_s`: seconds that running requests get, from when this process sees the file.
+
+        Raises SettingsError where the file's lock cannot be made.
+        """
         self._file = None if file is None else Path(file)
         self._timeout_s = timeout_s
+        self._at_work = WorkLock(file)
         self._running: set[asyncio.Timeout] = set()
         self._watch: asyncio.Task[None] | None = None
+        if self.begun:
+            log.warning("the drain file %s exists: every request is refused until somebody removes it", file)
 
     @property
     def begun(self) -> bool:
@@ -50,69 +89,77 @@ class Drain:
     @asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
         """Around all work on one request. Raises ApiError at once, or inside the block when the time is over."""
-        if self._file is None:
-            yield
-            return
-        if self.begun:
-            raise shutting_down()
-        limit = asyncio.timeout(None)
-        try:
-            async with limit:
-                self._running.add(limit)
-                self._start_watching(self._file)
-                try:
-                    yield
-                finally:
-                    self._running.discard(limit)
-        except TimeoutError:
-            raise ApiError(
-                "shutting_down",
-                "the server is shutting down and the answer was not finished in time; ask again",
-                retry_after_s=RETRY_AFTER_S,
-            ) from None
+        with self._at_work.held():  # before the look: who drains looks in the other order
+            if self.begun:
+                raise shutting_down()
+            limit = asyncio.timeout(None)
+            try:
+                async with limit:
+                    self._running.add(limit)
+                    self._start_watching()
+                    try:
+                        yield
+                    finally:
+                        self._running.discard(limit)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise ApiError(
+                    "shutting_down",
+                    "the server is shutting down and the answer was not finished in time; ask again",
+                    retry_after_s=RETRY_AFTER_S,
+                ) from None
 
-    def _start_watching(self, file: Path) -> None:
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._bound_requests(file))
+    def _start_watching(self) -> None:
+        if self._file is not None and (self._watch is None or self._watch.done()):
+            self._watch = asyncio.create_task(self._bound_requests())
 
-    async def _bound_requests(self, file: Path) -> None:
-        lock: IO | None = None
-        try:
-            while self._running:
-                if lock is None and (lock := share(file)) is not None:
-                    end = asyncio.get_running_loop().time() + self._timeout_s
-                    for limit in self._running:
-                        limit.reschedule(end)
-                await asyncio.sleep(POLL_S)
-        finally:
-            if lock is not None:
-                lock.close()
+    async def _bound_requests(self) -> None:
+        """While any run: they get an end when the file is made, and lose it when that is taken back."""
+        end: float | None = None
+        while self._running:
+            if not self.begun:
+                end = None
+            elif end is None:
+                end = asyncio.get_running_loop().time() + self._timeout_s
+            for limit in self._running:
+                if limit.when() != end and not limit.expired():
+                    limit.reschedule(end)
+            await asyncio.sleep(POLL_S)
 
 
-def share(file: Path) -> IO | None:
-    """The file with a shared lock until it is closed or the process dies; None where there is no file."""
-    try:
-        opened = file.open()
-    except FileNotFoundError:
-        return None
-    fcntl.flock(opened, fcntl.LOCK_SH)
-    return opened
+def lock_of(file: Path) -> Path:
+    """The lock that belongs to a drain file. It stays when that goes."""
+    return file.with_name(file.name + ".lock")
+
+
+def share(lock_file: Path) -> int:
+    """A descriptor with a shared lock until it is closed or the process dies. An exclusive lock lasts an instant."""
+    lock = _open(lock_file)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
+
+
+def _open(lock_file: Path) -> int:
+    return os.open(lock_file, os.O_RDONLY | os.O_CREAT, 0o644)
 
 
 def drain(file: Path, timeout_s: float) -> bool:
-    """Make the file and wait until nobody answers anybody; whether that was so within `timeout_s` seconds."""
+    """Make the file and wait until nobody works on anything; whether that was so within `timeout_s` seconds."""
     file.touch()
-    time.sleep(SETTLE_S)
     deadline = time.monotonic() + timeout_s
-    with file.open() as opened:
+    lock = _open(lock_of(file))
+    try:
         while True:
             try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(POLL_S / 4)
+    finally:
+        os.close(lock)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from service.chat_job import ChatJob
+from service.draining import WorkLock
 from service.errors import ApiError, from_steering_error
 from service.settings import Settings, SettingsError
 from steering.engines.base import Capabilities, Engine, GenerationEnd, GenerationRequest, Health, TextDelta
@@ -88,6 +89,7 @@ class ModelReplica:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._at_work = WorkLock(settings.drain_file)
         self._engine = build_engine(settings)
         self._tokenizer: ChatTokenizer | None = None
         self._fingerprint = ""
@@ -110,21 +112,22 @@ class ModelReplica:
 
     async def generate(self, job: ChatJob) -> AsyncGenerator[AnswerStart | TextDelta | GenerationEnd | ApiError, None]:
         """A refusal is yielded, not raised, and so is a failure: Ray Serve would log what the exception quotes."""
-        try:
-            request, prompt_tokens = await asyncio.to_thread(self.prepare, job)
-            yield AnswerStart(system_fingerprint=self._fingerprint, prompt_tokens=prompt_tokens)
-            async with aclosing(self._engine.generate(request)) as events:
-                async for event in events:
-                    yield event
-        except SteeringError as error:
-            yield from_steering_error(error)
-        except ApiError as error:
-            yield error
-        except Exception:
-            log.exception("a generation failed in a way nobody foresaw")
-            yield ApiError("internal_error", "the server failed on this request")
-        finally:
-            self._engine.cancel(job.request_id)
+        with self._at_work.held():
+            try:
+                request, prompt_tokens = await asyncio.to_thread(self.prepare, job)
+                yield AnswerStart(system_fingerprint=self._fingerprint, prompt_tokens=prompt_tokens)
+                async with aclosing(self._engine.generate(request)) as events:
+                    async for event in events:
+                        yield event
+            except SteeringError as error:
+                yield from_steering_error(error)
+            except ApiError as error:
+                yield error
+            except Exception:
+                log.exception("a generation failed in a way nobody foresaw")
+                yield ApiError("internal_error", "the server failed on this request")
+            finally:
+                self._engine.cancel(job.request_id)
 
     def prepare(self, job: ChatJob) -> tuple[GenerationRequest, int]:
         """Tokenise and bound: the engine's request, and the prompt's length in tokens. Raises ApiError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from contextlib import aclosing
@@ -13,10 +14,10 @@ import httpx
 import pytest
 
 from service.api import build_api
-from service.draining import Drain, drain, share
+from service.draining import Drain, WorkLock, drain, lock_of, share
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from steering.engines.base import GenerationEnd, TextDelta
 from tests.service.examples import ScriptedModel, body
 
@@ -116,13 +117,68 @@ async def test_any_other_answer_that_takes_too_long_is_503(service: Service) -> 
     assert "retry-after" in answer.headers
 
 
-async def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(TimeoutError):
-        async with Drain(None, 0).request():
-            raise TimeoutError
-    with pytest.raises(KeyError):
-        async with Drain("/nowhere", 0).request():
-            raise KeyError
+@pytest.mark.parametrize("file", [None, "drain"])
+@pytest.mark.parametrize("error", [TimeoutError, KeyError])
+async def test_other_errors_stay_what_they_are(tmp_path: Path, file: str | None, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        async with Drain(file and str(tmp_path / file), 0).request():
+            raise error
+
+
+async def test_a_request_is_waited_for_though_its_process_never_saw_the_file(tmp_path: Path) -> None:
+    """As in a process that stands still: here nothing runs while drain() waits."""
+    file = tmp_path / "drain"
+    async with Drain(str(file), LONG_S).request():
+        assert not drain(file, 0.0)
+    assert drain(file, 0.0)
+
+
+async def test_a_drain_that_is_taken_back_lets_everybody_finish_and_the_next_one_waits(tmp_path: Path) -> None:
+    file = tmp_path / "drain"
+    bounds, limits, go_on = Drain(str(file), 0.6), [], asyncio.Event()
+
+    async def work() -> None:
+        async with bounds.request():
+            limits.append(next(iter(bounds._running - set(limits))))
+            await go_on.wait()
+
+    first = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    file.touch()
+    while limits[0].when() is None:
+        await asyncio.sleep(0.01)
+    file.unlink()
+    while limits[0].when() is not None:
+        await asyncio.sleep(0.01)
+    second = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    assert not await asyncio.to_thread(drain, file, 0.0)
+    while limits[1].when() is None:
+        await asyncio.sleep(0.01)
+    assert limits[0].when() == limits[1].when()
+    go_on.set()
+    await asyncio.gather(first, second)
+    assert drain(file, 0.0)
+
+
+async def test_feedback_is_refused_too(service: Service) -> None:
+    service.file.touch()
+    refused = await service.client.post("/v1/feedback", json={"request_id": "r", "score": 1})
+    assert (refused.status_code, code_of(refused)) == (503, "shutting_down")
+
+
+def test_what_a_former_drain_left_is_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "drain"
+    Drain(str(file), LONG_S)
+    assert caplog.text == ""
+    file.touch()
+    Drain(str(file), LONG_S)
+    assert f"{file} exists" in caplog.text
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--drain-file: cannot use .*/no/drain.lock"):
+        WorkLock(str(tmp_path / "no" / "drain"))
 
 
 async def test_a_second_request_is_bounded_too(tmp_path: Path) -> None:
@@ -150,10 +206,10 @@ def test_the_command_waits_for_another_process_and_says_when_it_gave_up(tmp_path
     file = tmp_path / "drain"
     command = [sys.executable, "-m", "service.draining", str(file), "--timeout-s", "0.1"]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    lock = share(file)
-    assert lock is not None
-    with lock:
+    lock = share(lock_of(file))
+    try:
         gave_up = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        os.close(lock)
     assert gave_up.returncode == 1
     assert gave_up.stderr == "requests are still running after 0.1 s\n"
-    assert share(tmp_path / "other") is None

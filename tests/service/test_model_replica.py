@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from service.chat_job import ChatJob, Turn
+from service.draining import drain
 from service.errors import ApiError
 from service.example import example_answer, example_picture
 from service.image_worker import decode
@@ -73,6 +75,19 @@ async def test_an_answer(replica: ModelReplica) -> None:
     assert start.prompt_tokens == end.prompt_tokens == len("USER: \nwhat? ASSISTANT:") + 4
     assert end.completion_tokens == [4]
     assert end.receipt.applied
+
+
+async def test_who_drains_the_machine_waits_for_it(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "drain"
+    replica = ModelReplica(settings.model_copy(update={"drain_file": str(file)}))
+    await replica.start()
+    try:
+        async with aclosing(replica.generate(job())) as events:
+            await anext(events)
+            assert not drain(file, 0.0)
+        assert drain(file, 0.0)
+    finally:
+        await replica.stop()
 
 
 async def test_tenants_stay_apart(replica: ModelReplica) -> None:
