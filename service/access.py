@@ -49,12 +49,12 @@ class Access:
         if route is not None and ROUTE_SCOPES[route] is None:
             return ANYBODY
         caller = ANYBODY if self._keys is None else authenticate(self._keys, headers)
+        await self._charge(caller, {"requests": 1})
         if route is None:
             raise ApiError("route_not_found", "there is no such path")
         needed = ROUTE_SCOPES[route]
         if needed not in caller.scopes:
             raise ApiError("permission_denied", f"this path needs a key with the scope '{needed}'")
-        await self._charge(caller, {"requests": 1})
         return caller
 
     async def admit_images(self, caller: Caller, count: int, pixels: int) -> None:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 Scope = Literal["chat", "explain", "evaluate", "metrics"]
 SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
 MAX_FILE_BYTES = 1024 * 1024
-FileVersion = tuple[int, int, int]
+FileVersion = tuple[int, int, int, int]
 REREAD_S = 1.0
 """A key file is looked at no more often than this."""
 
@@ -100,6 +100,8 @@ class KeyRing:
         self._file: Path | None = None
         self._version: FileVersion | None = None
         self._looked = 0.0
+        self._complaint = ""
+        """What was wrong with the file when it was last looked at."""
 
     @classmethod
     def of_file(cls, file: Path) -> KeyRing:
@@ -127,12 +129,15 @@ class KeyRing:
         self._looked, version = now, file_version(self._file)
         if version == self._version:
             return
-        self._version = version
         try:
             self._keys = read_keys(self._file).keys
-            log.info("keys: read again, there are %d", len(self._keys))
-        except KeyFileError as error:
-            log.error("keys: %s; the keys read before stay in force", error)
+        except KeyFileError as error:  # tried again at every look: what is wrong may be mended without a trace
+            if str(error) != self._complaint:
+                log.error("keys: %s; the keys read before stay in force", error)
+            self._complaint = str(error)
+            return
+        self._version, self._complaint = version, ""
+        log.info("keys: read again, there are %d", len(self._keys))
 
 
 def file_version(file: Path) -> FileVersion | None:
@@ -141,7 +146,7 @@ def file_version(file: Path) -> FileVersion | None:
         status = file.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def load_keys(settings: Settings, environment: Mapping[str, str]) -> KeyRing | None:
@@ -229,11 +234,14 @@ def append_key(file: Path, key: Key) -> None:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """Readable by its owner alone from the first moment."""
+    """Readable by its owner alone from the first moment; the owner of a file that was there stays."""
+    before = file.stat() if file.exists() else None
     new = file.with_name(f".{file.name}.{os.getpid()}")
     new.unlink(missing_ok=True)
     try:
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
+            if before is not None and before.st_uid != os.geteuid():
+                os.fchown(sink.fileno(), before.st_uid, before.st_gid)
             sink.write(content)
             sink.flush()
             os.fsync(sink.fileno())

@@ -53,6 +53,7 @@ class RayModelClient:
     async def generate(self, job: ChatJob) -> AsyncGenerator[Answer, None]:
         """See ModelClient."""
         events = self._generate.remote(job)
+        del job  # its pixels
         assert isinstance(events, DeploymentResponseGenerator)
         try:
             async for event in events:

@@ -82,6 +82,8 @@ class Settings(BaseModel):
     """Largest request body, in bytes."""
     body_timeout_s: float = Field(default=30, gt=0)
     """A request's body must have arrived after so many seconds."""
+    max_text_bytes: int = Field(default=MIB, ge=1)
+    """All texts of a conversation together, in bytes of UTF-8; the model's context is the tighter limit for most."""
     max_images: int = Field(default=8, ge=0)
     """Images per request."""
     max_image_bytes: int = Field(default=16 * MIB, ge=1)
@@ -93,7 +95,7 @@ class Settings(BaseModel):
     max_image_side: int = Field(default=16_384, ge=1)
     """Longest side of an image, in pixels."""
     max_memory_bytes: int = Field(default=2048 * MIB, validate_default=True)
-    """Bodies and pixels that one ingress replica holds at a time, in bytes; more are refused with 503."""
+    """Bodies and pixels that one ingress replica holds, in bytes, for one key half at most; more are a 503."""
 
     image_workers: int = Field(default=2, ge=1)
     """Decoding processes per ingress replica."""
@@ -126,7 +128,7 @@ class Settings(BaseModel):
     max_queued_requests: int = Field(default=64, ge=0)
     """Requests that wait in one ingress replica while every model replica is full; more are refused with 503."""
     max_concurrent_requests: int = Field(default=256, ge=1)
-    """Requests that one ingress replica works on at a time, bodies being read included; more are refused with 503."""
+    """Requests that one ingress replica works on at a time, for one key half at most; more are a 503."""
     request_timeout_s: float = Field(default=300, gt=0)
     """Longest duration of a request, in seconds."""
     unready_after_s: float = Field(default=10, gt=0)
@@ -144,8 +146,8 @@ class Settings(BaseModel):
     @classmethod
     def _one_request_fits(cls, value: int, info: ValidationInfo) -> int:
         body, pixels = info.data.get("max_body_bytes", 0), info.data.get("max_request_pixels", 0)
-        if value < (least := COPIES_OF_A_BODY * body + BYTES_PER_PIXEL * pixels):
-            raise ValueError(f"must hold one request of max_body_bytes and max_request_pixels: at least {least} bytes")
+        if value < (least := 2 * (COPIES_OF_A_BODY * body + BYTES_PER_PIXEL * pixels)):
+            raise ValueError(f"must hold two requests of max_body_bytes and max_request_pixels: at least {least} bytes")
         return value
 
     @model_validator(mode="before")

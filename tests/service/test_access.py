@@ -213,6 +213,11 @@ async def test_requests_have_a_quota_and_the_wait_is_exact(service: Service) -> 
     assert (await service.chat("limited")).status_code == 200
 
 
+async def test_refused_requests_are_charged_too(service: Service) -> None:
+    asked = [await service.ask("GET", path, "limited") for path in ("/no/such/path", "/metrics", "/v1/models")]
+    assert [answer.status_code for answer in asked] == [404, 403, 429]
+
+
 async def test_a_spent_quota_is_said_before_the_body_is_read(service: Service) -> None:
     async def never() -> AsyncIterator[bytes]:
         pytest.fail("the body was read")

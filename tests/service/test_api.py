@@ -17,6 +17,7 @@ from service.chat import ChatService
 from service.draining import Drain
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder
+from service.keys import ANYBODY
 from service.ledger import Ledger
 from service.load_estimate import LoadEstimate
 from service.memory_budget import MemoryBudget
@@ -24,7 +25,7 @@ from service.metrics import Metrics
 from service.remote_images import RemoteImages
 from service.settings import Settings
 from service.tracing import Tracing
-from steering.engines.base import GenerationEnd, Health
+from steering.engines.base import Health
 from tests.service.examples import ScriptedModel, body, delta, end, image_part, user
 
 SETTINGS = Settings(
@@ -325,7 +326,7 @@ def test_a_place_is_given_back_after_any_exception() -> None:
         memory=MemoryBudget(0),
         ledger=Ledger(),
     )
-    with pytest.raises(KeyError), service.admitted():
+    with pytest.raises(KeyError), service.admitted(ANYBODY):
         raise KeyError
     assert service.in_progress == 0
 
@@ -353,26 +354,31 @@ async def test_bodies_and_pixels_have_a_budget(serve, asked: dict, status: int) 
             assert int(response.headers["retry-after"]) >= 1
 
 
-async def test_pixels_are_held_until_the_answer_has_ended(serve) -> None:
-    waiting = asyncio.Event()
+async def test_pixels_are_held_until_the_model_has_them(serve) -> None:
+    taken, going_on = asyncio.Event(), asyncio.Event()
 
-    class Waiting(ScriptedModel):
+    class Slow(ScriptedModel):
         async def generate(self, job):
+            await taken.wait()
             async for event in super().generate(job):
-                if isinstance(event, GenerationEnd):
-                    await waiting.wait()
                 yield event
+                await going_on.wait()
 
-    server = serve(settings=LITTLE_MEMORY)
-    model = Waiting()
+    server, asked = serve(settings=LITTLE_MEMORY), body(user(image_part(), "what?"))
+    model = Slow()
     server.api = build_api(LITTLE_MEMORY, model, server.decoder)
     server.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=server.api), base_url="http://test")
-    asked = body(user(image_part(), "what?"))
-    first = asyncio.create_task(server.chat(asked))
-    while not model.jobs:
-        await asyncio.sleep(0.01)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        first = group.create_task(server.chat(asked))
+        while await server.metric("vlsae_images_total") != 1:
+            await asyncio.sleep(0.01)
         assert (await server.chat(asked)).status_code == 503
-    waiting.set()
-    assert (await first).status_code == 200
-    assert (await server.chat(asked)).status_code == 200
+        taken.set()
+        while not model.jobs:
+            await asyncio.sleep(0.01)
+        second = group.create_task(server.chat(asked))
+        while len(model.jobs) < 2:
+            await asyncio.sleep(0.01)
+        assert not first.done()
+        going_on.set()
+    assert (first.result().status_code, second.result().status_code) == (200, 200)

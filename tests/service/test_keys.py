@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import stat
 import subprocess
 from collections.abc import Callable
@@ -156,6 +157,34 @@ def test_a_broken_new_file_leaves_the_old_keys_and_is_logged_once(
     write(file, entry("new"))
     later()
     assert (found(key_ring, "old"), found(key_ring, "new")) == (None, "alice")
+
+
+def test_a_file_that_could_not_be_read_once_is_read_later(
+    tmp_path: Path, later, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys.json"
+    write(file, entry("old"))
+    key_ring = KeyRing.of_file(file)
+    write(file, entry("new"))
+
+    def fail(_file: Path) -> None:
+        raise KeyFileError("too many open files")
+
+    with monkeypatch.context() as trouble:
+        trouble.setattr(keys, "read_keys", fail)
+        later()
+        assert found(key_ring, "old") == "alice"
+    later()
+    assert (found(key_ring, "old"), found(key_ring, "new")) == (None, "alice")
+
+
+def test_a_key_that_root_adds_leaves_the_file_its_owner(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    write(file, entry("old"))
+    owner = 12345 if os.geteuid() == 0 else os.geteuid()  # only root can give files away
+    os.chown(file, owner, -1)
+    assert keys.main(["--file", str(file), "--name", "new"]) == 0
+    assert (file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) == (owner, 0o600)
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
