@@ -4,9 +4,11 @@
 
 The bundled miniature on the Hugging Face engine. For each fault requests arrive at random times, at `--share` of the
 measured capacity; after a fifth of the time the fault strikes. Each row counts how every request ended: 'right' (the
-scene's answer when asked alone), 'tie' (left it where two tokens were as good as tied), 'wrong', the error's code with
-the status, or 'cut' (no proper end, which no client takes for an answer). Recovery: from the fault until the first
-request that was sent after it is answered, and until /readyz says 200 again.
+scene's answer when asked alone), 'tie' (left it where two tokens were as good as tied), 'wrong' (a stream that just
+stops, but properly as HTTP, too), the error's code with the status, or 'cut' (the connection ended within the answer,
+which no client takes for one). Recovery: from the fault until the first request that was sent after it is answered, and
+until /readyz says 200 again (null where it did not while the load ran). `--stall-seconds` and `--stall-timeout-s` let
+the engine stand still for so long that its replica is replaced. The exit status is 1 where something wrong came back.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,6 +31,9 @@ from training.evaluation.manifest import describe_run
 from training.miniature.paths import ARTIFACT, LLAVA
 
 POLL_S = 0.1
+CANCELLED = ("vlsae_requests_total", 'finish="cancelled"')
+SETTLE_S = 1.0
+"""A generation whose client has gone is counted by then."""
 Fault = Callable[[RunningService, Asked, argparse.Namespace], Awaitable[str]]
 """Does the harm; returns what was done."""
 
@@ -51,13 +57,16 @@ async def kill_decoders(service: RunningService, _asked: Asked, settings: argpar
 
 async def cut_clients(service: RunningService, asked: Asked, _settings: argparse.Namespace) -> str:
     """Clients that hang up in the middle of their answers; they are not among those that are counted."""
+    before = await asyncio.to_thread(service.metric, CANCELLED)
     leaving = [ask(service.port, asked, number % len(asked.bodies), leave_after_s=0.05) for number in range(60)]
     left = sum(one.ending == "left" for one in await asyncio.gather(*leaving))
-    return f"{left} of 60 clients hung up after their first token"
+    await asyncio.sleep(SETTLE_S)
+    cancelled = await asyncio.to_thread(service.metric, CANCELLED) - before
+    return f"{left} of 60 clients hung up after their first token; {cancelled:g} generations were cancelled"
 
 
 async def stall_engine(service: RunningService, _asked: Asked, settings: argparse.Namespace) -> str:
-    pause_s = settings.seconds / 4
+    pause_s = settings.stall_seconds or settings.seconds / 4
     service.kill(":Model", signal.SIGSTOP)
     await asyncio.sleep(pause_s)
     service.kill(":Model", signal.SIGCONT)
@@ -97,7 +106,7 @@ async def under_fault(
         "endings": endings(outcomes, asked),
         "first_answer_after_s": _first_answer(outcomes, struck),
         "not_ready_after_s": next((round(at - struck, 1) for at, ready in changes if not ready), None),
-        "ready_again_after_s": next((round(at - struck, 1) for at, ready in reversed(changes) if ready), None),
+        "ready_again_after_s": round(changes[-1][0] - struck, 1) if changes and changes[-1][1] else None,
         "whole_s": percentiles([one.whole_s for one in outcomes if one.ending == "complete"]),
         "whole_s_of_errors": percentiles([one.whole_s for one in outcomes if one.ending != "complete"]),
     }
@@ -152,7 +161,7 @@ async def measure(service: RunningService, settings: argparse.Namespace) -> dict
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--seconds", type=float, default=40, help="duration of the load around each fault")
@@ -161,12 +170,16 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100, help="scenes that are asked about")
     parser.add_argument("--tokens", type=int, default=40, help="largest number of tokens of an answer")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="which, in this order")
+    parser.add_argument("--stall-seconds", type=float, help="how long the engine stands still [a quarter of the load]")
+    parser.add_argument("--stall-timeout-s", type=float, default=60, help="the service's setting of that name")
     settings = parser.parse_args()
-    with running_service("--model", str(LLAVA), "--artifact", str(ARTIFACT)) as service:
+    options = ("--stall-timeout-s", str(settings.stall_timeout_s))
+    with running_service("--model", str(LLAVA), "--artifact", str(ARTIFACT), *options) as service:
         report = asyncio.run(measure(service, settings))
     if settings.json:
         settings.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 1 if report["ratios"]["wrong"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

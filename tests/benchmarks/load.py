@@ -5,8 +5,10 @@
 The bundled miniature on the Hugging Face engine, captions of 40 tokens at most. The capacity is what 32 clients get who
 ask again and again for `--capacity-seconds`; then requests arrive at random times that do not depend on the answers.
 Each row: what was offered and what became of it, time to first token and to the last, both from when the request was
-due to leave, and the memory of all the service's processes (proportional set size). Client and service share the
-machine.
+due to leave, how late this client was itself, and the memory of all the service's processes (proportional set size).
+Client and service share the machine. The exit status is 1 where an answer was lost, wrong or duplicated, or a request
+was not sent or left too late for its times to mean anything. Each load runs once: it needs a minute in which memory
+could grow, so the spread is of windows within it and not of rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,11 @@ from training.evaluation.manifest import describe_run
 from training.miniature.paths import ARTIFACT, LLAVA
 
 SHARES = {"half": 0.5, "equal": 1.0, "three_times": 3.0}
-REFUSALS = (429, 503)
+REFUSALS = ("overloaded", "rate_limit_exceeded")
+"""Codes of an error that came before any work."""
+MAX_LATE_S = 0.5
+"""99 % of the requests must have left by then, or the row says more about this client than about the service."""
+FAILURES = ("lost", "wrong", "duplicated")
 WINDOW_S = 10.0
 MEMORY_PERIOD_S = 1.0
 PARTS = {"": "all", "ProxyActor": "proxy", ":Ingress": "ingress", ":Model": "model"}
@@ -58,6 +65,7 @@ async def measure(service: RunningService, settings: argparse.Namespace) -> dict
         ratios[f"answers_over_capacity_{name}"] = round(statistics.mean(shares), 3)
         spread[f"answers_over_capacity_{name}"] = [round(min(shares), 3), round(max(shares), 3)]
         ratios[f"memory_late_over_early_{name}"] = round(memory.late_over_early(), 3)
+        ratios |= {f"{kind}_of_sent_{name}": round(row[kind] / max(1, row["sent"]), 5) for kind in FAILURES}
     manifest = describe_run({name: str(value) for name, value in vars(settings).items()}) | {
         "capacity_per_s": round(capacity, 2),
         "cpus": os.cpu_count(),
@@ -94,20 +102,34 @@ class MemoryWatch:
 def describe_phase(name: str, rate: float, outcomes: list[Outcome], unsent: int, asked: Asked) -> dict[str, Any]:
     """A row of the table."""
     complete = [one for one in outcomes if one.ending == "complete"]
-    refused = [one for one in outcomes if one.status in REFUSALS]
+    refused = [one for one in outcomes if one.ending in REFUSALS]
+    ended = endings(outcomes, asked)
+    answered = ended.get("right", 0) + ended.get("tie", 0)
+    wrong = ended.get("wrong", 0)
     return {
         "load": name,
         "offered_per_s": round(rate, 2),
         "sent": len(outcomes),
         "not_sent": unsent,
-        "answered": len(complete),
+        "answered": answered,
         "refused": len(refused),
-        "lost": len(outcomes) - len(complete) - len(refused),
-        "endings": endings(outcomes, asked),
+        "lost": len(outcomes) - answered - wrong - len(refused),
+        "wrong": wrong,
+        "duplicated": ended["duplicated"],
+        "endings": ended,
+        "late_s": percentiles([one.late_s for one in outcomes]),
+        "latest_s": round(max((one.late_s for one in outcomes), default=0.0), 3),
         "first_token_s": percentiles([one.first_token_s for one in complete if one.first_token_s is not None]),
         "whole_s": percentiles([one.whole_s for one in complete]),
         "refusal_s": percentiles([one.whole_s for one in refused]),
     }
+
+
+def failures(table: list[dict[str, Any]]) -> list[str]:
+    """What must not be, in words; a run without any is worth its numbers."""
+    found = [f"{row['load']}: {row[kind]} {kind}" for row in table for kind in (*FAILURES, "not_sent") if row[kind]]
+    late = [row for row in table if row["late_s"] and row["late_s"]["p99"] > MAX_LATE_S]
+    return found + [f"{row['load']}: this client was {row['late_s']['p99']} s late" for row in late]
 
 
 def windows(outcomes: list[Outcome], began: float, seconds: float) -> list[float]:
@@ -120,14 +142,16 @@ def windows(outcomes: list[Outcome], began: float, seconds: float) -> list[float
 def print_row(row: dict[str, Any]) -> None:
     print(
         f"{row['load']:>11} ({row['offered_per_s']:.1f}/s): {row['sent']} sent, {row['answered']} answered, "
-        f"{row['refused']} refused, {row['lost']} lost; {row['endings']}\n"
+        f"{row['refused']} refused, {row['lost']} lost, {row['wrong']} wrong, {row['duplicated']} duplicated, "
+        f"{row['not_sent']} not sent (99 % of the others within {(row['late_s'] or {}).get('p99')} s, all within "
+        f"{row['latest_s']}); {row['endings']}\n"
         f"             first token {row['first_token_s']}, whole {row['whole_s']}, refusals {row['refusal_s']}; "
         f"memory afterwards {row['memory_mib']} MiB, all at most {row['largest_memory_mib']}",
         flush=True,
     )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--seconds", type=float, default=60, help="duration of each load, in seconds")
@@ -142,7 +166,11 @@ def main() -> None:
         print(f"{name}: {value} {report['spread'].get(name, '')}")
     if settings.json:
         settings.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    found = failures(report["table"])
+    for failure in found:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,6 +28,8 @@ MAX_OUTSTANDING = 1500
 """Requests of ours that may be open; one more is counted as not sent, and the run is worth nothing."""
 CLIENT_TIMEOUT_S = 120.0
 LINE_BYTES = 2**22
+LAST_CHUNK = b"0\r\n"
+"""Of a body that ends as HTTP/1.1 demands; no line of an event is like it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,14 @@ class Outcome:
 
     item: int
     sent: float
-    """time.monotonic()."""
+    """When it was due to leave, as time.monotonic() counts; durations are from here."""
+    late_s: float = 0.0
+    """So much later this client got round to it."""
     status: int | None = None
     ending: str = "cut"
-    """'complete', the code of an error, 'cut' (no proper end) or 'no connection'."""
+    """'complete', the code of an error, 'cut' (the connection ended within an answer), 'unfinished' (a stream that
+    ended properly as HTTP without [DONE] or an error: some clients take it for complete), 'left', 'client timeout' or
+    'no connection'."""
     first_token_s: float | None = None
     whole_s: float = 0.0
     text: str = ""
@@ -135,9 +141,15 @@ async def _whole(port: int, body: bytes) -> dict[str, Any]:
     return json.loads(text[text.index(b"\n{") + 1 : text.rindex(b"}") + 1])
 
 
-async def ask(port: int, asked: Asked, item: int, *, leave_after_s: float | None = None) -> Outcome:
-    """One streamed request. With `leave_after_s` the client hangs up so many seconds after the first token."""
-    outcome = Outcome(item=item, sent=time.monotonic())
+async def ask(
+    port: int, asked: Asked, item: int, *, due: float | None = None, leave_after_s: float | None = None
+) -> Outcome:
+    """One streamed request, which was `due` to leave then (or now).
+
+    With `leave_after_s` the client hangs up so many seconds after the first token.
+    """
+    now = time.monotonic()
+    outcome = Outcome(item=item, sent=now if due is None else due, late_s=0.0 if due is None else now - due)
     body = asked.bodies[item][:-1] + b', "stream": true}'
     try:
         async with asyncio.timeout(CLIENT_TIMEOUT_S):
@@ -148,7 +160,7 @@ async def ask(port: int, asked: Asked, item: int, *, leave_after_s: float | None
                 writer.close()
     except ConnectionRefusedError:
         outcome.ending = "no connection"
-    except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+    except (OSError, TimeoutError, IndexError, ValueError) as error:  # the latter two: cut within a line
         outcome.ending = "client timeout" if isinstance(error, TimeoutError) else "cut"
     outcome.whole_s = time.monotonic() - outcome.sent
     return outcome
@@ -167,6 +179,8 @@ async def _read(reader: asyncio.StreamReader, outcome: Outcome, leave_after_s: f
                 await asyncio.sleep(leave_after_s)
                 outcome.ending = "left"
                 return
+        elif line == LAST_CHUNK and outcome.ending == "cut":
+            outcome.ending = "unfinished"
 
 
 def _take(chunk: dict[str, Any], outcome: Outcome) -> None:
@@ -206,7 +220,7 @@ async def open_loop(port: int, asked: Asked, *, rate: float, seconds: float, see
             break
         await asyncio.sleep(max(0.0, began + due - time.monotonic()))
         if sum(not task.done() for task in tasks) < MAX_OUTSTANDING:
-            tasks.append(asyncio.create_task(ask(port, asked, number % len(asked.bodies))))
+            tasks.append(asyncio.create_task(ask(port, asked, number % len(asked.bodies), due=began + due)))
         else:
             unsent += 1
         due += dice.expovariate(rate)
@@ -214,13 +228,20 @@ async def open_loop(port: int, asked: Asked, *, rate: float, seconds: float, see
 
 
 def endings(outcomes: Sequence[Outcome], asked: Asked) -> dict[str, int]:
-    """How many ended how; complete ones by whether they were right. Duplicated completion ids are counted, too."""
-    counted = Counter(
-        asked.verdict(one) if one.ending == "complete" else f"{one.ending} ({one.status})" for one in outcomes
-    )
+    """How many ended how; complete ones by whether they were right. Duplicated completion ids are counted, too.
+
+    A stream that some client would take for complete counts as wrong.
+    """
+    counted = Counter(_ending(one, asked) for one in outcomes)
     ids = [one.completion_id for one in outcomes if one.completion_id]
     counted["duplicated"] = len(ids) - len(set(ids))
     return dict(counted)
+
+
+def _ending(outcome: Outcome, asked: Asked) -> str:
+    if outcome.ending == "complete":
+        return asked.verdict(outcome)
+    return "wrong" if outcome.ending == "unfinished" else f"{outcome.ending} ({outcome.status})"
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -42,6 +42,12 @@ class RunningService:
                 raise RuntimeError("the service did not start; run `python -m service` to see why")
             time.sleep(0.1)
 
+    def metric(self, wanted: tuple[str, ...]) -> float:
+        """Sum of the samples whose line in /metrics contains all that is wanted."""
+        with DIRECT.open(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if all(part in line for part in wanted))
+
     def pids_of(self, part: str) -> list[int]:
         """Its processes whose command line contains `part`."""
         found = []
