@@ -9,6 +9,7 @@ RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows no settings and no mod
 from __future__ import annotations
 
 import asyncio
+import random
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -34,6 +35,8 @@ GET_TIMEOUT_S = 5.0
 ROUTE_LIST = "/-/routes"
 RESTART_S = 5.0
 """A replica that was lost is back by then."""
+LATEST_RETRY_S = 10.0
+"""Whom Serve's full queue refused is sent away for 1 s to so long: nobody here knows how soon there will be room."""
 LOST = ApiError("engine_unavailable", "the process that worked on this request was lost; try again",
                 retry_after_s=RESTART_S)  # fmt: skip
 
@@ -51,7 +54,8 @@ def refusal(status: int) -> ApiError:
     if status == 408:
         return ApiError("request_timeout", "the request took too long; ask for less, or later")
     if status in (429, 503):
-        return ApiError("overloaded", "too many requests are waiting; try again later")
+        retry_after_s = random.uniform(1, LATEST_RETRY_S)  # or all come back together
+        return ApiError("overloaded", "too many requests are waiting; try again later", retry_after_s=retry_after_s)
     return LOST
 
 

@@ -177,7 +177,7 @@ def test_what_a_former_drain_left_is_named_in_the_log(tmp_path: Path, caplog: py
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--drain-file: cannot use .*/no/drain.lock"):
+    with pytest.raises(SettingsError, match=r"--drain-file: cannot use .*/no/drain\.lock"):
         WorkLock(str(tmp_path / "no" / "drain"))
 
 

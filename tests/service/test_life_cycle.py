@@ -22,6 +22,8 @@ from tests.service.running_server import RunningServer, start_server
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 NAME, MAX_CHOICES = "renamed/model", 7
 """Settings that only this server has: what is restarted must have them again."""
+SHORT_TOKENS = 60
+"""Of an answer that is still being given when the end begins, and is finished well before the end is over."""
 PATIENCE_S = 60.0
 """Longer than anything here may take; nothing is asserted about durations."""
 
@@ -58,7 +60,7 @@ class Conversation:
 @pytest.fixture(scope="module")
 def own(checkpoint: tuple[Path, Path]) -> Iterator[RunningServer]:
     model, artifact = checkpoint
-    limits = ("--served-model-name", NAME, "--max-choices", str(MAX_CHOICES), "--drain-timeout-s", "6")
+    limits = ("--served-model-name", NAME, "--max-choices", str(MAX_CHOICES), "--drain-timeout-s", "30")
     with tempfile.TemporaryDirectory(prefix="srv") as home:
         server = start_server("--model", str(model), "--artifact", str(artifact), *limits, home=Path(home))
         try:
@@ -123,6 +125,7 @@ def test_a_lost_model_replica_costs_its_requests_only(own: RunningServer, endles
     streams = [Conversation(own, pool, **endless, stream=True) for _ in range(2)]
     plain = Conversation(own, pool, **endless)
     wait_for(lambda: own.get("/readyz").json().get("running") == 3 * MAX_CHOICES, "they do not all run")
+    wait_for(lambda: all(one.began.is_set() for one in streams), "the streams have not begun")
     os.kill(own.pid_of(":Model"), signal.SIGKILL)
     assert [one.outcome() for one in (*streams, plain)] == ["engine_unavailable"] * 3
     assert [one.status.result() for one in (*streams, plain)] == [200, 200, 503]
@@ -156,9 +159,11 @@ def test_at_the_end_who_runs_may_finish_and_who_takes_too_long_is_told(own: Runn
     """The last test of this server."""
     model, family = own.pid_of(":Model"), own.family()
     long = Conversation(own, pool, **endless, stream=True)
-    short = Conversation(own, pool, **{**endless, "n": 1, "max_tokens": 3}, stream=True)
+    short = Conversation(own, pool, **{**endless, "n": 1, "max_tokens": SHORT_TOKENS}, stream=True)
     long.began.wait(PATIENCE_S)
+    short.began.wait(PATIENCE_S)
     os.kill(model, signal.SIGSTOP)
+    assert not short.status.done(), "it ended before the end had begun"
     own.process.send_signal(signal.SIGTERM)
     wait_for(lambda: "stopping" in own.log(), "it does not stop")
     refused = httpx.post(own.url + "/v1/chat/completions", json=endless, timeout=PATIENCE_S)

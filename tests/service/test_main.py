@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from service import __main__ as command
 from service.__main__ import check_drain_file, check_port, own_url, startup_failure
 from service.settings import Settings, SettingsError
 
@@ -53,3 +56,18 @@ def test_what_is_left_of_an_earlier_drain_is_named(tmp_path: Path) -> None:
     left.touch()
     with pytest.raises(SettingsError, match=f"--drain-file: {left} exists"):
         check_drain_file(Settings(drain_file=str(left)))
+
+
+def test_who_interrupts_the_start_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """There is no Serve yet that could be asked to delete anything."""
+
+    def interrupted(_settings: Settings) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "private_ray", lambda **_options: nullcontext())
+    monkeypatch.setattr(command, "deploy", interrupted)
+    monkeypatch.setattr(command, "stop_on_signals", lambda: None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(KeyboardInterrupt):
+        command.serve_until_interrupted(Settings(), keyed=False)
+    assert "stopping" not in capsys.readouterr().out

@@ -13,10 +13,11 @@ from ray.serve._private.http_util import RequestIdMiddleware, convert_object_to_
 from starlette.types import Receive, Scope, Send
 
 from service.metrics import Metrics
-from service.proxy_edge import ProxyEdge, middlewares
+from service.proxy_edge import ProxyEdge, middlewares, refusal
 
 TIMEOUT_S = 0.5
 GET_TIMEOUT_S = 2.0
+LIMIT = 1_000_000_000
 PIECE = b"x" * 1_000_000
 DISCONNECTED: list[str] = []
 ENDED: list[str] = []
@@ -73,7 +74,7 @@ def metrics() -> Metrics:
 async def url(metrics: Metrics) -> AsyncIterator[str]:
     edge = ProxyEdge(
         RequestIdMiddleware(serve_like),
-        metrics=metrics, write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S, get_timeout_s=GET_TIMEOUT_S,
+        metrics=metrics, max_body_bytes=LIMIT, write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S, get_timeout_s=GET_TIMEOUT_S,
     )  # fmt: skip
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,6 +116,12 @@ async def test_serve_s_own_answers_become_ours(url: str, path: str, status: int,
     assert ("retry-after" in answer.headers) == (status == 503)
     assert answer.headers.get_list("x-request-id") == ["mine"]
     assert "Ping" not in answer.text
+
+
+def test_those_whom_a_full_queue_refused_do_not_come_back_together() -> None:
+    waits = {refusal(503).headers()["Retry-After"] for _ in range(200)}
+    assert len(waits) > 3
+    assert all(1 <= int(wait) <= 10 for wait in waits)
 
 
 async def test_a_request_has_one_id_from_the_edge_on(url: str) -> None:
@@ -160,7 +167,7 @@ async def test_what_is_said_here_is_counted_here(url: str, metrics: Metrics) -> 
 
 async def test_kuberay_s_probe_and_our_metrics_are_left_alone(url: str) -> None:
     assert (await get(f"{url}/metrics")).text == "data: {}\n\n"
-    edge = ProxyEdge(serve_like, metrics=Metrics())
+    edge = ProxyEdge(serve_like, metrics=Metrics(), max_body_bytes=1)
     sent = []
 
     async def send(message) -> None:
