@@ -29,8 +29,9 @@ MAX_ASPECT_RATIO = 50
 """Processors scale the short side up; the long side of a thread-like image would grow past any limit."""
 MAX_SCANS = 64
 """Of one JPEG; encoders write about ten. Every scan costs a pass over all pixels, and 40 bytes can ask for one."""
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
-"""The next marker, wherever it is: stuffed bytes and restart markers inside a scan are none."""
+JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+"""The next marker, wherever it is: stuffed bytes and restart markers inside a scan are none. No repetition: over a run
+of fill bytes it would look at each of them again from every other one."""
 START_OF_SCAN, END_OF_IMAGE = b"\xda", b"\xd9"
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from service.errors import ApiError
 from service.images import DecoderLimits, ImageDecoder, RgbImage, decode_data_url
 from tests.service.examples import data_url, encoded, picture
-from tests.service.hostile.pictures import jpeg_of_scans, webp_canvas
+from tests.service.hostile.pictures import jpeg_of_scans, jpeg_with_fill, webp_canvas
 
 LIMITS = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
 FIELD = "messages[0].content[1].image_url.url"
@@ -158,7 +158,7 @@ async def test_memory_is_limited() -> None:
 
 
 async def test_a_decoder_that_hangs_is_killed_and_replaced() -> None:
-    impatient = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=0.5, max_side=16_384))
+    impatient = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=4, max_side=16_384))
     assert (await decode(impatient, encoded(picture()))).width == 48
     (process,) = impatient._processes
     os.kill(process.pid, signal.SIGSTOP)
@@ -239,3 +239,10 @@ async def test_a_jpeg_that_asks_for_the_same_pass_again_and_again(decoder: Image
 
 async def test_a_video_behind_a_photograph_has_no_scans(decoder: ImageDecoder) -> None:
     assert (await decode(decoder, encoded(picture(), "JPEG") + b"\xff\xda" * 1000)).width == 48
+
+
+async def test_fill_bytes_in_a_scan_cost_no_time(decoder: ImageDecoder) -> None:
+    """A search that were quadratic over them would run into the decoder's time limit."""
+    data = jpeg_with_fill(200_000)
+    assert await decoder.measure(data, field=FIELD, max_pixels=10_000) == 48 * 32
+    assert (await decode(decoder, data)).width == 48

@@ -91,6 +91,13 @@ def jpeg_of_scans(count: int, size: tuple[int, int] = (3000, 2000)) -> bytes:
     return whole[:at] + whole[at:-2] * count + whole[-2:]
 
 
+def jpeg_with_fill(count: int) -> bytes:
+    """A JPEG with that many fill bytes in its scan that end in no marker: a careless search is quadratic over them."""
+    at = JPEG.index(b"\xff\xda")
+    header_end = at + 2 + int.from_bytes(JPEG[at + 2 : at + 4])
+    return JPEG[:header_end] + b"\xff" * count + b"\0" + JPEG[header_end:]
+
+
 def animation(kind: str) -> bytes:
     return encoded(picture(), kind, save_all=True, append_images=[picture("blue")])
 
@@ -246,6 +253,7 @@ UNUSUAL_PICTURES: dict[str, bytes] = {
     "JPEG with two EXIF blocks": jpeg_with((0xE1, exif((0x112, 3, 1, 6))), (0xE1, exif((0x112, 3, 1, 3)))),
     "JPEG segment of length 0": jpeg_with((0xE1, b""), length=0),
     "JPEG segment of length 1": jpeg_with((0xE1, b""), length=1),
+    "JPEG with 200,000 fill bytes in its scan": jpeg_with_fill(200_000),
     "JPEG with 1 MB behind its end": JPEG + bytes(1_000_000),
     # EXIF
     "EXIF that turns": jpeg_with((0xE1, exif((0x112, 3, 1, 6)))),
