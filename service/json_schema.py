@@ -43,6 +43,8 @@ def canonical_json_schema(schema: Any) -> str:
     except SchemaError as error:
         where = "/".join(str(step) for step in error.absolute_path)
         raise ValueError(f"not a JSON schema: at '/{where}': {error.message}"[:MAX_SHOWN]) from None
+    except (OverflowError, RecursionError):
+        raise ValueError("a pattern in it is too large") from None
     return text
 
 

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from service.errors import ERROR_KINDS, ApiError
-from tests.service.examples import body, data_url, delta, image_part, user
+from tests.service.examples import body, data_url, delta, user
 from tests.service.test_access import Service, secret
 
 CLASSES = {
@@ -204,7 +204,7 @@ async def test_the_client_tries_again_when_it_is_told_to(caller: Caller) -> None
             yield event
 
     model.generate = busy_once  # pyright: ignore[reportAttributeAccessIssue]
-    completion = await caller.client(max_retries=1).chat.completions.create(**body(user(image_part())))
+    completion = await caller.client(max_retries=1).chat.completions.create(**body())
     assert completion.choices[0].message.content == "a star"
     assert len(asked) == 2
 

@@ -35,6 +35,12 @@ def test_a_schema_keeps_its_meaning_and_its_order() -> None:
     assert " " not in text
 
 
+@pytest.mark.parametrize("pattern", ["a{99999999999999999999}", "(" * 3000 + ")" * 3000])
+def test_a_pattern_that_python_cannot_take_is_the_schema_s_fault(pattern: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        canonical_json_schema({"type": "string", "pattern": pattern})
+
+
 def test_references_into_the_schema() -> None:
     canonical_json_schema({"properties": {"inner": {"$ref": "#"}}})
     canonical_json_schema({"$ref": "#/$defs/a~1b%20c", "$defs": {"a/b c": {}}})
