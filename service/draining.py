@@ -1,10 +1,11 @@
 """How the service goes away without cutting anybody short: a file says so, and a lock says who still works.
 
 While the file exists an ingress replica refuses new requests and gives the running ones so many seconds; then they end
-with the error `shutting_down`. Whoever works on a request, an ingress replica or a model replica, holds a shared lock on
-FILE.lock from the request's beginning, so whoever made the file can wait for all processes of the machine, however they
-end. A model replica refuses nothing: it does not know whose requests are new. `python -m service.draining FILE` drains
-before a container stops. Knows no Ray and no engine.
+with the error `shutting_down`. Whoever works on a request, ingress or model replica, holds a shared lock on FILE.lock
+from the request's beginning, so whoever made the file can wait for all processes of the machine, however they end. A
+model replica refuses nothing: it does not know whose requests are new. Ray Serve is not told: it goes on routing to an
+ingress replica that drains. `python -m service.draining FILE` drains before a container stops. Knows no Ray and no
+engine.
 """
 
 from __future__ import annotations

@@ -34,11 +34,14 @@ class ModelClient(Protocol):
         ...
 
     async def status(self) -> ModelStatus:
-        """Raises ApiError where the model does not answer."""
+        """Of one replica, whichever is picked. Raises ApiError where it does not answer, or all are full."""
         ...
 
     def seconds_since_event(self) -> float:
-        """Since a model replica last sent anything to this ingress; infinite before the first."""
+        """Since any model replica last sent anything to this ingress process; infinite before the first.
+
+        What it sends to others is not seen: with a model that is full of theirs, this one seems to stall.
+        """
         ...
 
 
