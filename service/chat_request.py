@@ -101,6 +101,12 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
             raise ApiError("invalid_value", f"{name}: at most {settings.max_tokens_limit} are allowed", param=name)
     if len(image_parts(request)) > settings.max_images:
         raise ApiError("invalid_value", f"messages: at most {settings.max_images} images are allowed", param="messages")
+    if (asked := text_bytes(request)) > settings.max_text_bytes:
+        raise ApiError(
+            "request_too_large",
+            f"messages: the texts together have {asked} bytes; at most {settings.max_text_bytes} are allowed",
+            param="messages",
+        )
 
 
 def check_scopes(request: ChatCompletionRequest, caller: Caller) -> None:
@@ -154,6 +160,11 @@ def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
         )
         turns.append(Turn(role, parts))
     return tuple(turns)
+
+
+def text_bytes(request: ChatCompletionRequest) -> int:
+    """Length of all texts together, in bytes of UTF-8."""
+    return sum(len(part.encode()) for turn in turns_of(request) for part in turn.parts if part is not None)
 
 
 def image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:

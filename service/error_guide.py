@@ -48,8 +48,8 @@ GUIDE = {
     "route_not_found": Advice("no such path", "see `GET /openapi.json`", NO),
     "method_not_allowed": Advice("the path has another method", "see the header `Allow`", NO),
     "body_timeout": Advice("the body took too long to arrive", "send it without pauses", YES),
-    "request_too_large": Advice("the body, an image, or all images together are above a limit, or above what the key "
-                                "may send in a minute", "send less", NO),
+    "request_too_large": Advice("the body, its texts, an image, or all images together are above a limit, or above "
+                                "what the key may send in a minute", "send less", NO),
     "unsupported_media_type": Advice("the body is not said to be JSON", "send `Content-Type: application/json`", NO),
     "rate_limit_exceeded": Advice("the key's requests, images or pixels of this minute are used up",
                                   "wait as long as `Retry-After` says", LATER),

@@ -303,6 +303,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
     limits = {"n": settings.max_choices, "max_tokens": settings.max_tokens_limit}
     for field, limit in {**limits, "max_completion_tokens": settings.max_tokens_limit}.items():
         chat[field]["anyOf"][0]["maximum"] = limit
+    chat["messages"]["description"] = f"Their texts have at most {settings.max_text_bytes} bytes of UTF-8 together."
     url = schemas["ImageUrl"]["properties"]["url"]
     url["format"] = "image-url"
     url["description"] = _image_description(settings)

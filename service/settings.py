@@ -113,6 +113,8 @@ class Settings(BaseModel):
     """JSON file of API keys, made by `python -m service.keys`; read again when it changes."""
     allow_anonymous: bool = False
     """Whether a service without keys may start where it does not know that it listens on loopback only."""
+    only_local_names: bool = False
+    """Whether only requests to an IP address or localhost are answered (always so on loopback without keys)."""
 
     log_file: str | None = None
     """File to which one JSON line per request is appended (default: standard error of the replica)."""

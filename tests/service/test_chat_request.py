@@ -138,6 +138,16 @@ def test_limits(fields: dict, param: str) -> None:
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+def test_all_texts_of_a_request_have_one_limit() -> None:
+    settings = SETTINGS.model_copy(update={"max_text_bytes": 20})
+    texts = [{"type": "text", "text": "\u00e9" * 4}, image_part(), {"type": "text", "text": "x" * 5}]
+    fits = [{"role": "system", "content": "x" * 7}, user(*texts)]
+    check_limits(parsed(body(*fits)), settings)
+    with pytest.raises(ApiError, match=r"messages: .* 21 bytes; at most 20 ") as caught:
+        check_limits(parsed(body(*fits, user("x"))), settings)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (413, "request_too_large", "messages")
+
+
 def test_sampling_defaults_are_openai_s() -> None:
     sampling = sampling_of(parsed(body()))
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.n) == (1.0, 1.0, 0, 1)

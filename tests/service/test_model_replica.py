@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -173,6 +174,31 @@ def test_vllm_is_built_as_set_and_sends_no_usage_reports(monkeypatch: pytest.Mon
     built = dataclasses.asdict(vars(engine)["_options"])
     assert {**built, **asked, "device": "cpu", "dtype": "float32"} == built
     assert [os.environ[name] for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "OMP_NUM_THREADS")] == ["1", "1", "3"]
+
+
+async def test_long_texts_keep_only_their_own_threads_busy(
+    replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, at_once = threading.Event(), []
+
+    def slow(_job: ChatJob) -> None:
+        at_once.append(1)
+        go_on.wait(60)
+        raise ApiError("context_length_exceeded", "too long")
+
+    monkeypatch.setattr(replica, "prepare", slow)
+    asked = [asyncio.create_task(events_of(replica, job(request_id=f"r{index}"))) for index in range(40)]
+    try:
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(asyncio.to_thread(int) for _ in range(40)))
+            while not at_once:
+                await asyncio.sleep(0.01)
+        asked[-1].cancel()
+        await asyncio.wait(asked[-1:])
+        assert len(at_once) <= 2
+    finally:
+        go_on.set()
+    assert len(await asyncio.gather(*asked[:-1])) == len(at_once) == 39, "the client of the last one left"
 
 
 async def test_closing_an_answer_frees_the_engine(replica: ModelReplica) -> None:
