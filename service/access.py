@@ -58,11 +58,11 @@ class Access:
         return caller
 
     async def admit_images(self, caller: Caller, count: int, pixels: int) -> None:
-        """Raises ApiError where the caller's quota does not allow all images of a request, together, now."""
+        """Raises ApiError where the caller's quota does not allow so many images, and so many pixels, together, now."""
         await self._charge(caller, {"images": count, "pixels": pixels})
 
     async def _charge(self, caller: Caller, amounts: dict[str, int]) -> None:
-        limits = {kind: getattr(caller.quota, f"{kind}_per_minute") for kind in amounts}
+        limits = {kind: getattr(caller.quota, f"{kind}_per_minute") for kind in amounts if amounts[kind]}
         charges = tuple(Charge(kind, amounts[kind], limit) for kind, limit in limits.items() if limit is not None)
         if not charges:
             return

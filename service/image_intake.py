@@ -1,7 +1,7 @@
 """All images of a request from URLs to pixels, the cheapest check first. Knows no HTTP of ours and no Ray.
 
-URLs are judged, base64 decoded, remote images fetched; then all are measured by their headers; only when their sums and
-the caller's quota allow it is the first pixel decoded.
+The caller's quota is asked for their number; URLs are judged, base64 decoded, remote images fetched; then all are
+measured by their headers; only when their sums and the quota of pixels allow it is the first pixel decoded.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from service.settings import Settings
 
 Result = TypeVar("Result")
 AdmitImages = Callable[[int, int], Awaitable[None]]
-"""Called once per request with images: how many there are and their pixels in all, as measured and not yet decoded.
-Raises ApiError where the caller's quota refuses them."""
+"""Called twice per request with images: with their number and no pixels before anything is done for them, with no
+images and all their pixels once these are measured. Raises ApiError where the caller's quota refuses them."""
 
 
 async def take_images(
@@ -32,6 +32,7 @@ async def take_images(
     """Pixels of every (field, URL), in their order. Raises ApiError naming the field at fault."""
     if not sources:
         return ()
+    await admit_images(len(sources), 0)
     encoded = await collect(sources, settings=settings, remote=remote)
     most = settings.max_image_pixels
     sizes = await together(decoder.measure(data, field=field, max_pixels=most) for field, data in encoded)
@@ -42,7 +43,7 @@ async def take_images(
             f"messages: the images have {pixels} pixels together; at most {settings.max_request_pixels} are allowed",
             param="messages",
         )
-    await admit_images(len(sources), pixels)
+    await admit_images(0, pixels)
     return tuple(await together(decoder.decode(data, field=field, max_pixels=most) for field, data in encoded))
 
 

@@ -234,6 +234,7 @@ async def test_images_and_pixels_have_quotas(service: Service) -> None:
     refused = await service.chat("pictures", user(part, part, "?"))
     assert (refused.status_code, code_of(refused)) == (429, "rate_limit_exceeded")
     assert refused.headers["retry-after"] == "20", "one image of three a minute is left, two are asked for"
+    assert "3 images a minute" in refused.json()["error"]["message"]
     assert len(service.model.jobs) == 1
     large = image_part(encoded(picture(size=(40, 40))))
     refused = await service.chat("pictures", user(large, "?"))

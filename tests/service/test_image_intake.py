@@ -19,6 +19,7 @@ SETTINGS = Settings(model="/models/tiny", artifact="/a")
 GOOD = data_url(encoded(picture()))
 UNDECODABLE = data_url(bare_png(100, 100, b"\x00"))
 """Its header is in order; it has no rows."""
+USED_UP = ApiError("rate_limit_exceeded", "the quota is used up")
 
 
 @pytest.fixture
@@ -28,14 +29,14 @@ async def decoder() -> AsyncIterator[ImageDecoder]:
     decoder.close()
 
 
-async def take(decoder: ImageDecoder, *urls: str, settings: Settings = SETTINGS, quota: ApiError | None = None):
-    """The pictures, and what the quota was asked for."""
+async def take(decoder: ImageDecoder, *urls: str, settings: Settings = SETTINGS, used_up: str = ""):
+    """The pictures, and what the quota was asked for; `used_up` is what it has no more of, "images" or "pixels"."""
     asked = []
 
     async def admit_images(count: int, pixels: int) -> None:
         asked.append((count, pixels))
-        if quota is not None:
-            raise quota
+        if {"images": count, "pixels": pixels, "": 0}[used_up]:
+            raise USED_UP
 
     sources = [(f"url[{index}]", url) for index, url in enumerate(urls)]
     remote = RemoteImages("", timeout_s=1, max_image_bytes=settings.max_image_bytes)
@@ -44,30 +45,37 @@ async def take(decoder: ImageDecoder, *urls: str, settings: Settings = SETTINGS,
     ), asked
 
 
-async def test_the_quota_is_asked_once_for_all(decoder: ImageDecoder) -> None:
+async def test_the_quota_is_asked_for_the_number_and_then_for_the_pixels(decoder: ImageDecoder) -> None:
     images, asked = await take(decoder, GOOD, data_url(encoded(picture("blue", (40, 10)))))
     assert [(image.width, image.height) for image in images] == [(48, 32), (40, 10)]
-    assert asked == [(2, 48 * 32 + 400)]
+    assert asked == [(2, 0), (0, 48 * 32 + 400)]
 
 
 async def test_without_images_it_is_not_asked(decoder: ImageDecoder) -> None:
     assert await take(decoder) == ((), [])
 
 
-async def test_a_quota_refuses_before_anything_is_decoded(decoder: ImageDecoder) -> None:
+async def test_a_quota_of_images_refuses_before_anything_is_done_for_them(decoder: ImageDecoder) -> None:
     with pytest.raises(ApiError, match="quota"):
-        await take(decoder, GOOD, UNDECODABLE, quota=ApiError("rate_limit_exceeded", "the quota is used up"))
+        await take(decoder, "data:image/png;base64,%%%%", used_up="images")
+    with pytest.raises(ApiError, match="quota"):
+        await take(decoder, GOOD, used_up="images")
+    assert decoder._processes == set(), "nothing was measured"
+
+
+async def test_a_quota_of_pixels_refuses_before_anything_is_decoded(decoder: ImageDecoder) -> None:
+    with pytest.raises(ApiError, match="quota"):
+        await take(decoder, GOOD, UNDECODABLE, used_up="pixels")
     with pytest.raises(ApiError, match=r"^url\[1\]: not a complete"):
         await take(decoder, GOOD, UNDECODABLE)
 
 
-async def test_a_bad_header_or_too_many_pixels_cost_no_quota(decoder: ImageDecoder) -> None:
-    quota = ApiError("rate_limit_exceeded", "it was asked")
+async def test_a_bad_header_or_too_many_pixels_cost_no_pixels(decoder: ImageDecoder) -> None:
     few = SETTINGS.model_copy(update={"max_request_pixels": 3000})
     with pytest.raises(ApiError, match="3072 pixels together; at most 3000"):
-        await take(decoder, GOOD, GOOD, settings=few, quota=quota)
+        await take(decoder, GOOD, GOOD, settings=few, used_up="pixels")
     with pytest.raises(ApiError, match=r"^url\[1\]: the image is too large"):
-        await take(decoder, GOOD, data_url(bare_png(65_000, 65_000)), quota=quota)
+        await take(decoder, GOOD, data_url(bare_png(65_000, 65_000)), used_up="pixels")
 
 
 async def test_of_several_faults_the_first_is_named(decoder: ImageDecoder) -> None:
