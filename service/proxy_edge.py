@@ -1,14 +1,17 @@
 """What stands between a client and Ray Serve's HTTP proxy, in the proxy's own process.
 
 Serve answers in plain text where it has nobody to ask, lets even a probe wait until a lost replica is back, ends a
-stream in the middle where a replica is lost, waits for ever for a client that takes nothing, and lets one that was
-refused go on sending. Here each becomes what an OpenAI client understands, or an end. Serve calls `middlewares` where
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows no settings and no model, and routes but to count by them.
+stream in the middle where a replica is lost, waits for ever for a client that takes nothing, keeps all that a client
+sends, and lets one that was refused go on sending. Here each becomes what an OpenAI client understands, or an end.
+Serve calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows no model, of the settings the
+largest body only, and routes but to count by them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import random
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,14 +20,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import ROUTE_SCOPES
 from service.errors import ApiError
+from service.guard import check_headers
 from service.http_connection import bound_connections
 from service.metrics import Metrics
-from service.request_id import REQUEST_ID_HEADER, check_request_id, request_id_of
+from service.request_id import REQUEST_ID_HEADER, request_id_of
 from service.request_record import RequestRecord
+from service.settings import ENVIRONMENT_PREFIX, Settings
 from service.streaming import error_event
 
+log = logging.getLogger(__name__)
 IMPORT_PATH = "service.proxy_edge.middlewares"
 """Value of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+MAX_BODY_VARIABLE = ENVIRONMENT_PREFIX + "MAX_BODY_BYTES"
+"""The setting as the proxy's process can see it. Serve keeps in memory what has come of a body, read or not."""
+MAX_IDLE_BODY_BYTES = 16 * 1024
+"""Of a body that nobody reads: only a POST has one that somebody does."""
+IGNORED_HEADERS = ("x-session-id", "serve-multiplexed-model-id")
+"""Serve's proxy would choose replicas by these, also with `_` for `-`, and fail where one is not UTF-8."""
 WRITE_TIMEOUT_S = 30.0
 """A client that takes nothing for so long, while there is more than the buffers hold, is treated as gone."""
 LINGER_S = 2.0
@@ -44,7 +56,8 @@ LOST = ApiError("engine_unavailable", "the process that worked on this request w
 def middlewares() -> list[Middleware]:
     """For Ray Serve, which asks for them before it starts its server."""
     bound_connections()
-    return [Middleware(ProxyEdge, metrics=Metrics())]
+    max_body_bytes = int(os.environ.get(MAX_BODY_VARIABLE) or Settings.model_fields["max_body_bytes"].default)
+    return [Middleware(ProxyEdge, metrics=Metrics(), max_body_bytes=max_body_bytes)]
 
 
 def refusal(status: int) -> ApiError:
@@ -67,33 +80,42 @@ class ProxyEdge:
         app: ASGIApp,
         *,
         metrics: Metrics,
+        max_body_bytes: int,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         linger_s: float = LINGER_S,
         get_timeout_s: float = GET_TIMEOUT_S,
     ) -> None:
         self._app, self._metrics, self._write_timeout_s = app, metrics, write_timeout_s
-        self._linger_s, self._get_timeout_s = linger_s, get_timeout_s
+        self._max_body_bytes, self._linger_s, self._get_timeout_s = max_body_bytes, linger_s, get_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] == "/-/healthz":  # KubeRay's probes understand Serve's own answer
             await self._app(scope, receive, send)
             return
-        refused = settle_request_id(scope)
-        exchange = _Exchange(scope, receive, send, self._write_timeout_s)
+        refused = settle_headers(scope)
+        limit = self._max_body_bytes if scope["method"] == "POST" else MAX_IDLE_BODY_BYTES
+        exchange = _Exchange(scope, receive, send, write_timeout_s=self._write_timeout_s, max_body_bytes=limit)
         if scope["path"] == ROUTE_LIST or not scope["path"].startswith("/"):
             refused = ApiError("route_not_found", "there is no such path")
-        if refused is not None:
-            exchange.refused = refused
-        else:
-            timer = None
-            if scope["method"] == "GET":
-                timer = asyncio.get_running_loop().call_later(self._get_timeout_s, exchange.give_up)
-            await self._app(scope, exchange.receive, exchange.send)
-            if timer is not None:
-                timer.cancel()
+        exchange.refused = refused or exchange.refused
+        if exchange.refused is None:
+            await self._ask(scope, exchange)
         await exchange.finish(self._linger_s)
         if exchange.told is not None:
             self._count(scope, exchange)
+
+    async def _ask(self, scope: Scope, exchange: _Exchange) -> None:
+        """Serve's proxy, for as long as it may take; that it failed is logged, and what it left open says the rest."""
+        timer = None
+        if scope["method"] != "POST":
+            timer = asyncio.get_running_loop().call_later(self._get_timeout_s, exchange.give_up)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Exception:
+            log.exception("Serve's proxy failed on a request")
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def _count(self, scope: Scope, exchange: _Exchange) -> None:
         """As the application counts what it answers."""
@@ -105,11 +127,18 @@ class ProxyEdge:
         self._metrics.count_response(record)
 
 
-def settle_request_id(scope: Scope) -> ApiError | None:
-    """The request has one id from here on, which Serve logs and returns; what was wrong with the client's, if any."""
+def settle_headers(scope: Scope) -> ApiError | None:
+    """What is wrong with a client's headers, if anything. From here on none is left that is only Serve's to know, and
+    the request has one id, which Serve logs and returns.
+    """
+    scope["headers"] = [
+        (name, value)
+        for name, value in scope["headers"]
+        if name.decode("latin-1").lower().replace("_", "-") not in IGNORED_HEADERS
+    ]
     headers, refused = MutableHeaders(scope=scope), None
     try:
-        check_request_id(headers)
+        check_headers(headers)
     except ApiError as error:
         refused = error
     headers[REQUEST_ID_HEADER] = request_id_of(headers)
@@ -119,9 +148,13 @@ def settle_request_id(scope: Scope) -> ApiError | None:
 class _Exchange:
     """One request and what has become of it."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, write_timeout_s: float) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, write_timeout_s: float, max_body_bytes: int
+    ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        self._write_timeout_s = write_timeout_s
+        self._write_timeout_s, self._max_body_bytes = write_timeout_s, max_body_bytes
+        self._body_bytes = 0
+        """Handed on so far."""
         headers = Headers(scope=scope)
         self._body_read = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
         self._started = False
@@ -138,6 +171,8 @@ class _Exchange:
         """For the application the client has disconnected."""
         self.refused: ApiError | None = None
         """What to say instead of Serve's own answer."""
+        if int(headers.get("content-length", "0")) > max_body_bytes:
+            self.refused = self._too_large()
 
     async def receive(self) -> Message:
         """The client's next message, or that it has disconnected, as soon as that is decided here."""
@@ -150,15 +185,23 @@ class _Exchange:
         finally:
             reading.cancel()
             leaving.cancel()
+        self._note(message)
+        self._body_bytes += len(message.get("body", b""))
+        if self._body_bytes > self._max_body_bytes:
+            self._break_off(self._too_large())
+            return {"type": "http.disconnect"}
+        return message
+
+    def _note(self, message: Message) -> None:
+        """Whether more can come from the client."""
         if message["type"] == "http.request" and not message.get("more_body", False):
             self._body_read = True
         if message["type"] == "http.disconnect":
-            self._left = self._body_read = True  # nothing more will come
-        return message
+            self._left = self._body_read = True
 
     async def send(self, message: Message) -> None:
         """Serve's refusals are kept back; everything else goes to the client."""
-        if message["type"] == "http.response.start":
+        if message["type"] == "http.response.start" and self.refused is None:
             kind = Headers(raw=message["headers"]).get("content-type", "")
             if message["status"] >= 400 and kind.startswith("text/plain"):
                 self.refused = refusal(message["status"])
@@ -170,8 +213,16 @@ class _Exchange:
     def give_up(self) -> None:
         """Unless an answer has begun: there is nobody to give one."""
         if not self._started:
-            self.refused = LOST
-            self._leave.set()
+            self._break_off(LOST)
+
+    def _break_off(self, error: ApiError) -> None:
+        """Nothing more goes to the application, and nothing of it to the client, unless its answer has begun."""
+        if not self._started:
+            self.refused = error
+        self._leave.set()
+
+    def _too_large(self) -> ApiError:
+        return ApiError("request_too_large", f"the body may have at most {self._max_body_bytes} bytes")
 
     async def finish(self, linger_s: float) -> None:
         """After the application: complete what it left open, and let go of a client that still sends."""
@@ -187,12 +238,10 @@ class _Exchange:
             await self._deliver({"type": "http.response.body", "body": error_event(LOST)})
         if self._finished and not self._body_read:
             await self._linger(linger_s)
-            await self._send({"type": "http.response.body", "body": b""})
+            await self._write({"type": "http.response.body", "body": b""})
 
     async def _deliver(self, message: Message) -> None:
-        """To the client, unless it counts as gone. The last message waits where the client has not sent everything."""
-        if self._gone:
-            return
+        """To the client. The last message waits where the client has not sent everything."""
         if message["type"] == "http.response.start":
             self._started = True
             if not self._body_read:
@@ -202,6 +251,12 @@ class _Exchange:
             self._finished = True
             if not self._body_read:
                 message = {**message, "more_body": True}
+        await self._write(message)
+
+    async def _write(self, message: Message) -> None:
+        """Unless the client counts as gone, or does from here on."""
+        if self._gone:
+            return
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._send(message)
@@ -214,6 +269,6 @@ class _Exchange:
         try:
             async with asyncio.timeout(seconds):
                 while not self._body_read:
-                    await self.receive()
+                    self._note(await self._receive())
         except TimeoutError:
             pass
