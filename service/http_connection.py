@@ -1,14 +1,17 @@
-"""One TCP connection to Serve's proxy: how large a request's head may be, and how long it may take to come.
+"""One TCP connection to Serve's proxy: how large a request's head may be, and how long it may take to come;
+and how long a client may take nothing of its answer.
 
-uvicorn bounds neither: a client could fill the proxy's memory with one header, or hold connections that never ask
-anything. Used in the proxy's process, where `proxy_edge.middlewares` puts it into uvicorn's table of protocols. Knows
-no routes, no settings and no Serve.
+uvicorn bounds none: a client could fill the proxy's memory with one header, hold connections that never ask anything,
+or leave its answers lying there. Used in the proxy's process, where `proxy_edge.middlewares` puts it into uvicorn's
+table of protocols. Knows no routes, no settings and no Serve.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
+from typing import Any, cast
 
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -20,6 +23,8 @@ MAX_HEAD_BYTES = 64 * 1024
 """Request line and headers together."""
 HEAD_TIMEOUT_S = 20.0
 """From the first moment of a connection, or the first byte of its next request, to the end of the head."""
+TAKE_TIMEOUT_S = 30.0
+"""An answer of which a client takes nothing for so long is thrown away, and its connection with it."""
 
 
 def bound_connections() -> None:
@@ -31,23 +36,50 @@ class HeadTooLarge(Exception):
     """Ends the parser's work on a head."""
 
 
+class _Transport:
+    """The connection's transport, which tells when it is closed: that alone lets it wait for ever for the client."""
+
+    def __init__(self, transport: asyncio.Transport, closed: Callable[[], None]) -> None:
+        self._transport, self._closed = transport, closed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._transport.close()
+        self._closed()
+
+
 class BoundedConnection(HttpToolsProtocol):
     """uvicorn's connection with limits, without WebSockets, and with OpenAI's error object for what is not HTTP."""
 
     head_timeout_s = HEAD_TIMEOUT_S
+    take_timeout_s = TAKE_TIMEOUT_S
     _reading_head = False
     _head_bytes = 0
     _unparsed_bytes = 0
     """Received for this head so far, most of it perhaps still in the parser: it hands out whole headers only."""
     _timer: asyncio.TimerHandle | None = None
+    _take_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.transport = cast(asyncio.Transport, _Transport(transport, self._watch_taking))
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_taking()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_watching()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -108,3 +140,21 @@ class BoundedConnection(HttpToolsProtocol):
     def _hang_up(self) -> None:
         self._timer = None
         self.transport.close()
+
+    def _watch_taking(self) -> None:
+        """From here on the client takes something in each period, until nothing is left or writing goes on."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting and self._take_timer is None:
+            self._take_timer = self.loop.call_later(self.take_timeout_s, self._look_at_taking, waiting)
+
+    def _look_at_taking(self, before: int) -> None:
+        self._take_timer = None
+        if self.transport.get_write_buffer_size() == before:
+            self.transport.abort()
+        else:
+            self._watch_taking()
+
+    def _stop_watching(self) -> None:
+        if self._take_timer is not None:
+            self._take_timer.cancel()
+            self._take_timer = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import uvicorn
@@ -17,25 +17,47 @@ ASK = b"GET / HTTP/1.1\r\nhost: a\r\n"
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def hello(_scope: Scope, _receive: Receive, send: Send) -> None:
+MUCH = b"m" * 20_000_000
+"""More than the kernel keeps for a client that reads nothing."""
+
+
+async def hello(scope: Scope, _receive: Receive, send: Send) -> None:
+    if scope["path"] in ("/much", "/much-and-close"):
+        await send_much(send, closes=scope["path"] == "/much-and-close")
+        return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
     await send({"type": "http.response.body", "body": b"hello"})
 
 
+async def send_much(send: Send, *, closes: bool) -> None:
+    headers = [(b"content-length", b"%d" % (len(MUCH) if closes else len(MUCH) + 1))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": MUCH, "more_body": not closes})
+    if not closes:
+        await send({"type": "http.response.body", "body": b"m"})
+
+
 @pytest.fixture
-async def connect(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator:
-    """Opens connections to a server that is patient for .3 s; it runs what `auto` has become."""
+async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[uvicorn.Server]:
+    """Patient for .3 s; it runs what `auto` has become."""
     monkeypatch.setattr(BoundedConnection, "head_timeout_s", 0.3)
+    monkeypatch.setattr(BoundedConnection, "take_timeout_s", 0.3)
     monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", "h11")
     bound_connections()
     server = uvicorn.Server(uvicorn.Config(hello, port=0, lifespan="off", log_level="critical"))
     running = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield lambda: asyncio.open_connection("127.0.0.1", port)
-    server.should_exit = True
+    yield server
+    server.should_exit = server.force_exit = True
     await running
+
+
+@pytest.fixture
+def connect(server: uvicorn.Server) -> Callable[[], Awaitable[Connection]]:
+    """Opens connections to it."""
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return lambda: asyncio.open_connection("127.0.0.1", port)
 
 
 async def answer_to(connection: Connection, *pieces: bytes) -> bytes:
@@ -99,3 +121,29 @@ async def test_a_websocket_is_a_request_like_any_other(connect) -> None:
         b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: YQ==\r\n\r\n"
     )
     assert (await answer_to(await connect(), ASK + upgrade)).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("head", [b"GET /much HTTP/1.1\r\nhost: a\r\n\r\n",
+                                  b"GET /much-and-close HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"],
+                         ids=["open", "closed"])  # fmt: skip
+async def test_an_answer_that_is_not_taken_is_thrown_away(server: uvicorn.Server, connect, head: bytes) -> None:
+    _, writer = await connect()
+    writer.transport.pause_reading()
+    writer.write(head)
+    while not server.server_state.total_requests and not server.server_state.tasks:
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
+        while server.server_state.connections or server.server_state.tasks:
+            await asyncio.sleep(0.01)
+    writer.close()
+
+
+async def test_an_answer_that_is_taken_slowly_comes_whole(connect) -> None:
+    reader, writer = await connect()
+    writer.write(b"GET /much-and-close HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+    size = 0
+    while piece := await reader.read(2_000_000):
+        size += len(piece)
+        if len(piece) > 100_000:
+            await asyncio.sleep(0.005)
+    assert size > len(MUCH)
