@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 from starlette.routing import Match, Route
@@ -12,7 +13,9 @@ from service import keys
 from service.errors import ApiError
 from service.keys import ANYBODY, Caller, KeyRing
 from service.ledger import Charge
-from service.ledger_client import LedgerClient
+
+if TYPE_CHECKING:  # it brings Ray, which reads its environment when it is imported: `__main__` sets that later
+    from service.ledger_client import LedgerClient
 
 ROUTE_SCOPES: dict[str, keys.Scope | None] = {
     "/healthz": None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +14,11 @@ import pytest
 from service import __main__ as command
 from service.__main__ import check_drain_file, check_port, own_url, startup_failure
 from service.settings import Settings, SettingsError
+
+
+def test_the_command_loads_no_ray_before_it_has_set_its_environment() -> None:
+    look = "import sys, service.__main__; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", look], check=True)
 
 
 def test_a_taken_port_is_named() -> None:
