@@ -130,6 +130,7 @@ def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
     say(f"artifact  {settings.loaded_artifact or 'none: steering is off'}")
     say("starting Ray ...")
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = proxy_edge.IMPORT_PATH
+    os.environ[proxy_edge.MAX_BODY_VARIABLE] = str(settings.max_body_bytes)
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGEST_KEPT_BLOCK_BYTES))
     with tempfile.TemporaryDirectory(prefix="vlsae-run-", dir=short_folder()) as folder:
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")

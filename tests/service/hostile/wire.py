@@ -27,7 +27,9 @@ def request(content: bytes, *headers: str, line: str = f"POST {CHAT} HTTP/1.1", 
 
 def chunked(content: bytes, *headers: str, sizes: bytes | None = None, end: bytes = b"0\r\n\r\n") -> bytes:
     """The same in one chunk; its size line may lie."""
-    head = request(b"", "Host: a", "Content-Type: application/json", "Transfer-Encoding: chunked", *headers, only=True)
+    head = request(
+        b"", "Host: localhost", "Content-Type: application/json", "Transfer-Encoding: chunked", *headers, only=True
+    )
     return head + (sizes if sizes is not None else b"%x\r\n" % len(content)) + content + b"\r\n" + end
 
 
@@ -38,7 +40,7 @@ def get(path: str, *headers: str, method: str = "GET", version: str = "HTTP/1.1"
 def wire_requests(model: str) -> dict[str, tuple[bytes, set[int]]]:
     """Name to (bytes, statuses)."""
     content = plain(model)
-    host, media_type, length = "Host: a", "Content-Type: application/json", f"Content-Length: {len(content)}"
+    host, media_type, length = "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(content)}"
 
     def typed(*values: str) -> bytes:
         return request(content, host, length, *(f"Content-Type: {value}" for value in values), only=True)
@@ -131,15 +133,24 @@ def wire_requests(model: str) -> dict[str, tuple[bytes, set[int]]]:
         "request id: twice": (request(content, "x-request-id: a", "x-request-id: b"), {200, 400}),
         "go on without me": (request(content, "x-request-disconnect-disabled: ?1"), REFUSED),
         "take for ever": (request(content, "x-request-timeout-seconds: 1e9"), REFUSED),
-        "another model's replica": (request(content, "serve_multiplexed_model_id: other"), {200, 400}),
+        "take for bytes": (request(content, "x-request-timeout-seconds: \xff"), REFUSED),
+        "go on without bytes": (request(content, "x-request-disconnect-disabled: \xff"), REFUSED),
+        "a probe for bytes": (get("/healthz", "x-request-timeout-seconds: \xff"), REFUSED),
+        "another model's replica": (request(content, "serve_multiplexed_model_id: other"), {200}),
+        "a replica of bytes": (request(content, "Serve-Multiplexed-Model-Id: \xff"), {200}),
+        "a session of bytes": (request(content, "x-session-id: \xff"), {200}),
+        "a session of bytes, renamed": (request(content, "X_Session_Id: \xff"), {200}),
+        "a look-up with a body": (
+            request(bytes(20_000), "Host: localhost", "Content-Length: 20000", line="GET /healthz HTTP/1.1", only=True), {413}
+        ),
         "another application": (request(content, "serve-app-name: other", "route: /other"), {200}),
         "a trace that is none": (request(content, f"traceparent: 00-{'f' * 32}-{'0' * 16}-zz"), {200}),
         "a trace of many": (request(content, "tracestate: " + "a=b," * 99), {200}),
         "all of Ray": (request(content, "x-ray-authorization: Bearer x", "ray-serve-grpc: 1"), {200}),
         # header syntax
-        "no host": (request(content, media_type, length, only=True), {200, 400}),
+        "no host": (request(content, media_type, length, only=True), {400}),
         "two hosts": (request(content, "Host: b"), {200, 400}),
-        "a host that is none": (request(content, "Host: a b/../\x01", media_type, length, only=True), {200, 400}),
+        "a host that is none": (request(content, "Host: a b/../\x01", media_type, length, only=True), {400}),
         "a folded header": (request(content, "X-A: b\r\n c"), {200, 400}),
         "a header without a colon": (request(content, "hello"), CLOSED),
         "a header without a name": (request(content, ": hello"), CLOSED),
