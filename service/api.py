@@ -25,6 +25,7 @@ from service.feedback import FeedbackDesk
 from service.guard import RequestGuard
 from service.images import ImageDecoder
 from service.keys import load_keys
+from service.last_look import LastLook
 from service.ledger import Ledger
 from service.ledger_client import LedgerClient
 from service.memory_budget import MemoryBudget
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 OWNER = "vl-sae-steering"
 BUSY_WINDOW_S = 5.0
 """A token that is not older says that the model lives, though all its places are taken."""
-LOOK_EVERY_S = 10.0
+LOOK_EVERY_S = 1.0
 
 
 def build_api(
@@ -82,6 +83,7 @@ def build_api(
         ledger=ledger,
     )
     desk = FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s)
+    last_look = LastLook(model.status)
     started = int(time.time())
     document = json.dumps(build_openapi(settings, with_keys=keys is not None))
 
@@ -91,7 +93,7 @@ def build_api(
         try:
             if drain.begun:
                 raise shutting_down()
-            answer = await _readiness(settings, model)
+            answer = await _readiness(settings, model, last_look)
             is_ready = True
             return answer
         finally:
@@ -107,7 +109,7 @@ def build_api(
     api = FastAPI(
         title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
     )
-    api.add_middleware(RequestGuard, access=access)
+    api.add_middleware(RequestGuard, access=access, only_local_names=settings.only_local_names)
     api.add_middleware(RequestObserver, metrics=metrics, tracing=tracing, proxied=proxied)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
@@ -143,7 +145,7 @@ def build_api(
 
     @api.get("/version")
     async def version() -> Response:
-        status = await model.status()
+        status = await last_look.status()
         able = status.capabilities
         return JSONResponse(
             {
@@ -185,13 +187,13 @@ async def _keep_looking(look: Callable[[], Awaitable[object]]) -> None:
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-async def _readiness(settings: Settings, model: ModelClient) -> dict:
+async def _readiness(settings: Settings, model: ModelClient, last_look: LastLook) -> dict:
     """While the engine makes progress; else raises ApiError.
 
     A model too busy to be asked is ready as long as its tokens arrive.
     """
     try:
-        health = (await model.status()).health
+        health = (await last_look.status()).health
     except ApiError:
         if model.seconds_since_event() <= BUSY_WINDOW_S:
             return {"status": "ready"}

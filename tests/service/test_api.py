@@ -218,6 +218,7 @@ async def test_ready_means_progress(serve, health, since_event: float, status: i
 async def test_readiness_is_looked_at_though_nobody_asks(serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as the application lives; a look that fails in an unforeseen way is not the last."""
     monkeypatch.setattr("service.api.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("service.last_look.FRESH_S", 0.0)
     gauges = []
     monkeypatch.setattr("service.api.Metrics", lambda: gauges.append(Metrics()) or gauges[-1])
     server = serve()
@@ -382,3 +383,26 @@ async def test_pixels_are_held_until_the_model_has_them(serve) -> None:
         assert not first.done()
         going_on.set()
     assert (first.result().status_code, second.result().status_code) == (200, 200)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("192.168.0.7", 200),
+        ("LOCALHOST:8000", 200),
+        ("model.localhost", 200),
+        ("pages.example", 400),
+        ("pages.example:8000", 400),
+        ("localhost.pages.example", 400),
+        ("127.0.0.1.pages.example", 400),
+        ("", 400),
+    ],
+)
+async def test_a_page_whose_name_leads_here_gets_nothing(serve, host: str, status: int) -> None:
+    server = serve(settings=SETTINGS.model_copy(update={"only_local_names": True}))
+    response = await server.chat(host=host)
+    assert response.status_code == status
+    if status == 400:
+        assert (error_of(response)["code"], error_of(response)["param"]) == ("invalid_header", "host")

@@ -285,6 +285,7 @@ def test_request_ids(client: openai.OpenAI, server: RunningServer) -> None:
 
 def test_operations_routes(server: RunningServer) -> None:
     assert server.get("/healthz").json() == {"status": "alive"}
+    server.wait_until_idle()
     assert server.get("/readyz").json() == {"status": "ready", "running": 0, "waiting": 0}
     version = server.get("/version").json()
     assert (version["model"], version["engine"]) == (server.name, server.engine)

@@ -20,4 +20,5 @@ def test_every_answer_is_one_that_the_document_promises(server: RunningServer, t
     answered = counts(report)
     assert answered["POST /v1/chat/completions"]["accepted"] > 50, "not only refusals were seen"
     assert server.metric('vlsae_http_responses_total{route="/v1/feedback",status="200"}') > 0, "so were its links"
+    server.wait_until_idle()
     assert server.get("/readyz").json() == {"status": "ready", "running": 0, "waiting": 0}
