@@ -56,6 +56,10 @@ class BoundedConnection(HttpToolsProtocol):
     head_timeout_s = HEAD_TIMEOUT_S
     take_timeout_s = TAKE_TIMEOUT_S
     _reading_head = False
+    _head_began = False
+    """With the bytes that are being parsed."""
+    _is_broken = False
+    """What the client sends makes no sense any more; it still gets the answers to what did."""
     _head_bytes = 0
     _unparsed_bytes = 0
     """Received for this head so far, most of it perhaps still in the parser: it hands out whole headers only."""
@@ -82,17 +86,22 @@ class BoundedConnection(HttpToolsProtocol):
             self._stop_watching()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_broken:
+            return
+        self._head_began = False
         super().data_received(data)
-        if self._reading_head and not self.transport.is_closing():
+        if self._is_broken or self.transport.is_closing():
+            return
+        if self._reading_head and not self._head_began:  # or some of it belongs to the request before
             self._unparsed_bytes += len(data)
             if self._unparsed_bytes > MAX_HEAD_BYTES:
                 self.send_400_response("")
+                return
+        self._await_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._reading_head, self._head_bytes, self._unparsed_bytes = True, 0, 0
-        if self._timer is None:
-            self._start_timer()
+        self._reading_head, self._head_began, self._head_bytes, self._unparsed_bytes = True, True, 0, 0
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -107,8 +116,22 @@ class BoundedConnection(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_broken and not self.pipeline:
+            self.transport.close()
+        elif self._reading_head and not self.transport.is_closing():
+            self._unset_keepalive_if_required()
+            self._await_head()
+
     def send_400_response(self, msg: str) -> None:
-        """In our words, whatever uvicorn's are; the rest of what the client sends is not read."""
+        """In our words, whatever uvicorn's are; the rest of what the client sends is not read.
+
+        While an answer is on its way nothing is written into it: the connection ends with that answer.
+        """
+        if self._is_answering() and (self.pipeline or self.cycle.response_started or not self.cycle.more_body):
+            self._is_broken = True
+            return
         error = ApiError(
             "invalid_header",
             f"this is not a request in HTTP/1.1 whose head has at most {MAX_HEAD_BYTES} bytes",
@@ -128,6 +151,14 @@ class BoundedConnection(HttpToolsProtocol):
         self._head_bytes += size
         if self._head_bytes > MAX_HEAD_BYTES:
             raise HeadTooLarge
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _await_head(self) -> None:
+        """Whoever has all its answers asks in time, whatever it sends instead."""
+        if self._timer is None and not self._is_answering():
+            self._start_timer()
 
     def _start_timer(self) -> None:
         self._timer = self.loop.call_later(self.head_timeout_s, self._hang_up)

@@ -21,11 +21,16 @@ MUCH = b"m" * 20_000_000
 """More than the kernel keeps for a client that reads nothing."""
 
 
-async def hello(scope: Scope, _receive: Receive, send: Send) -> None:
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] in ("/much", "/much-and-close"):
         await send_much(send, closes=scope["path"] == "/much-and-close")
         return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    if scope["path"] == "/slow":
+        await asyncio.sleep(0.6)
+    if scope["path"] == "/body":
+        while (await receive()).get("more_body"):
+            pass
     await send({"type": "http.response.body", "body": b"hello"})
 
 
@@ -129,6 +134,11 @@ async def test_a_websocket_is_a_request_like_any_other(connect) -> None:
 async def test_an_answer_that_is_not_taken_is_thrown_away(server: uvicorn.Server, connect, head: bytes) -> None:
     _, writer = await connect()
     writer.transport.pause_reading()
+    while not server.server_state.connections:
+        await asyncio.sleep(0.01)
+    if b"close" in head:  # alone: writing is never paused
+        (connection,) = server.server_state.connections
+        connection.transport.set_write_buffer_limits(high=2 * len(MUCH))  # type: ignore[union-attr]
     writer.write(head)
     while not server.server_state.total_requests and not server.server_state.tasks:
         await asyncio.sleep(0.01)
@@ -147,3 +157,42 @@ async def test_an_answer_that_is_taken_slowly_comes_whole(connect) -> None:
         if len(piece) > 100_000:
             await asyncio.sleep(0.005)
     assert size > len(MUCH)
+
+
+SLOW = b"GET /slow HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+async def test_an_empty_line_is_no_request(connect, server: uvicorn.Server) -> None:
+    server.config.timeout_keep_alive = 60
+    connection = await connect()
+    await answer_to(connection, ASK + b"\r\n")
+    connection[1].write(b"\r\n")
+    async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
+        assert await connection[0].read() == b""
+
+
+@pytest.mark.parametrize("second", [b"hello\r\n\r\n", ASK + b"x-a: " + b"b" * MAX_HEAD_BYTES + b"\r\n\r\n"])
+async def test_nothing_is_written_into_an_answer_on_its_way(connect, second: bytes) -> None:
+    reader, writer = await connect()
+    for piece in (SLOW, second):
+        writer.write(piece)
+        await asyncio.sleep(0.05)
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.endswith(b"\r\n\r\nhello")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+async def test_a_half_sent_request_does_not_cut_the_answer_before_it(connect) -> None:
+    connection = await connect()
+    assert (await answer_to(connection, SLOW, ASK)).endswith(b"\r\n\r\nhello")
+    assert await connection[0].read() == b""
+
+
+async def test_the_body_before_a_head_is_no_part_of_it(connect) -> None:
+    connection = await connect()
+    body = b"b" * (MAX_HEAD_BYTES + 10_000)
+    post = b"POST /body HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+    assert (await answer_to(connection, post, body + ASK)).endswith(b"\r\n\r\nhello")
+    assert (await answer_to(connection, b"\r\n")).startswith(b"HTTP/1.1 200")
+    connection[1].close()
