@@ -5,6 +5,8 @@ gets out.
 from __future__ import annotations
 
 import logging
+import re
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +17,7 @@ from service.request_id import check_request_id
 from service.request_record import record_of
 
 log = logging.getLogger(__name__)
+PORT = re.compile(r":\d{1,5}$")
 PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 """Ray Serve's proxy obeys these: with them a client could keep a generation running after it has gone."""
 
@@ -22,8 +25,8 @@ PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 class RequestGuard:
     """ASGI middleware. Serve's proxy makes the request id where there is none, and returns it as a header."""
 
-    def __init__(self, app: ASGIApp, *, access: Access) -> None:
-        self._app, self._access = app, access
+    def __init__(self, app: ASGIApp, *, access: Access, only_local_names: bool) -> None:
+        self._app, self._access, self._only_local_names = app, access, only_local_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,6 +43,8 @@ class RequestGuard:
             headers, route = Headers(scope=scope), find_route(scope)
             record_of(scope).route = route or "unknown"
             check_headers(headers)
+            if self._only_local_names:
+                check_host(headers)
             scope["state"]["caller"] = await self._access.admit(route, headers)
             await self._app(scope, receive, watched_send)
         except ApiError as error:
@@ -58,3 +63,16 @@ def check_headers(headers: Headers) -> None:
     for name in PROXY_HEADERS:
         if name in headers:
             raise ApiError("invalid_header", f"{name}: this header is not accepted", param=name)
+
+
+def check_host(headers: Headers) -> None:
+    """A web page whose name was made to lead to this machine still sends its name. Raises ApiError."""
+    name = PORT.sub("", headers.get("host", "")).strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return
+    try:
+        ip_address(name)
+    except ValueError:
+        raise ApiError(
+            "invalid_header", "host: without keys only IP addresses and localhost are answered to", param="host"
+        ) from None

@@ -182,7 +182,7 @@ def without_keys_on_loopback(settings: Settings, environment: Mapping[str, str])
         loopback = settings.host == "localhost"
     if settings.keys_file or environment.get(KEYS_VARIABLE) or not loopback:
         return settings
-    return settings.model_copy(update={"allow_anonymous": True})
+    return settings.model_copy(update={"allow_anonymous": True, "only_local_names": True})
 
 
 def read_keys(file: Path) -> KeyFile:

@@ -218,7 +218,8 @@ def test_no_keys_is_a_decision(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_only_loopback_needs_no_keys(host: str, allowed: bool) -> None:
-    assert without_keys_on_loopback(Settings(host=host), {}).allow_anonymous is allowed
+    decided = without_keys_on_loopback(Settings(host=host), {})
+    assert (decided.allow_anonymous, decided.only_local_names) == (allowed, allowed)
     assert not without_keys_on_loopback(Settings(host=host, keys_file="/k"), {}).allow_anonymous
     assert not without_keys_on_loopback(Settings(host=host), {"VLSAE_KEYS": "{}"}).allow_anonymous
 
