@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import httpx
 import pytest
 import uvicorn
 from ray.serve._private.http_util import RequestIdMiddleware, convert_object_to_asgi_messages
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.metrics import Metrics
-from service.proxy_edge import ProxyEdge, middlewares, refusal
+from service.proxy_edge import MAX_BODY_VARIABLE, MAX_IDLE_BODY_BYTES, ProxyEdge, middlewares, refusal
+from service.settings import Settings
 
 TIMEOUT_S = 0.5
 GET_TIMEOUT_S = 2.0
-LIMIT = 1_000_000_000
+LIMIT = 200_000
 PIECE = b"x" * 1_000_000
 DISCONNECTED: list[str] = []
+TAKEN: dict[str, int] = {}
+"""Method to the bytes that the application was handed."""
 ENDED: list[str] = []
 """Paths whose requests are over, their counting included."""
 
@@ -42,9 +46,18 @@ async def serve_like(scope: Scope, receive: Receive, send: Send) -> None:
             await send(message)
     elif path == "endless":
         await endless(receive, send)
-    elif path == "silent":
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    elif path == "greedy":
+        TAKEN[scope["method"]] = 0
+        while (message := await receive())["type"] != "http.disconnect":
+            TAKEN[scope["method"]] += len(message["body"])
+        for message in convert_object_to_asgi_messages("Client disconnected", status_code=499):
+            await send(message)
+    elif path == "decoding":
+        for name, value in scope["headers"]:
+            if name.lower().replace(b"_", b"-") in (b"x-session-id", b"serve-multiplexed-model-id", b"x-breaks"):
+                value.decode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
     elif path == "refused":
         await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": b"{}"})
@@ -74,7 +87,8 @@ def metrics() -> Metrics:
 async def url(metrics: Metrics) -> AsyncIterator[str]:
     edge = ProxyEdge(
         RequestIdMiddleware(serve_like),
-        metrics=metrics, max_body_bytes=LIMIT, write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S, get_timeout_s=GET_TIMEOUT_S,
+        metrics=metrics, max_body_bytes=LIMIT,
+        write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S, get_timeout_s=GET_TIMEOUT_S,
     )  # fmt: skip
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -216,6 +230,69 @@ async def test_a_client_that_was_refused_gets_its_answer_and_cannot_go_on_sendin
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize(("method", "limit"), [("POST", LIMIT), ("GET", MAX_IDLE_BODY_BYTES)])
+async def test_a_body_is_bounded_whoever_reads_it(url: str, method: str, limit: int) -> None:
+    head = f"{method} /greedy HTTP/1.1\r\nhost: a\r\n".encode()
+    TAKEN.clear()
+    reader, writer = await raw(url, head + b"content-length: %d\r\n\r\n" % (limit + 1))
+    assert b"413" in await reader.readuntil(b"\r\n\r\n")
+    assert TAKEN == {}, "refused by its length"
+    writer.close()
+    chunk = b"1000\r\n" + b"x" * 0x1000 + b"\r\n"
+    reader, writer = await raw(url, head + b"transfer-encoding: chunked\r\n\r\n" + chunk)
+    sending = asyncio.create_task(send_on(writer, chunk))
+    async with asyncio.timeout(20):
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413")
+        assert b"request_too_large" in await reader.readuntil(b"}}")
+        assert 0 < TAKEN[method] <= limit
+        await sending
+
+
+async def send_on(writer: asyncio.StreamWriter, piece: bytes) -> None:
+    """Until the connection is closed."""
+    with suppress(ConnectionError):
+        while not writer.is_closing():
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+
+async def test_headers_that_serve_decodes_do_no_harm(url: str) -> None:
+    for name in (b"X-Session-Id", b"x_session_id", b"serve_multiplexed_model_id", b"Serve-Multiplexed-Model-Id"):
+        assert (await get(f"{url}/decoding", headers=[(name, b"\xff")])).status_code == 200, name
+    for name in (b"x-request-timeout-seconds", b"x-request-disconnect-disabled"):
+        refused = await get(f"{url}/decoding", headers=[(name, b"\xff")])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, name.decode())
+
+
+async def test_a_failure_of_serve_s_proxy_is_an_answer_of_ours(url: str) -> None:
+    answer = await get(f"{url}/decoding", headers=[(b"x-breaks", b"\xff")])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+
+
+async def test_whatever_is_only_looked_up_has_a_time_limit(url: str) -> None:
+    async with httpx.AsyncClient(timeout=10) as client:
+        assert (await client.head(f"{url}/silent")).status_code == 503
+
+
+async def test_the_last_piece_waits_no_longer_than_others() -> None:
+    """For a client that has not sent everything, it comes after the others have been taken."""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message.get("body") == b"":
+            await asyncio.Event().wait()
+
+    edge = ProxyEdge(serve_like, metrics=Metrics(), max_body_bytes=LIMIT, write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S)
+    headers = [(b"content-length", b"10")]
+    scope = {"type": "http", "method": "POST", "path": "/refused", "headers": headers}
+    async with asyncio.timeout(20):
+        await edge(scope, receive, send)
+
+
 async def test_a_client_that_has_sent_everything_keeps_its_connection(url: str) -> None:
     request = b"POST /echo HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n{}"
     reader, writer = await raw(url, request)
@@ -225,6 +302,12 @@ async def test_a_client_that_has_sent_everything_keeps_its_connection(url: str) 
         await reader.readuntil(b"0\r\n\r\n")
         writer.write(request)
     writer.close()
+
+
+def test_the_largest_body_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, limit in (("7", 7), ("", Settings().max_body_bytes)):
+        monkeypatch.setenv(MAX_BODY_VARIABLE, value)
+        assert middlewares()[0].kwargs["max_body_bytes"] == limit
 
 
 def test_serve_takes_what_it_is_given() -> None:
