@@ -158,8 +158,8 @@ class ChatAnswer(Response):
         caller, settings = scope["state"]["caller"], service.settings
 
         async def admit_images(count: int, total_pixels: int) -> None:
-            await service.access.admit_images(caller, count, total_pixels)
             pixels.take(BYTES_PER_PIXEL * total_pixels)
+            await service.access.admit_images(caller, count, total_pixels)
 
         with service.memory.share(caller.name) as bodies:
             body = await read_json_body(
