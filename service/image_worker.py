@@ -1,8 +1,11 @@
 """The process that measures and decodes untrusted images: one job at a time from stdin, its answer on stdout.
 
-Run as a script (`python -I image_worker.py MEMORY_BYTES MAX_SIDE_PX`) with an empty environment. It imports the
+Run as a script (`python -I image_worker.py MEMORY_BYTES MAX_SIDE_PX CPU_S`) with an empty environment. It imports the
 standard library and Pillow, nothing of ours, and dies with its parent because stdin ends. Nothing that Pillow says
-leaves this process.
+leaves this process. It bounds what an image can use up. It is no sandbox: whoever takes over Pillow has the rights of
+the ingress's user.
+
+A job that takes more CPU time than CPU_S ends the process with SIGPROF.
 
 Job: `!BIQ` (MEASURE or DECODE, length of the encoded image, most pixels allowed), then the image. Answer: `!BIII`
 (status, width, height, length), then that many bytes of RGB rows; a measurement has none.
@@ -11,6 +14,7 @@ Job: `!BIQ` (MEASURE or DECODE, length of the encoded image, most pixels allowed
 import io
 import re
 import resource
+import signal
 import struct
 import sys
 import warnings
@@ -19,7 +23,7 @@ from contextlib import contextmanager
 
 from PIL import Image, ImageFile, ImageOps
 
-OK, NOT_AN_IMAGE, TOO_LARGE, TOO_SMALL, ANIMATED, TOO_MANY_SCANS = range(6)
+OK, NOT_AN_IMAGE, TOO_LARGE, TOO_SMALL, ANIMATED, TOO_MANY_SCANS, TOO_SLOW = range(7)
 MEASURE, DECODE = range(2)
 JOB, ANSWER = struct.Struct("!BIQ"), struct.Struct("!BIII")
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -125,14 +129,17 @@ def limit_resources(memory_bytes: int) -> None:
 
 
 def main() -> None:
-    memory_bytes, max_side = map(int, sys.argv[1:])
+    memory_bytes, max_side, cpu_s = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     limit_resources(memory_bytes)
     warnings.simplefilter("ignore")
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while len(header := source.read(JOB.size)) == JOB.size:
         operation, length, max_pixels = JOB.unpack(header)
         encoded = source.read(length)
-        sink.write(answer(operation, encoded, max_pixels, max_side))
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        answered = answer(operation, encoded, max_pixels, max_side)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sink.write(answered)
         sink.flush()
 
 

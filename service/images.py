@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,11 @@ from service import image_worker as worker
 from service.errors import ApiError
 
 DATA_URL = re.compile(r"data:image/(?:jpe?g|png|webp);base64,", re.IGNORECASE)
+CLOCK_PER_CPU = 3
+"""An image may take this many times its CPU time on the clock; then the machine is to blame, not the image."""
 WORKER_SCRIPT = Path(worker.__file__)
+OUT_OF_TIME = -1
+"""A status that no worker gives: it was killed by the clock."""
 
 
 class RgbImage(NamedTuple):
@@ -61,7 +66,7 @@ class DecoderLimits:
 
     memory_bytes: int
     timeout_s: float
-    """Wall-clock seconds for one image."""
+    """CPU seconds for one image; on the clock, CLOCK_PER_CPU times as many."""
     max_side: int
     """Longest side in pixels."""
 
@@ -88,6 +93,8 @@ class ImageDecoder:
         status, image = await asyncio.get_running_loop().run_in_executor(
             self._threads, self._ask, operation, encoded, max_pixels
         )
+        if status == OUT_OF_TIME:
+            raise ApiError("overloaded", f"{field}: the server was too busy to decode it in time; try again later")
         if status != worker.OK:
             raise ApiError("invalid_image", f"{field}: {self._explain(status, max_pixels)}", param=field)
         return image
@@ -105,6 +112,7 @@ class ImageDecoder:
             worker.TOO_SMALL: f"the image is too small; at least {worker.MIN_SIDE_PX} pixels a side are needed",
             worker.ANIMATED: "animated images are not accepted; send one frame",
             worker.TOO_MANY_SCANS: f"the JPEG has more than {worker.MAX_SCANS} scans; save it again",
+            worker.TOO_SLOW: "decoding the image takes too long; save it again, or smaller",
         }[status]
 
     def _ask(self, operation: int, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
@@ -128,7 +136,7 @@ class ImageDecoder:
             timed_out.set()
             process.kill()
 
-        watchdog = threading.Timer(self._limits.timeout_s, stop)
+        watchdog = threading.Timer(CLOCK_PER_CPU * self._limits.timeout_s, stop)
         watchdog.start()
         try:
             process.stdin.write(worker.JOB.pack(operation, len(encoded), max_pixels) + encoded)
@@ -144,18 +152,20 @@ class ImageDecoder:
         except (OSError, DecoderDied):
             self._discard(process)
             if timed_out.is_set():
-                return worker.NOT_AN_IMAGE, RgbImage(0, 0, b"")
+                return OUT_OF_TIME, RgbImage(0, 0, b"")
+            if process.returncode == -signal.SIGPROF:
+                return worker.TOO_SLOW, RgbImage(0, 0, b"")
             raise DecoderDied from None
         finally:
             watchdog.cancel()
 
     def _worker(self) -> subprocess.Popen[bytes]:
-        """This thread's process. Its environment is empty: no token or key is there to be stolen."""
+        """This thread's process. Its environment is empty; being of the same user, it could read our own."""
         process = getattr(self._own, "process", None)
         if process is None:
             command = [sys.executable, "-I", str(WORKER_SCRIPT), str(self._limits.memory_bytes)]
             process = subprocess.Popen(
-                [*command, str(self._limits.max_side)],
+                [*command, str(self._limits.max_side), str(self._limits.timeout_s)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

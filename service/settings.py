@@ -102,7 +102,7 @@ class Settings(BaseModel):
     image_memory_bytes: int = Field(default=1024 * MIB, ge=256 * MIB)
     """Address space of one decoding process, in bytes."""
     image_timeout_s: float = Field(default=10, gt=0)
-    """Decoding time of one image, in seconds."""
+    """CPU time for decoding one image, in seconds; three times that on the clock."""
 
     image_hosts: str = Field(default="", pattern=r"^[A-Za-z0-9.,-]*$")
     """Hosts, separated by commas, from which https:// images are fetched (default: none; only data: URLs)."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.errors import ApiError
-from service.image_intake import take_images
+from service.image_intake import take_images, together
 from service.images import DecoderLimits, ImageDecoder
 from service.remote_images import RemoteImages
 from service.settings import Settings
@@ -93,3 +93,19 @@ async def test_images_are_decoded_side_by_side(decoder: ImageDecoder) -> None:
         await asyncio.sleep(0.01)
     await asking
     assert most == 2
+
+
+async def test_after_a_failure_what_comes_later_is_given_up() -> None:
+    ended = []
+
+    async def one(name: str, fails: bool, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+        ended.append(name)
+        if fails:
+            raise ValueError(name)
+
+    with pytest.raises(ValueError, match="second"):
+        await together(
+            [one("first", False, 0.02), one("second", True, 0), one("third", True, 0), one("last", False, 60)]
+        )
+    assert ended == ["second", "third", "first"]

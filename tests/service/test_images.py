@@ -162,8 +162,9 @@ async def test_a_decoder_that_hangs_is_killed_and_replaced() -> None:
     assert (await decode(impatient, encoded(picture()))).width == 48
     (process,) = impatient._processes
     os.kill(process.pid, signal.SIGSTOP)
-    with pytest.raises(ApiError, match="not a complete"):
+    with pytest.raises(ApiError, match="too busy") as caught:
         await decode(impatient, encoded(picture()))
+    assert caught.value.code == "overloaded", "the image is not to blame"
     assert process.poll() is not None
     assert (await decode(impatient, encoded(picture()))).width == 48
     impatient.close()
@@ -246,3 +247,13 @@ async def test_fill_bytes_in_a_scan_cost_no_time(decoder: ImageDecoder) -> None:
     data = jpeg_with_fill(200_000)
     assert await decoder.measure(data, field=FIELD, max_pixels=10_000) == 48 * 32
     assert (await decode(decoder, data)).width == 48
+
+
+async def test_an_image_that_takes_too_much_cpu_time_is_to_blame() -> None:
+    impatient = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=0.5, max_side=16_384))
+    assert (await decode(impatient, encoded(picture()))).width == 48
+    with pytest.raises(ApiError, match="takes too long") as caught:
+        await decode(impatient, jpeg_of_scans(50, size=(5000, 5000)))
+    assert (caught.value.code, caught.value.param) == ("invalid_image", FIELD)
+    assert (await decode(impatient, encoded(picture()))).width == 48
+    impatient.close()
