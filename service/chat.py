@@ -35,7 +35,7 @@ from service.remote_images import RemoteImages
 from service.request_body import read_json_body
 from service.request_record import record_of
 from service.schemas import ChatCompletionRequest
-from service.settings import BYTES_PER_PIXEL, COPIES_OF_A_BODY, Settings
+from service.settings import BYTES_PER_PIXEL, COPIES_OF_A_BODY, MIB, Settings
 from service.streaming import AnswerHead, Event, completion_json, error_event, event_stream
 from service.tracing import Tracing
 from steering.engines.base import GenerationEnd
@@ -168,7 +168,7 @@ class ChatAnswer(Response):
                 timeout_s=settings.body_timeout_s,
                 take=lambda piece_bytes: bodies.take(COPIES_OF_A_BODY * piece_bytes),
             )
-            chat = parse_chat(body)
+            chat = await parse_body(body)
             with service.tracing.step(record, "images"):
                 job = await make_job(
                     chat,
@@ -263,6 +263,13 @@ class ChatAnswer(Response):
             await send({"type": "http.response.body", "body": error_event(error)})
         else:
             await error.response()(scope, receive, send)
+
+
+async def parse_body(body: bytes) -> ChatCompletionRequest:
+    """See parse_chat; a large body in a thread, so that others are served between the steps of its work."""
+    if len(body) <= MIB:
+        return parse_chat(body)
+    return await asyncio.to_thread(parse_chat, body)
 
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:

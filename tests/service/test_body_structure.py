@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 import tracemalloc
 
 import pytest
 from pydantic import ValidationError
 
-from service.body_structure import MAX_TOKENS, check_structure
-from service.chat import parse_chat
+from service.body_structure import MAX_ESCAPES, MAX_TOKENS, check_structure
+from service.chat import parse_body, parse_chat
 from service.errors import ApiError
 from service.schemas import ChatCompletionRequest
 from tests.service.examples import body, text_part, user
@@ -78,3 +79,20 @@ def test_of_many_wrong_parts_only_the_first_is_judged() -> None:
     with pytest.raises(ValidationError) as caught:
         ChatCompletionRequest.model_validate_json(json.dumps(content))
     assert caught.value.error_count() == 1
+
+
+def test_escapes_are_counted_too() -> None:
+    check_structure(b'"' + b"\\n" * MAX_ESCAPES + b'"')
+    with pytest.raises(ApiError, match="at most 2000000 backslashes") as caught:
+        check_structure(b'"' + b"\\n" * (MAX_ESCAPES + 1) + b'"')
+    assert (caught.value.status, caught.value.code) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize(("text_bytes", "in_loop"), [(1000, True), (1024 * 1024, False)])
+async def test_large_bodies_are_read_in_a_thread(
+    text_bytes: int, in_loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    monkeypatch.setattr("service.chat.check_structure", lambda _body: threads.append(threading.current_thread()))
+    await parse_body(json.dumps(body(user("x" * text_bytes))).encode())
+    assert (threads == [threading.current_thread()]) == in_loop
