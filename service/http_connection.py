@@ -21,6 +21,8 @@ from service.errors import ApiError
 IMPORT_PATH = "service.http_connection:BoundedConnection"
 MAX_HEAD_BYTES = 64 * 1024
 """Request line and headers together."""
+MAX_PIPELINED = 16
+"""Requests that may wait on a connection for the answer before theirs."""
 HEAD_TIMEOUT_S = 20.0
 """From the first moment of a connection, or the first byte of its next request, to the end of the head."""
 TAKE_TIMEOUT_S = 30.0
@@ -32,8 +34,8 @@ def bound_connections() -> None:
     uvicorn.config.HTTP_PROTOCOLS["auto"] = IMPORT_PATH
 
 
-class HeadTooLarge(Exception):
-    """Ends the parser's work on a head."""
+class TooMuch(Exception):
+    """Ends the parser's work."""
 
 
 class _Transport:
@@ -58,11 +60,13 @@ class BoundedConnection(HttpToolsProtocol):
     _reading_head = False
     _head_began = False
     """With the bytes that are being parsed."""
+    _heard = False
+    """The parser made something of the bytes that are being parsed."""
     _is_broken = False
     """What the client sends makes no sense any more; it still gets the answers to what did."""
     _head_bytes = 0
     _unparsed_bytes = 0
-    """Received for this head so far, most of it perhaps still in the parser: it hands out whole headers only."""
+    """Received for this head or trailer so far, perhaps still in the parser: it hands out whole headers only."""
     _timer: asyncio.TimerHandle | None = None
     _take_timer: asyncio.TimerHandle | None = None
 
@@ -88,11 +92,13 @@ class BoundedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_broken:
             return
-        self._head_began = False
+        self._head_began = self._heard = False
         super().data_received(data)
         if self._is_broken or self.transport.is_closing():
             return
-        if self._reading_head and not self._head_began:  # or some of it belongs to the request before
+        if self._heard and not self._reading_head:
+            self._unparsed_bytes = 0
+        elif not self._head_began:  # or some of it belongs to the request before
             self._unparsed_bytes += len(data)
             if self._unparsed_bytes > MAX_HEAD_BYTES:
                 self.send_400_response("")
@@ -100,8 +106,18 @@ class BoundedConnection(HttpToolsProtocol):
         self._await_head()
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise TooMuch
         super().on_message_begin()
         self._reading_head, self._head_began, self._head_bytes, self._unparsed_bytes = True, True, 0, 0
+
+    def on_body(self, body: bytes) -> None:
+        self._heard = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._heard = True
+        super().on_message_complete()
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -112,13 +128,13 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._reading_head = False
+        self._reading_head, self._heard = False, True
         self._stop_timer()
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._is_broken and not self.pipeline:
+        if self._is_broken and not self.pipeline and not self._is_answering():
             self.transport.close()
         elif self._reading_head and not self.transport.is_closing():
             self._unset_keepalive_if_required()
@@ -150,7 +166,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > MAX_HEAD_BYTES:
-            raise HeadTooLarge
+            raise TooMuch
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

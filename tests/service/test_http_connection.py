@@ -11,7 +11,13 @@ import uvicorn
 import uvicorn.config
 from starlette.types import Receive, Scope, Send
 
-from service.http_connection import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, BoundedConnection, bound_connections
+from service.http_connection import (
+    HEAD_TIMEOUT_S,
+    MAX_HEAD_BYTES,
+    MAX_PIPELINED,
+    BoundedConnection,
+    bound_connections,
+)
 
 ASK = b"GET / HTTP/1.1\r\nhost: a\r\n"
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -25,6 +31,9 @@ async def hello(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] in ("/much", "/much-and-close"):
         await send_much(send, closes=scope["path"] == "/much-and-close")
         return
+    if scope["path"] == "/asked":
+        while (await receive()).get("more_body"):
+            pass
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
     if scope["path"] == "/slow":
         await asyncio.sleep(0.6)
@@ -119,6 +128,40 @@ async def test_a_head_that_does_not_come_is_not_waited_for(connect, pieces: tupl
         await asyncio.sleep(0.05)
     async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
         await reader.read()
+
+
+CHUNKED = b"POST /asked HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status"),
+    [
+        ((b"5\r\nhello\r\n0\r\nx-a: b\r\n\r\n",), b"200"),
+        ((b"20000\r\n", *[b"b" * 0x2000] * 16, b"\r\n0\r\n\r\n"), b"200"),
+        ((b"5\r\nhello\r\n0\r\nx-a: ", *[b"b" * 10_000] * 8), b"400"),
+        ((b"5\r\nhello\r\n0\r\n" + b"x-a: b\r\n" * 10_000,), b"400"),
+        ((b"5;", *[b"b" * 10_000] * 8), b"400"),
+    ],
+    ids=["a trailer", "a body", "a trailer in pieces", "many trailers", "a chunk's extension"],
+)
+async def test_what_follows_a_body_is_bounded_too(connect, pieces: tuple[bytes, ...], status: bytes) -> None:
+    answer = await answer_to(await connect(), CHUNKED, *pieces)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.parametrize(("requests", "answered"), [(MAX_PIPELINED, MAX_PIPELINED), (14_000, MAX_PIPELINED + 1)])
+async def test_only_so_many_requests_wait_on_a_connection(
+    server: uvicorn.Server, connect, requests: int, answered: int
+) -> None:
+    reader, writer = await connect()
+    writer.write((ASK + b"\r\n") * requests)
+    async with asyncio.timeout(20):
+        answer = b""
+        while answer.count(b"hello") < answered:
+            answer += await reader.readexactly(1)
+        if requests > answered:
+            assert await reader.read() == b"", "it is hung up after them"
+    writer.close()
 
 
 async def test_a_websocket_is_a_request_like_any_other(connect) -> None:
