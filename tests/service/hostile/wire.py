@@ -141,7 +141,8 @@ def wire_requests(model: str) -> dict[str, tuple[bytes, set[int]]]:
         "a session of bytes": (request(content, "x-session-id: \xff"), {200}),
         "a session of bytes, renamed": (request(content, "X_Session_Id: \xff"), {200}),
         "a look-up with a body": (
-            request(bytes(20_000), "Host: localhost", "Content-Length: 20000", line="GET /healthz HTTP/1.1", only=True), {413}
+            request(bytes(20_000), "Host: localhost", "Content-Length: 20000", line="GET /healthz HTTP/1.1", only=True),
+            {413},
         ),
         "another application": (request(content, "serve-app-name: other", "route: /other"), {200}),
         "a trace that is none": (request(content, f"traceparent: 00-{'f' * 32}-{'0' * 16}-zz"), {200}),
