@@ -34,6 +34,8 @@ STATUS_TIMEOUT_S = 5.0
 REPORT_EVERY_S = 10
 LARGEST_KEPT_BLOCK_BYTES = 8 * 1024 * 1024
 """Larger ones, such as pixels, go back to the system when they are freed; glibc keeps up to 64 MB for each thread."""
+HEAPS = 2
+"""Of each process, shared by its threads: with one for each thread, each keeps what it once needed."""
 DRAIN_MARGIN_S = 2.0
 """After their time is over, requests that were cut get so long to say so."""
 DELETE_TIMEOUT_S = 10.0
@@ -132,6 +134,7 @@ def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = proxy_edge.IMPORT_PATH
     os.environ[proxy_edge.MAX_BODY_VARIABLE] = str(settings.max_body_bytes)
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGEST_KEPT_BLOCK_BYTES))
+    os.environ.setdefault("MALLOC_ARENA_MAX", str(HEAPS))
     with tempfile.TemporaryDirectory(prefix="vlsae-run-", dir=short_folder()) as folder:
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:

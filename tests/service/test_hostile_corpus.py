@@ -85,14 +85,18 @@ CORPUS = (pictures, urls, bodies, wires, behaviours)
 
 
 def memory_bytes(server: RunningServer) -> int:
-    """Of all its processes together; what several share counts once."""
+    """Of all its processes together, what several share once; without files they have mapped, such as libraries: how
+    much of those is counted here depends on who else on the machine uses them.
+    """
     total = 0
     for pid in [server.process.pid, *server.family()]:
         try:
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:  # it ended in between
             continue
-        total += sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+        lines = [line.split() for line in rollup.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+        assert len(lines) == 2, rollup
+        total += sum(int(line[1]) * 1024 for line in lines)
     return total
 
 
