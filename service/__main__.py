@@ -131,8 +131,9 @@ def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
     say(f"model     {settings.model} ({settings.engine}, {settings.resolved_device()}, {settings.resolved_dtype()})")
     say(f"artifact  {settings.loaded_artifact or 'none: steering is off'}")
     say("starting Ray ...")
-    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = proxy_edge.IMPORT_PATH
-    os.environ[proxy_edge.MAX_BODY_VARIABLE] = str(settings.max_body_bytes)
+    os.environ[proxy_edge.VARIABLE] = proxy_edge.IMPORT_PATH
+    for field, variable in proxy_edge.LIMITS.items():
+        os.environ[variable] = str(getattr(settings, field))
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGEST_KEPT_BLOCK_BYTES))
     os.environ.setdefault("MALLOC_ARENA_MAX", str(HEAPS))
     with tempfile.TemporaryDirectory(prefix="vlsae-run-", dir=short_folder()) as folder:

@@ -5,6 +5,7 @@
 `python -m service` runs it on a Ray of its own; a cluster runs `service.app:build_application` with settings as args.
 """
 
+import logging
 import os
 
 from fastapi import FastAPI
@@ -13,7 +14,7 @@ from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
-from service import logs
+from service import logs, proxy_edge
 from service.api import build_api
 from service.images import DecoderLimits, ImageDecoder
 from service.keys import check_keys_are_named
@@ -23,6 +24,7 @@ from service.model_client import RayModelClient
 from service.model_replica import ModelReplica
 from service.settings import Settings
 
+log = logging.getLogger(__name__)
 APPLICATION = "vl-sae-steering"
 HEALTH_CHECK_PERIOD_S = 2
 """A replica that was killed is noticed, and replaced, at the next check."""
@@ -58,6 +60,8 @@ class Ingress:
 
     def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle | None = None) -> None:
         logs.configure(settings.log_file)
+        if os.environ.get(proxy_edge.VARIABLE) != proxy_edge.IMPORT_PATH:  # the proxy's containers have ours
+            log.warning("%s is not %s here: clients have no limits", proxy_edge.VARIABLE, proxy_edge.IMPORT_PATH)
         self._settings, self._model = settings, RayModelClient(model)
         self._ledger = None if ledger is None else RayLedger(ledger)
         limits = DecoderLimits(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fastapi import Request, Response
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.access import Access
@@ -41,6 +42,10 @@ from service.tracing import Tracing
 from steering.engines.base import GenerationEnd
 
 log = logging.getLogger(__name__)
+LOGPROB_BYTES = 160
+"""One logprob in JSON, as it is kept and once more in the answer; measured: 70 to 80 each with common tokens."""
+WIDE_COPIES = 3
+"""A text with one character from outside the basic plane takes four bytes for each of its characters."""
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -52,15 +57,20 @@ class AnswerShape(NamedTuple):
     include_usage: bool
     n: int
     logprobs: bool
+    kept_bytes: int
+    """Most that is kept of the answer until it is whole. Without logprobs that is next to nothing."""
 
     @classmethod
-    def of(cls, chat: ChatCompletionRequest) -> AnswerShape:
+    def of(cls, chat: ChatCompletionRequest, settings: Settings) -> AnswerShape:
+        n, tokens = chat.n or 1, chat.max_completion_tokens or chat.max_tokens or settings.default_max_tokens
+        logprobs = n * tokens * (1 + (chat.top_logprobs or 0)) if chat.logprobs and not chat.stream else 0
         return cls(
             model=chat.model,
             stream=bool(chat.stream),
             include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
-            n=chat.n or 1,
+            n=n,
             logprobs=bool(chat.logprobs),
+            kept_bytes=LOGPROB_BYTES * logprobs,
         )
 
 
@@ -116,22 +126,25 @@ class ChatAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         meter = Meter(self._service.metrics, record_of(scope))
         failure: str | None = "cancelled"
-        try:
-            async with self._service.drain.request():
-                with self._service.admitted(scope["state"]["caller"]):
-                    await self._answer_in_time(meter, scope, receive, send)
-            failure = None
-        except ApiError as error:
-            failure = error.code
-            if error.code == "overloaded":
-                error.retry_after_s = self._service.load.retry_after_s()
-            await self._fail(error, scope, receive, send)
-        except Exception:
-            log.exception("a chat request failed in a way nobody foresaw")
-            failure = "internal_error"
-            await self._fail(ApiError(failure, "the server failed on this request"), scope, receive, send)
-        finally:
-            meter.finished(failure)
+        with self._service.drain.at_work():  # until the last byte, of an error too
+            try:
+                async with self._service.drain.request():
+                    with self._service.admitted(scope["state"]["caller"]):
+                        await self._answer_in_time(meter, scope, receive, send)
+                failure = None
+            except ApiError as error:
+                failure = error.code
+                if error.code == "overloaded":
+                    error.retry_after_s = self._service.load.retry_after_s()
+                await self._fail(error, scope, receive, send)
+            except ClientDisconnect:
+                pass  # in the middle of its body
+            except Exception:
+                log.exception("a chat request failed in a way nobody foresaw")
+                failure = "internal_error"
+                await self._fail(ApiError(failure, "the server failed on this request"), scope, receive, send)
+            finally:
+                meter.finished(failure)
 
     async def _answer_in_time(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self._service.settings.request_timeout_s
@@ -144,21 +157,23 @@ class ChatAnswer(Response):
             raise ApiError("request_timeout", f"a request may take {limit:g} s; ask for less, or later") from None
 
     async def _answer(self, meter: Meter, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.memory.share(scope["state"]["caller"].name) as pixels:
-            job, shape = await self._take_in(pixels, scope)
+        """What a request holds counts until its answer has ended: engines keep pixels as long, and Ray the job."""
+        with self._service.memory.share(scope["state"]["caller"].name) as held:
+            job, shape = await self._take_in(held, scope)
+            held.take(shape.kept_bytes)
             for image in job.images:
                 meter.count_image(image.width * image.height)
             answer_id, answer = job.request_id, self._service.model.generate(job)
-            del job  # once the model has the pixels, nobody here holds them
-            await self._pass_on(answer_id, answer, shape, pixels, meter, scope, receive, send)
+            del job  # once the model has the pixels, they are not held here, too
+            await self._pass_on(answer_id, answer, shape, meter, scope, receive, send)
 
-    async def _take_in(self, pixels: Share, scope: Scope) -> tuple[ChatJob, AnswerShape]:
+    async def _take_in(self, held: Share, scope: Scope) -> tuple[ChatJob, AnswerShape]:
         """What was asked, checked. The body and all that was made of it on the way ends here."""
         service, request, record = self._service, self._request, record_of(scope)
         caller, settings = scope["state"]["caller"], service.settings
 
         async def admit_images(count: int, total_pixels: int) -> None:
-            pixels.take(BYTES_PER_PIXEL * total_pixels)
+            held.take(BYTES_PER_PIXEL * total_pixels)
             await service.access.admit_images(caller, count, total_pixels)
 
         with service.memory.share(caller.name) as bodies:
@@ -168,6 +183,8 @@ class ChatAnswer(Response):
                 timeout_s=settings.body_timeout_s,
                 take=lambda piece_bytes: bodies.take(COPIES_OF_A_BODY * piece_bytes),
             )
+            if not body.isascii() or b"\\u" in body:
+                bodies.take(WIDE_COPIES * len(body))
             chat = await parse_body(body)
             with service.tracing.step(record, "images"):
                 job = await make_job(
@@ -179,29 +196,28 @@ class ChatAnswer(Response):
                     remote=service.remote,
                     caller=caller,
                     admit_images=admit_images,
+                    take_bytes=bodies.take,
                 )
         record.completion_id, record.stream = job.request_id, bool(chat.stream)
-        return job, AnswerShape.of(chat)
+        return job, AnswerShape.of(chat, settings)
 
     async def _pass_on(
         self,
         answer_id: str,
         answer: AsyncGenerator[Answer, None],
         shape: AnswerShape,
-        pixels: Share,
         meter: Meter,
         scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
-        """The model's answer to the client, from its start on without the pixels."""
+        """The model's answer to the client."""
         service, record, caller = self._service, record_of(scope), scope["state"]["caller"]
         meter.submitted()
         async with aclosing(answer):
             with service.tracing.step(record, "queue"):
                 start = await anext(answer)
             assert isinstance(start, AnswerStart)
-            pixels.give_back()
             meter.started(start.prompt_tokens)
             head = AnswerHead(
                 id=answer_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from service.chat_job import ChatJob, Turn
 from service.errors import ApiError
@@ -31,6 +32,7 @@ async def make_job(
     remote: RemoteImages,
     caller: Caller,
     admit_images: AdmitImages,
+    take_bytes: Callable[[int], None] = lambda _count: None,
 ) -> ChatJob:
     """Everything is checked before the first image is decoded."""
     alias = find_alias(request.model, settings.model_name)
@@ -41,7 +43,13 @@ async def make_job(
         request_id=request_id,
         turns=turns_of(request),
         images=await take_images(
-            image_parts(request), settings=settings, decoder=decoder, remote=remote, admit_images=admit_images
+            image_parts(request),
+            settings=settings,
+            decoder=decoder,
+            remote=remote,
+            admit_images=admit_images,
+            take_bytes=take_bytes,
+            caller=caller.name,
         ),
         max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
         max_tokens=request.max_completion_tokens or request.max_tokens,
@@ -126,8 +134,8 @@ def sampling_of(request: ChatCompletionRequest) -> Sampling:
     return Sampling(
         max_tokens=1,  # a placeholder: the model replica knows what fits
         temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=max(request.top_k or 0, 0),
+        top_p=request.top_p or 1.0,
+        top_k=1 if request.top_p == 0 else max(request.top_k or 0, 0),
         seed=request.seed,
         stop=tuple(request.stop or ()),
         n=request.n or 1,

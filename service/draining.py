@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
 from service.errors import ApiError
@@ -86,6 +86,10 @@ class Drain:
     @property
     def begun(self) -> bool:
         return self._file is not None and self._file.exists()
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Around what a drain must wait for though it may not go on working."""
+        return self._at_work.held()
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Annotated
 
 from fastapi import Request, Response
@@ -49,19 +50,21 @@ class FeedbackDesk:
 
     def __init__(self, ledger: LedgerClient, metrics: Metrics, *, body_timeout_s: float) -> None:
         self._ledger, self._metrics, self._body_timeout_s = ledger, metrics, body_timeout_s
-        self._busy = 0
+        self._busy: Counter[str] = Counter()
+        """By the caller's name."""
 
     async def answer(self, request: Request) -> Response:
         """Raises ApiError."""
-        if self._busy >= MAX_AT_ONCE:
+        caller: Caller = request.state.caller
+        if self._busy.total() >= MAX_AT_ONCE or (caller.name and self._busy[caller.name] >= MAX_AT_ONCE // 2):
             raise ApiError("overloaded", "too much feedback at once; try again later")
-        self._busy += 1
+        self._busy[caller.name] += 1
         try:
             body = await read_json_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=self._body_timeout_s)
             given = parse_feedback(body)
-            await self._take(given, request.state.caller)
+            await self._take(given, caller)
         finally:
-            self._busy -= 1
+            self._busy -= Counter((caller.name,))
         return JSONResponse({"object": "feedback", "request_id": given.request_id, "score": given.score})
 
     async def _take(self, given: FeedbackRequest, caller: Caller) -> None:

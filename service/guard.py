@@ -9,6 +9,7 @@ import re
 from ipaddress import ip_address
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import Access, find_route
@@ -18,6 +19,8 @@ from service.request_record import record_of
 
 log = logging.getLogger(__name__)
 PORT = re.compile(r":\d{1,5}$")
+LONGEST_LENGTH = 20
+"""Digits of a content-length; Python refuses to read thousands of them."""
 PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 """Ray Serve's proxy obeys these: with them a client could keep a generation running after it has gone."""
 
@@ -50,6 +53,8 @@ class RequestGuard:
         except ApiError as error:
             record_of(scope).error_code = error.code
             await error.response()(scope, receive, send)
+        except ClientDisconnect:
+            pass  # in the middle of its body: nobody is there to be answered
         except Exception:
             log.exception("a request failed in a way nobody foresaw")
             record_of(scope).error_code = "internal_error"
@@ -60,6 +65,8 @@ class RequestGuard:
 def check_headers(headers: Headers) -> None:
     """Raises ApiError for what a client may not send."""
     check_request_id(headers)
+    if len(headers.get("content-length", "")) > LONGEST_LENGTH:
+        raise ApiError("invalid_header", "content-length: this is not the length of any body", param="content-length")
     for name in PROXY_HEADERS:
         if name in headers:
             raise ApiError("invalid_header", f"{name}: this header is not accepted", param=name)

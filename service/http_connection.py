@@ -1,15 +1,16 @@
-"""One TCP connection to Serve's proxy: how large a request's head may be, and how long it may take to come;
-and how long a client may take nothing of its answer.
+"""One TCP connection to Serve's proxy: how many there may be, how large a request's head, how long it may take to come,
+how slowly a client may take its answer, and that it asks one thing at a time.
 
 uvicorn bounds none: a client could fill the proxy's memory with one header, hold connections that never ask anything,
-or leave its answers lying there. Used in the proxy's process, where `proxy_edge.middlewares` puts it into uvicorn's
-table of protocols. Knows no routes, no settings and no Serve.
+leave its answers lying there, or hide behind a second request that it has gone. Used in the proxy's process, where
+`proxy_edge.middlewares` puts it into uvicorn's table of protocols. Knows no routes, no settings and no Serve.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import resource
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,12 +22,14 @@ from service.errors import ApiError
 IMPORT_PATH = "service.http_connection:BoundedConnection"
 MAX_HEAD_BYTES = 64 * 1024
 """Request line and headers together."""
-MAX_PIPELINED = 16
-"""Requests that may wait on a connection for the answer before theirs."""
+MAX_CONNECTIONS = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+"""Of one proxy: it needs descriptors for its replicas, too."""
 HEAD_TIMEOUT_S = 20.0
 """From the first moment of a connection, or the first byte of its next request, to the end of the head."""
 TAKE_TIMEOUT_S = 30.0
-"""An answer of which a client takes nothing for so long is thrown away, and its connection with it."""
+"""An answer of which a client takes less than TAKEN_SHARE in so long is thrown away, and its connection with it."""
+TAKEN_SHARE = 0.05
+"""Of what was waiting at first."""
 
 
 def bound_connections() -> None:
@@ -57,6 +60,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     head_timeout_s = HEAD_TIMEOUT_S
     take_timeout_s = TAKE_TIMEOUT_S
+    max_connections = MAX_CONNECTIONS
     _reading_head = False
     _head_began = False
     """With the bytes that are being parsed."""
@@ -73,6 +77,9 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.transport = cast(asyncio.Transport, _Transport(transport, self._watch_taking))
+        if len(self.connections) > self.max_connections:
+            self._answer_and_close(ApiError("overloaded", "too many connections at once; try again later"))
+            return
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -106,7 +113,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._await_head()
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
+        if self._is_answering():  # behind a second request it would not be seen that the client has gone
             raise TooMuch
         super().on_message_begin()
         self._reading_head, self._head_began, self._head_bytes, self._unparsed_bytes = True, True, 0, 0
@@ -134,27 +141,33 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._is_broken and not self.pipeline and not self._is_answering():
+        if self._is_broken:
             self.transport.close()
-        elif self._reading_head and not self.transport.is_closing():
-            self._unset_keepalive_if_required()
-            self._await_head()
 
     def send_400_response(self, msg: str) -> None:
-        """In our words, whatever uvicorn's are; the rest of what the client sends is not read.
+        """In our words, whatever uvicorn's are; the rest of what the client sends is read and forgotten.
 
         While an answer is on its way nothing is written into it: the connection ends with that answer.
         """
-        if self._is_answering() and (self.pipeline or self.cycle.response_started or not self.cycle.more_body):
-            self._is_broken = True
+        if self._is_answering() and (self.cycle.response_started or not self.cycle.more_body):
+            self._is_broken, self.cycle.keep_alive = True, False
             return
-        error = ApiError(
-            "invalid_header",
-            f"this is not a request in HTTP/1.1 whose head has at most {MAX_HEAD_BYTES} bytes",
+        self._answer_and_close(
+            ApiError(
+                "invalid_header", f"this is not a request in HTTP/1.1 whose head has at most {MAX_HEAD_BYTES} bytes"
+            )
         )
+
+    def _answer_and_close(self, error: ApiError) -> None:
         content = json.dumps(error.body()).encode()
-        headers = f"content-type: application/json\r\ncontent-length: {len(content)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(STATUS_LINE[error.status] + headers.encode() + content)
+        headers = {
+            **error.headers(),
+            "content-type": "application/json",
+            "content-length": len(content),
+            "connection": "close",
+        }
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self.transport.write(STATUS_LINE[error.status] + head.encode() + b"\r\n" + content)
         self.transport.close()
 
     def _should_upgrade_to_ws(self) -> bool:
@@ -189,17 +202,21 @@ class BoundedConnection(HttpToolsProtocol):
         self.transport.close()
 
     def _watch_taking(self) -> None:
-        """From here on the client takes something in each period, until nothing is left or writing goes on."""
+        """From here on the client takes its share in each period, until nothing is left or writing goes on."""
         waiting = self.transport.get_write_buffer_size()
         if waiting and self._take_timer is None:
-            self._take_timer = self.loop.call_later(self.take_timeout_s, self._look_at_taking, waiting)
+            self._watch_share(waiting, TAKEN_SHARE * waiting)
 
-    def _look_at_taking(self, before: int) -> None:
+    def _watch_share(self, waiting: int, share: float) -> None:
+        self._take_timer = self.loop.call_later(self.take_timeout_s, self._look_at_taking, waiting - share, share)
+
+    def _look_at_taking(self, most: float, share: float) -> None:
+        waiting = self.transport.get_write_buffer_size()
         self._take_timer = None
-        if self.transport.get_write_buffer_size() == before:
+        if waiting > max(most, 0):
             self.transport.abort()
-        else:
-            self._watch_taking()
+        elif waiting:
+            self._watch_share(waiting, share)
 
     def _stop_watching(self) -> None:
         if self._take_timer is not None:

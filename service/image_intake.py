@@ -28,14 +28,19 @@ async def take_images(
     decoder: ImageDecoder,
     remote: RemoteImages,
     admit_images: AdmitImages,
+    take_bytes: Callable[[int], None] = lambda _count: None,
+    caller: str = "",
 ) -> tuple[RgbImage, ...]:
-    """Pixels of every (field, URL), in their order. Raises ApiError naming the field at fault."""
+    """Pixels of every (field, URL), in their order. Raises ApiError naming the field at fault.
+
+    `take_bytes` is told of every piece that is fetched, and may raise; `caller` is whose turn it is at the decoder.
+    """
     if not sources:
         return ()
     await admit_images(len(sources), 0)
-    encoded = await collect(sources, settings=settings, remote=remote)
-    most = settings.max_image_pixels
-    sizes = await together(decoder.measure(data, field=field, max_pixels=most) for field, data in encoded)
+    encoded = await collect(sources, settings=settings, remote=remote, take_bytes=take_bytes)
+    limits: dict[str, Any] = {"max_pixels": settings.max_image_pixels, "caller": caller}
+    sizes = await together(decoder.measure(data, field=field, **limits) for field, data in encoded)
     pixels = sum(sizes)
     if pixels > settings.max_request_pixels:
         raise ApiError(
@@ -44,11 +49,15 @@ async def take_images(
             param="messages",
         )
     await admit_images(0, pixels)
-    return tuple(await together(decoder.decode(data, field=field, max_pixels=most) for field, data in encoded))
+    return tuple(await together(decoder.decode(data, field=field, **limits) for field, data in encoded))
 
 
 async def collect(
-    sources: Sequence[tuple[str, str]], *, settings: Settings, remote: RemoteImages
+    sources: Sequence[tuple[str, str]],
+    *,
+    settings: Settings,
+    remote: RemoteImages,
+    take_bytes: Callable[[int], None],
 ) -> list[tuple[str, bytes]]:
     """(field, encoded image) of every source; every URL is judged before the first is fetched."""
     found: list[tuple[str, bytes | RemoteUrl]] = []
@@ -56,10 +65,10 @@ async def collect(
         if remote.allowed and url[:5].lower() != "data:":
             found.append((field, remote.parse(url, field=field)))
         else:
-            found.append((field, decode_data_url(url, field=field, max_bytes=settings.max_image_bytes)))
+            found.append((field, await decode_data_url(url, field=field, max_bytes=settings.max_image_bytes)))
     left = settings.max_body_bytes - sum(len(data) for _, data in found if isinstance(data, bytes))
     wanted = [(field, url) for field, url in found if isinstance(url, RemoteUrl)]
-    fetched = iter(await remote.fetch(wanted, max_bytes=left))
+    fetched = iter(await remote.fetch(wanted, max_bytes=left, take_bytes=take_bytes))
     return [(field, data if isinstance(data, bytes) else next(fetched)) for field, data in found]
 
 

@@ -6,21 +6,23 @@ A decoder that dies or hangs costs the one request it worked for. Knows nothing 
 from __future__ import annotations
 
 import asyncio
-import base64
+import binascii
 import re
 import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from service import image_worker as worker
 from service.errors import ApiError
+from service.fair_threads import FairThreads
 
 DATA_URL = re.compile(r"data:image/(?:jpe?g|png|webp);base64,", re.IGNORECASE)
+PIECE_CHARACTERS = 4 * 256 * 1024
+"""Of base64 that is decoded in one step."""
 CLOCK_PER_CPU = 3
 """An image may take this many times its CPU time on the clock; then the machine is to blame, not the image."""
 WORKER_SCRIPT = Path(worker.__file__)
@@ -39,8 +41,8 @@ class RgbImage(NamedTuple):
     """`height` rows of `width` RGB triples."""
 
 
-def decode_data_url(url: str, *, field: str, max_bytes: int) -> bytes:
-    """The encoded image inside a `data:` URL; `field` names it in errors."""
+async def decode_data_url(url: str, *, field: str, max_bytes: int) -> bytes:
+    """The encoded image inside a `data:` URL; `field` names it in errors. Others are served between the pieces."""
     prefix = DATA_URL.match(url)
     if prefix is None:
         raise ApiError(
@@ -50,10 +52,18 @@ def decode_data_url(url: str, *, field: str, max_bytes: int) -> bytes:
         )
     if (len(url) - prefix.end()) * 3 // 4 > max_bytes + 2:
         raise ApiError("request_too_large", f"{field}: an image may have at most {max_bytes} bytes", param=field)
+    encoded = bytearray()
     try:
-        return base64.b64decode(url[prefix.end() :], validate=True)
+        for start in range(prefix.end(), len(url), PIECE_CHARACTERS):
+            end = start + PIECE_CHARACTERS
+            if end < len(url):
+                await asyncio.sleep(0)
+                if url[end - 1] == "=":
+                    raise ValueError("only the end is filled up")
+            encoded += binascii.a2b_base64(url[start:end], strict_mode=True)
     except ValueError:
         raise ApiError("invalid_image", f"{field}: the data: URL is not valid base64", param=field) from None
+    return bytes(encoded)
 
 
 class DecoderDied(Exception):
@@ -72,27 +82,25 @@ class DecoderLimits:
 
 
 class ImageDecoder:
-    """A pool of worker processes, one per thread; each serves one image at a time."""
+    """A pool of worker processes, one per thread; each serves one image at a time, and callers in turn."""
 
     def __init__(self, *, workers: int, limits: DecoderLimits) -> None:
         self._limits = limits
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="image-decoder")
+        self._threads = FairThreads(workers, "image-decoder")
         self._own = threading.local()
         self._processes: set[subprocess.Popen[bytes]] = set()
 
-    async def measure(self, encoded: bytes, *, field: str, max_pixels: int) -> int:
+    async def measure(self, encoded: bytes, *, field: str, max_pixels: int, caller: str = "") -> int:
         """Pixels that decoding would give, from the header alone. Raises ApiError as `decode` does."""
-        image = await self._work(worker.MEASURE, encoded, field, max_pixels)
+        image = await self._work(worker.MEASURE, encoded, field, max_pixels, caller)
         return image.width * image.height
 
-    async def decode(self, encoded: bytes, *, field: str, max_pixels: int) -> RgbImage:
+    async def decode(self, encoded: bytes, *, field: str, max_pixels: int, caller: str = "") -> RgbImage:
         """Pixels of one image. Raises ApiError naming `field`; the message never quotes the decoder."""
-        return await self._work(worker.DECODE, encoded, field, max_pixels)
+        return await self._work(worker.DECODE, encoded, field, max_pixels, caller)
 
-    async def _work(self, operation: int, encoded: bytes, field: str, max_pixels: int) -> RgbImage:
-        status, image = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._ask, operation, encoded, max_pixels
-        )
+    async def _work(self, operation: int, encoded: bytes, field: str, max_pixels: int, caller: str) -> RgbImage:
+        status, image = await self._threads.run(caller, self._ask, operation, encoded, max_pixels)
         if status == OUT_OF_TIME:
             raise ApiError("overloaded", f"{field}: the server was too busy to decode it in time; try again later")
         if status != worker.OK:
@@ -100,7 +108,7 @@ class ImageDecoder:
         return image
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         for process in list(self._processes):
             process.kill()
 
@@ -156,6 +164,9 @@ class ImageDecoder:
             if process.returncode == -signal.SIGPROF:
                 return worker.TOO_SLOW, RgbImage(0, 0, b"")
             raise DecoderDied from None
+        except BaseException:  # what it still has to say would be taken for the answer to the next job
+            self._discard(process)
+            raise
         finally:
             watchdog.cancel()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -22,6 +23,7 @@ from service.errors import ApiError
 from service.model_replica import AnswerStart, ModelStatus
 from steering.engines.base import GenerationEnd, TextDelta
 
+log = logging.getLogger(__name__)
 STATUS_TIMEOUT_S = 2.0
 Answer = AnswerStart | TextDelta | GenerationEnd
 
@@ -68,6 +70,11 @@ class RayModelClient:
             raise ApiError("overloaded", "all model replicas are busy and the queue is full; try again later") from None
         except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
             raise ApiError("engine_unavailable", "the model replica was lost; try again") from None
+        except (RayError, RayServeException) as error:
+            if isinstance(error, RayTaskError):  # what a replica raised, and that is a bug
+                raise
+            log.warning("Ray failed on a request: %s", type(error).__name__)
+            raise ApiError("engine_unavailable", "the request was lost on its way; try again") from None
         finally:
             _cancel(events)
 
@@ -76,7 +83,7 @@ class RayModelClient:
         answer = self._status.remote()
         try:
             return await asyncio.wait_for(answer, STATUS_TIMEOUT_S)
-        except (TimeoutError, BackPressureError, RayActorError, RayTaskError, DeploymentUnavailableError):
+        except (TimeoutError, RayError, RayServeException):
             raise ApiError("engine_unavailable", "the model does not answer yet; try again later") from None
         finally:
             _cancel(answer)

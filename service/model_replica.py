@@ -5,12 +5,10 @@ Importing this module loads no torch: the ingress imports it to describe the app
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from PIL import Image
 from service.chat_job import ChatJob
 from service.draining import WorkLock
 from service.errors import ApiError, from_steering_error
+from service.fair_threads import FairThreads
 from service.settings import Settings, SettingsError
 from steering.engines.base import Capabilities, Engine, GenerationEnd, GenerationRequest, Health, TextDelta
 from steering.errors import SteeringError
@@ -33,7 +32,7 @@ FINGERPRINTED_BYTES = 1024 * 1024
 """So much of each file of a checkpoint enters its fingerprint: configurations whole, weights by their header."""
 
 PREPARING_THREADS = 2
-"""A long text is a second's work that nothing can interrupt: more wait their turn, and no other work waits for them."""
+"""A long text is a second's work that nothing can interrupt: tenants take turns, and no other work waits for them."""
 
 NO_USAGE_REPORTS = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 """vLLM reads these when it is imported."""
@@ -96,7 +95,7 @@ class ModelReplica:
         self._at_work = WorkLock(settings.drain_file)
         self._engine = build_engine(settings)
         self._tokenizer: ChatTokenizer | None = None
-        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
+        self._preparing = FairThreads(PREPARING_THREADS, "prepare")
         self._fingerprint = ""
 
     async def start(self) -> None:
@@ -119,9 +118,7 @@ class ModelReplica:
         """A refusal is yielded, not raised, and so is a failure: Ray Serve would log what the exception quotes."""
         with self._at_work.held():
             try:
-                request, prompt_tokens = await asyncio.get_running_loop().run_in_executor(
-                    self._preparing, self.prepare, job
-                )
+                request, prompt_tokens = await self._preparing.run(job.tenant, self.prepare, job)
                 yield AnswerStart(system_fingerprint=self._fingerprint, prompt_tokens=prompt_tokens)
                 async with aclosing(self._engine.generate(request)) as events:
                     async for event in events:
@@ -186,7 +183,7 @@ class ModelReplica:
             raise RuntimeError(f"the engine has made no step for {health.seconds_since_progress:.0f} s")
 
     async def stop(self) -> None:
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._preparing.close()
         await self._engine.stop()
 
 

@@ -3,8 +3,8 @@
 Serve answers in plain text where it has nobody to ask, lets even a probe wait until a lost replica is back, ends a
 stream in the middle where a replica is lost, waits for ever for a client that takes nothing, keeps all that a client
 sends, and lets one that was refused go on sending. Here each becomes what an OpenAI client understands, or an end.
-Serve calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows no model, of the settings the
-largest body only, and routes but to count by them.
+Serve calls `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Knows no model, of the settings only
+how large a body and all bodies may be, and routes but to count by them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from service.access import ROUTE_SCOPES
 from service.errors import ApiError
 from service.guard import check_headers
 from service.http_connection import bound_connections
+from service.memory_budget import MemoryBudget, Share
 from service.metrics import Metrics
 from service.request_id import REQUEST_ID_HEADER, request_id_of
 from service.request_record import RequestRecord
@@ -29,16 +30,20 @@ from service.settings import ENVIRONMENT_PREFIX, Settings
 from service.streaming import error_event
 
 log = logging.getLogger(__name__)
+VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 IMPORT_PATH = "service.proxy_edge.middlewares"
-"""Value of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
-MAX_BODY_VARIABLE = ENVIRONMENT_PREFIX + "MAX_BODY_BYTES"
-"""The setting as the proxy's process can see it. Serve keeps in memory what has come of a body, read or not."""
+"""Its value."""
+LIMITS = {field: ENVIRONMENT_PREFIX + field.upper() for field in ("max_body_bytes", "max_memory_bytes")}
+"""Settings, by the variable in which the proxy's process can see them. Serve keeps what has come of a body in memory,
+read or not."""
 MAX_IDLE_BODY_BYTES = 16 * 1024
 """Of a body that nobody reads: only a POST has one that somebody does."""
 IGNORED_HEADERS = ("x-session-id", "serve-multiplexed-model-id")
 """Serve's proxy would choose replicas by these, also with `_` for `-`, and fail where one is not UTF-8."""
 WRITE_TIMEOUT_S = 30.0
-"""A client that takes nothing for so long, while there is more than the buffers hold, is treated as gone."""
+"""A client that takes no piece for so long, while there is more than the buffers hold, is treated as gone."""
+PIECE_BYTES = 1024 * 1024
+"""Of a large message; the next piece waits until the client has taken the one before."""
 LINGER_S = 2.0
 """How long a refused client may go on sending before the connection is closed: closed at once, it might lose the
 answer."""
@@ -56,8 +61,9 @@ LOST = ApiError("engine_unavailable", "the process that worked on this request w
 def middlewares() -> list[Middleware]:
     """For Ray Serve, which asks for them before it starts its server."""
     bound_connections()
-    max_body_bytes = int(os.environ.get(MAX_BODY_VARIABLE) or Settings.model_fields["max_body_bytes"].default)
-    return [Middleware(ProxyEdge, metrics=Metrics(), max_body_bytes=max_body_bytes)]
+    defaults = Settings.model_fields
+    limits = {field: int(os.environ.get(variable) or defaults[field].default) for field, variable in LIMITS.items()}
+    return [Middleware(ProxyEdge, metrics=Metrics(), **limits)]
 
 
 def refusal(status: int) -> ApiError:
@@ -67,9 +73,13 @@ def refusal(status: int) -> ApiError:
     if status == 408:
         return ApiError("request_timeout", "the request took too long; ask for less, or later")
     if status in (429, 503):
-        retry_after_s = random.uniform(1, LATEST_RETRY_S)  # or all come back together
-        return ApiError("overloaded", "too many requests are waiting; try again later", retry_after_s=retry_after_s)
+        return overloaded("too many requests are waiting; try again later")
     return LOST
+
+
+def overloaded(message: str) -> ApiError:
+    """Those who are refused together must not come back together."""
+    return ApiError("overloaded", message, retry_after_s=random.uniform(1, LATEST_RETRY_S))
 
 
 class ProxyEdge:
@@ -81,12 +91,15 @@ class ProxyEdge:
         *,
         metrics: Metrics,
         max_body_bytes: int,
+        max_memory_bytes: int,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         linger_s: float = LINGER_S,
         get_timeout_s: float = GET_TIMEOUT_S,
     ) -> None:
+        """`max_memory_bytes`: of all bodies whose answers have not begun, and of large answers."""
         self._app, self._metrics, self._write_timeout_s = app, metrics, write_timeout_s
         self._max_body_bytes, self._linger_s, self._get_timeout_s = max_body_bytes, linger_s, get_timeout_s
+        self._memory = MemoryBudget(max_memory_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] == "/-/healthz":  # KubeRay's probes understand Serve's own answer
@@ -94,13 +107,24 @@ class ProxyEdge:
             return
         refused = settle_headers(scope)
         limit = self._max_body_bytes if scope["method"] == "POST" else MAX_IDLE_BODY_BYTES
-        exchange = _Exchange(scope, receive, send, write_timeout_s=self._write_timeout_s, max_body_bytes=limit)
         if scope["path"] == ROUTE_LIST or not scope["path"].startswith("/"):
             refused = ApiError("route_not_found", "there is no such path")
-        exchange.refused = refused or exchange.refused
-        if exchange.refused is None:
-            await self._ask(scope, exchange)
-        await exchange.finish(self._linger_s)
+        with self._memory.share("") as body, self._memory.share("") as answer:
+            exchange = _Exchange(
+                scope,
+                receive,
+                send,
+                write_timeout_s=self._write_timeout_s,
+                max_body_bytes=limit,
+                held_body=body,
+                held_answer=answer,
+            )
+            exchange.refused = refused
+            if refused is None:
+                exchange.refuse_by_length()
+            if exchange.refused is None:
+                await self._ask(scope, exchange)
+            await exchange.finish(self._linger_s)
         if exchange.told is not None:
             self._count(scope, exchange)
 
@@ -149,10 +173,19 @@ class _Exchange:
     """One request and what has become of it."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, *, write_timeout_s: float, max_body_bytes: int
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        write_timeout_s: float,
+        max_body_bytes: int,
+        held_body: Share,
+        held_answer: Share,
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._write_timeout_s, self._max_body_bytes = write_timeout_s, max_body_bytes
+        self._held_body, self._held_answer = held_body, held_answer
         self._body_bytes = 0
         """Handed on so far."""
         headers = Headers(scope=scope)
@@ -171,7 +204,10 @@ class _Exchange:
         """For the application the client has disconnected."""
         self.refused: ApiError | None = None
         """What to say instead of Serve's own answer."""
-        if int(headers.get("content-length", "0")) > max_body_bytes:
+
+    def refuse_by_length(self) -> None:
+        """Where a header that has been checked tells that the body is too large."""
+        if int(Headers(scope=self._scope).get("content-length", "0")) > self._max_body_bytes:
             self.refused = self._too_large()
 
     async def receive(self) -> Message:
@@ -186,11 +222,21 @@ class _Exchange:
             reading.cancel()
             leaving.cancel()
         self._note(message)
-        self._body_bytes += len(message.get("body", b""))
-        if self._body_bytes > self._max_body_bytes:
-            self._break_off(self._too_large())
+        if (refused := self._charge(len(message.get("body", b"")))) is not None:
+            self._break_off(refused)
             return {"type": "http.disconnect"}
         return message
+
+    def _charge(self, body_bytes: int) -> ApiError | None:
+        """Why a piece of body is too much, if it is."""
+        self._body_bytes += body_bytes
+        if self._body_bytes > self._max_body_bytes:
+            return self._too_large()
+        try:
+            self._held_body.take(body_bytes)
+        except ApiError as error:
+            return overloaded(error.message)
+        return None
 
     def _note(self, message: Message) -> None:
         """Whether more can come from the client."""
@@ -201,6 +247,7 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         """Serve's refusals are kept back; everything else goes to the client."""
+        self._held_body.give_back()  # the application answers: it has read what it wanted
         if message["type"] == "http.response.start" and self.refused is None:
             kind = Headers(raw=message["headers"]).get("content-type", "")
             if message["status"] >= 400 and kind.startswith("text/plain"):
@@ -254,6 +301,24 @@ class _Exchange:
         await self._write(message)
 
     async def _write(self, message: Message) -> None:
+        """A large message goes piece by piece and counts as held until it is taken; without room for it the client
+        counts as gone.
+        """
+        body = message.get("body", b"")
+        if len(body) <= PIECE_BYTES:
+            await self._write_piece(message)
+            return
+        try:
+            self._held_answer.take(len(body))
+        except ApiError:
+            self._lose_client()
+        for start in range(0, len(body), PIECE_BYTES):
+            end = start + PIECE_BYTES
+            more = end < len(body) or message.get("more_body", False)
+            await self._write_piece({**message, "body": body[start:end], "more_body": more})
+        self._held_answer.give_back()
+
+    async def _write_piece(self, message: Message) -> None:
         """Unless the client counts as gone, or does from here on."""
         if self._gone:
             return
@@ -261,8 +326,11 @@ class _Exchange:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._send(message)
         except TimeoutError:
-            self._gone = True
-            self._leave.set()
+            self._lose_client()
+
+    def _lose_client(self) -> None:
+        self._gone = True
+        self._leave.set()
 
     async def _linger(self, seconds: float) -> None:
         """Take in and forget what a client sends that has its answer already."""

@@ -99,13 +99,14 @@ def tcp_connector() -> httpcore.AsyncNetworkBackend:
 class ByteBudget:
     """What all images of one request may still take together."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._left = max_bytes
+    def __init__(self, max_bytes: int, take_bytes: Callable[[int], None]) -> None:
+        self._left, self._take_bytes = max_bytes, take_bytes
 
     def spend(self, count: int) -> None:
         self._left -= count
         if self._left < 0:
             raise NotFetched("the request's images are too large together")
+        self._take_bytes(count)
 
 
 class RemoteImages:
@@ -157,15 +158,24 @@ class RemoteImages:
             )
         return RemoteUrl(host, found["target"])
 
-    async def fetch(self, urls: Sequence[tuple[str, RemoteUrl]], *, max_bytes: int) -> list[bytes]:
-        """The encoded images of (field, URL), within one time limit and `max_bytes` together. Raises ApiError."""
+    async def fetch(
+        self,
+        urls: Sequence[tuple[str, RemoteUrl]],
+        *,
+        max_bytes: int,
+        take_bytes: Callable[[int], None] = lambda _count: None,
+    ) -> list[bytes]:
+        """The encoded images of (field, URL), within one time limit and `max_bytes` together. Raises ApiError.
+
+        `take_bytes` is told of every piece before it is kept, and may raise.
+        """
         if not urls:
             return []
         if self._fetching >= MAX_CONCURRENT_REQUESTS:
             raise ApiError("overloaded", "too many requests with remote images at once; try again later")
         self._fetching += 1
         try:
-            return await self._fetch_in_time(urls, ByteBudget(max_bytes))
+            return await self._fetch_in_time(urls, ByteBudget(max_bytes, take_bytes))
         finally:
             self._fetching -= 1
 
@@ -193,8 +203,8 @@ class RemoteImages:
                 check_head(response, self._max_image_bytes)
                 body = bytearray()
                 async for piece in response.aiter_stream():
-                    body += piece
                     budget.spend(len(piece))
+                    body += piece
                     if len(body) > self._max_image_bytes:
                         raise NotFetched("the image is too large")
                 return bytes(body)

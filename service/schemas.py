@@ -228,7 +228,8 @@ class ChatCompletionRequest(Strict):
     """Tokens per choice; `max_completion_tokens` is its newer name."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    """0 leaves the most likely token only."""
     top_k: int | None = Field(default=None, ge=-1, le=1_000_000)
     """An extension that vLLM's users know; 0 and -1 keep all tokens."""
     n: int | None = Field(default=None, ge=1)
@@ -249,8 +250,9 @@ class ChatCompletionRequest(Strict):
     """How the answer is steered; an extension."""
 
     user: str | None = Field(default=None, max_length=512)
-    """Accepted and not used, as are `safety_identifier` and `metadata`: they change no answer."""
+    """Accepted and not used, as are `safety_identifier`, `prompt_cache_key` and `metadata`: they change no answer."""
     safety_identifier: str | None = Field(default=None, max_length=512)
+    prompt_cache_key: str | None = Field(default=None, max_length=512)
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
 
     audio: Annotated[Any, Neutral()] = None
@@ -260,7 +262,6 @@ class ChatCompletionRequest(Strict):
     moderation: Annotated[Any, Neutral()] = None
     parallel_tool_calls: Annotated[Any, Neutral(True, False)] = None
     prediction: Annotated[Any, Neutral()] = None
-    prompt_cache_key: Annotated[Any, Neutral()] = None
     prompt_cache_options: Annotated[Any, Neutral()] = None
     prompt_cache_retention: Annotated[Any, Neutral()] = None
     reasoning_effort: Annotated[Any, Neutral("none")] = None

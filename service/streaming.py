@@ -21,6 +21,7 @@ from steering.engines.base import GenerationEnd, SampledToken, TextDelta, TokenL
 
 Event = TextDelta | GenerationEnd
 AnyAnswer = TypeVar("AnyAnswer", ChatCompletion, ChatCompletionChunk)
+NO_LOGPROBS = b'"logprobs":{"content":[]'
 DONE = b"data: [DONE]\n\n"
 
 
@@ -37,9 +38,9 @@ class AnswerHead:
 
 
 async def completion_json(head: AnswerHead, events: AsyncIterator[Event], *, n: int, logprobs: bool) -> bytes:
-    """The whole answer."""
+    """The whole answer. Logprobs become JSON as they come: made all at once, they would hold everybody up."""
     texts: list[list[str]] = [[] for _ in range(n)]
-    tokens: list[list[SampledToken]] = [[] for _ in range(n)]
+    tokens: list[list[bytes]] = [[] for _ in range(n)]
     finish: list[Literal["stop", "length"]] = ["length"] * n
     end = None
     async for event in events:
@@ -47,20 +48,29 @@ async def completion_json(head: AnswerHead, events: AsyncIterator[Event], *, n: 
             end = event
             continue
         texts[event.choice].append(event.text)
-        tokens[event.choice].extend(event.logprobs)
+        tokens[event.choice].extend(token.model_dump_json().encode() for token in _logprobs(event.logprobs))
         finish[event.choice] = event.finish_reason or finish[event.choice]
     assert end is not None, "an engine ends with a GenerationEnd"
     choices = [
         whole.Choice(
             index=index,
             message=ChatCompletionMessage(role="assistant", content="".join(texts[index]), refusal=None),
-            logprobs=whole.ChoiceLogprobs(content=_logprobs(tokens[index]), refusal=None) if logprobs else None,
+            logprobs=whole.ChoiceLogprobs(content=[], refusal=None) if logprobs else None,
             finish_reason=finish[index],
         )
         for index in range(n)
     ]
     answer = ChatCompletion(**asdict(head), object="chat.completion", choices=choices, usage=_usage(end))
-    return _with_receipt(answer, end).model_dump_json(exclude_unset=True).encode()
+    written = _with_receipt(answer, end).model_dump_json(exclude_unset=True).encode()
+    return _with_logprobs(written, tokens) if logprobs else written
+
+
+def _with_logprobs(answer: bytes, tokens: list[list[bytes]]) -> bytes:
+    """The JSON of each choice's tokens in the place of its empty list, which no text of an answer can look like: a
+    quotation mark inside a string is escaped."""
+    first, *rest = answer.split(NO_LOGPROBS)
+    filled = (NO_LOGPROBS[:-1] + b",".join(of_choice) + b"]" for of_choice in tokens)
+    return first + b"".join(part for pair in zip(filled, rest, strict=True) for part in pair)
 
 
 async def event_stream(

@@ -8,18 +8,23 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from service.last_look import FRESH_S
 from steering.local_ray import descendants
 
 REPOSITORY = Path(__file__).parent.parent.parent
 START_TIMEOUT_S = 240
 """vLLM included: four processes import it, one after the other."""
 STOP_TIMEOUT_S = 40
+PATIENCE_S = 60
+REQUESTS_NOW = ("vlsae_requests_in_progress", "vlsae_requests_at_model", "vlsae_requests_waiting")
+"""Gauges."""
 
 ENGINES = ["huggingface", pytest.param("vllm", marks=pytest.mark.vllm)]
 any_engine_will_do = pytest.mark.parametrize("server", ["huggingface"], indirect=True)
@@ -32,6 +37,7 @@ class RunningServer:
     def __init__(self, process: subprocess.Popen, port: int, name: str, engine: str, log: Path) -> None:
         self.process, self.port, self.name, self.engine, self._log = process, port, name, engine, log
         self.url = f"http://127.0.0.1:{port}"
+        self._http = httpx.Client(base_url=self.url, timeout=10, limits=httpx.Limits(max_keepalive_connections=0))
 
     def log(self) -> str:
         """Everything it printed so far."""
@@ -41,19 +47,24 @@ class RunningServer:
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "unused", "max_retries": 0, **options})
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10)
+        return self._http.get(path)
 
     def running(self) -> int:
-        """Sequences in the engine, a quarter of a second ago at most."""
-        return self.get("/readyz").json()["running"]
+        """Sequences in the engine, a moment ago; -1 where it is too busy to say."""
+        return self.get("/readyz").json().get("running", -1)
 
-    def wait_until_idle(self, timeout_s: float = 5.0) -> float:
-        """Seconds until the engine runs nothing."""
-        began = time.monotonic()
-        while self.running():
-            assert time.monotonic() - began < timeout_s, "the engine still runs"
+    def wait_until_idle(self, timeout_s: float = PATIENCE_S) -> None:
+        """Until no part of the service has a request."""
+        deadline = time.monotonic() + timeout_s
+        self._wait(lambda: not any(map(self.metric, REQUESTS_NOW)), deadline)
+        time.sleep(FRESH_S)  # what is said of the engine from here on is no older
+        self._wait(lambda: self.running() == 0, deadline)
+
+    @staticmethod
+    def _wait(condition: Callable[[], bool], deadline: float) -> None:
+        while not condition():
+            assert time.monotonic() < deadline, "it still works"
             time.sleep(0.05)
-        return time.monotonic() - began
 
     def metric(self, sample: str) -> float:
         """A sample by name and labels as they stand in the text; 0 where there is none yet."""

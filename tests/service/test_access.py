@@ -381,11 +381,12 @@ async def test_slow_senders_of_feedback_do_not_take_every_place(start, monkeypat
         yield b"{}"
 
     service = start()
-    busy = [
-        asyncio.create_task(service.ask("POST", FEEDBACK, "other", content=slow(), headers=JSON_BODY)) for _ in range(2)
-    ]
-    await asyncio.sleep(0.1)
-    assert code_of(await rate(service, "other", "a")) == "overloaded"
+    busy = []
+    for name in ("other", "chatter"):
+        busy.append(asyncio.create_task(service.ask("POST", FEEDBACK, name, content=slow(), headers=JSON_BODY)))
+        await asyncio.sleep(0.1)
+        assert code_of(await rate(service, "other", "a")) == "overloaded"
+        assert (await rate(service, "limited", "a")).status_code == (404 if name == "other" else 503)
     release.set()
     assert {(await one).status_code for one in busy} == {400}
     assert (await rate(service, "other", "a")).status_code == 404, "places are given back"

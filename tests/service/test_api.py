@@ -302,7 +302,7 @@ async def test_how_long_a_refused_client_should_wait_is_estimated(serve, places:
 async def test_a_request_has_a_time_limit(serve, stream: bool) -> None:
     server = serve()
     model = SlowModel()
-    settings = SETTINGS.model_copy(update={"request_timeout_s": 0.2})
+    settings = SETTINGS.model_copy(update={"request_timeout_s": 2.0})
     client = httpx.AsyncClient(
         transport=httpx.ASGITransport(app=build_api(settings, model, server.decoder)), base_url="http://test"
     )
@@ -355,34 +355,68 @@ async def test_bodies_and_pixels_have_a_budget(serve, asked: dict, status: int) 
             assert int(response.headers["retry-after"]) >= 1
 
 
-async def test_pixels_are_held_until_the_model_has_them(serve) -> None:
-    taken, going_on = asyncio.Event(), asyncio.Event()
-
-    class Slow(ScriptedModel):
-        async def generate(self, job):
-            await taken.wait()
-            async for event in super().generate(job):
-                yield event
-                await going_on.wait()
-
-    server, asked = serve(settings=LITTLE_MEMORY), body(user(image_part(), "what?"))
-    model = Slow()
+async def test_pixels_are_held_until_the_answer_has_ended(serve) -> None:
+    """As long as the engine's process keeps them."""
+    server, asked, model = serve(settings=LITTLE_MEMORY), body(user(image_part(), "what?")), SlowModel()
     server.api = build_api(LITTLE_MEMORY, model, server.decoder)
     server.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=server.api), base_url="http://test")
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         first = group.create_task(server.chat(asked))
-        while await server.metric("vlsae_images_total") != 1:
+        while await server.metric("vlsae_requests_at_model") != 1 or await server.metric("vlsae_requests_waiting") != 0:
             await asyncio.sleep(0.01)
         assert (await server.chat(asked)).status_code == 503
-        taken.set()
-        while not model.jobs:
-            await asyncio.sleep(0.01)
-        second = group.create_task(server.chat(asked))
-        while len(model.jobs) < 2:
-            await asyncio.sleep(0.01)
-        assert not first.done()
-        going_on.set()
-    assert (first.result().status_code, second.result().status_code) == (200, 200)
+        model.release.set()
+    assert first.result().status_code == 200
+    assert (await server.chat(asked)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"max_tokens": 40}, 503),
+        ({"max_tokens": 40, "stream": True}, 200),
+        ({"max_tokens": 40, "top_logprobs": None, "logprobs": False}, 200),
+        ({"max_tokens": 60, "top_logprobs": 0}, 503),
+        ({"max_tokens": 4, "n": 4}, 503),
+        ({"max_tokens": 4}, 200),
+    ],
+)
+async def test_what_is_kept_of_an_answer_until_it_is_whole_counts(serve, changes: dict, status: int) -> None:
+    server = serve(delta(0, "a", logprobs=True), delta(0, "", finish="stop", tokens=0), end(1), settings=LITTLE_MEMORY)
+    server.model.events *= 2 if changes.get("n") else 1
+    asked = body(user("what?"), logprobs=True, top_logprobs=4) | changes
+    for _ in range(2):  # and is given back
+        assert (await server.chat(asked)).status_code == status
+
+
+@pytest.mark.parametrize("text", ["x" * 1200 + "\U0001f600", "x" * 1200 + "é"])
+async def test_a_text_that_takes_more_memory_than_bytes_counts_so(serve, text: str) -> None:
+    server = serve(settings=LITTLE_MEMORY)
+    assert (await server.chat(body(user("x" * 1200)))).status_code == 200
+    for ascii_only in (True, False):
+        raw = json.dumps(body(user(text)), ensure_ascii=ascii_only).encode()
+        assert (await server.chat(raw)).status_code == 503
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure(serve, caplog) -> None:
+    server = serve()
+    for path in (CHAT, "/v1/feedback"):
+        pieces = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+        sent = []
+
+        async def receive(pieces=pieces) -> dict:
+            return next(pieces)
+
+        async def send(message: dict, sent=sent) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"host", b"test")]
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+                 "headers": headers, "state": {}}  # fmt: skip
+        await server.api(scope, receive, send)
+        assert sent == []
+    assert await server.metric('vlsae_rejections_total{reason="internal_error"}') in (None, 0.0)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize(

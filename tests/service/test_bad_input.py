@@ -49,8 +49,6 @@ def expect_error(response: httpx.Response, status: int, param: str | None) -> di
 
 
 def expect_unharmed(server: RunningServer) -> None:
-    """It answers, and runs nothing besides."""
-    server.wait_until_idle()
     answer = post(server, asked(server))
     assert answer.status_code == 200, answer.text
 
@@ -165,3 +163,7 @@ def test_the_context_error_has_the_numbers(server: RunningServer) -> None:
     error = expect_error(post(server, asked(server, messages=[user("star " * 2000)])), 400, "messages")
     assert str(context) in error["message"]
     assert error["code"] == "context_length_exceeded"
+
+
+def test_after_all_of_it_nothing_runs(server: RunningServer) -> None:
+    server.wait_until_idle()

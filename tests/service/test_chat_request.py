@@ -151,6 +151,8 @@ def test_all_texts_of_a_request_have_one_limit() -> None:
 def test_sampling_defaults_are_openai_s() -> None:
     sampling = sampling_of(parsed(body()))
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.n) == (1.0, 1.0, 0, 1)
+    narrowest = sampling_of(parsed(body(top_p=0, top_k=5)))
+    assert (narrowest.top_p, narrowest.top_k) == (1.0, 1), "the most likely token alone"
     assert (sampling.seed, sampling.stop, sampling.top_logprobs, sampling.logit_bias) == (None, (), None, {})
 
 

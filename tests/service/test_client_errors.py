@@ -33,6 +33,7 @@ CLASSES = {
     503: openai.InternalServerError,
 }
 """Status to the client's class."""
+PATIENCE_S = 60
 
 
 class Caller:
@@ -61,25 +62,28 @@ class Caller:
         """The model will."""
         self.service.model.events = (error,)
 
-    def hangs(self) -> asyncio.Event:
-        """The model will; the event says that it was told to stop."""
-        closed = asyncio.Event()
+    def hangs(self) -> tuple[asyncio.Event, asyncio.Event]:
+        """The model will; the events say that it was asked, and that it was told to stop."""
+        asked, closed = asyncio.Event(), asyncio.Event()
 
         async def hang(_job: Any) -> AsyncIterator[Any]:
+            asked.set()
             try:
-                await asyncio.sleep(5)
+                await asyncio.sleep(PATIENCE_S)
                 yield
             finally:
                 closed.set()
 
         self.service.model.generate = hang  # pyright: ignore[reportAttributeAccessIssue]
-        return closed
+        return asked, closed
 
 
 @pytest.fixture
-async def caller(tmp_path: Path) -> AsyncIterator[Caller]:
+async def caller(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Caller]:
+    """A parameter is the time limit of a request, in seconds."""
     drain_file = tmp_path / "drain"
-    limits = {"max_body_bytes": 10_000, "body_timeout_s": 0.2, "request_timeout_s": 0.5, "max_concurrent_requests": 1}
+    limits = {"max_body_bytes": 10_000, "body_timeout_s": 0.2, "max_concurrent_requests": 1}
+    limits["request_timeout_s"] = getattr(request, "param", PATIENCE_S)
     service = Service(tmp_path, drain_file=str(drain_file), drain_timeout_s=0, **limits)
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=service.api)) as http:
         yield Caller(service, http, drain_file)
@@ -95,15 +99,15 @@ async def twice_over_quota(caller: Caller) -> None:
 async def slow_body(caller: Caller) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         yield b"{"
-        await asyncio.sleep(5)
+        await asyncio.sleep(PATIENCE_S)
 
     await caller.post("/chat/completions", pieces())
 
 
 async def one_too_many(caller: Caller) -> None:
-    caller.hangs()
+    asked, _closed = caller.hangs()
     busy = asyncio.create_task(caller.chat())
-    await asyncio.sleep(0.05)
+    await asked.wait()
     try:
         await caller.chat()
     finally:
@@ -167,7 +171,11 @@ CASES: dict[str, tuple[Callable[[Caller], Awaitable[Any]], str | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("code", ERROR_KINDS)
+@pytest.mark.parametrize(
+    ("caller", "code"),
+    [(0.5 if code == "request_timeout" else PATIENCE_S, code) for code in ERROR_KINDS],
+    indirect=["caller"],
+)
 async def test_every_error(caller: Caller, code: str) -> None:
     bring_about, param = CASES[code]
     with pytest.raises(openai.APIStatusError) as caught:
@@ -210,8 +218,8 @@ async def test_the_client_tries_again_when_it_is_told_to(caller: Caller) -> None
 
 
 async def test_a_client_s_own_limit_frees_the_model(caller: Caller) -> None:
-    closed = caller.hangs()
-    with pytest.raises(asyncio.TimeoutError):
-        async with asyncio.timeout(0.1):
-            await caller.chat()
-    await asyncio.wait_for(closed.wait(), 1)
+    asked, closed = caller.hangs()
+    chat = asyncio.create_task(caller.chat())
+    await asked.wait()
+    chat.cancel()
+    await asyncio.wait_for(closed.wait(), PATIENCE_S / 2)

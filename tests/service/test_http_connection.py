@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 from service.http_connection import (
     HEAD_TIMEOUT_S,
     MAX_HEAD_BYTES,
-    MAX_PIPELINED,
     BoundedConnection,
     bound_connections,
 )
@@ -30,6 +29,10 @@ MUCH = b"m" * 20_000_000
 async def hello(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] in ("/much", "/much-and-close"):
         await send_much(send, closes=scope["path"] == "/much-and-close")
+        return
+    if scope["path"] == "/until-left":
+        while (await receive())["type"] != "http.disconnect":
+            pass
         return
     if scope["path"] == "/asked":
         while (await receive()).get("more_body"):
@@ -149,19 +152,45 @@ async def test_what_follows_a_body_is_bounded_too(connect, pieces: tuple[bytes, 
     assert answer.startswith(b"HTTP/1.1 " + status)
 
 
-@pytest.mark.parametrize(("requests", "answered"), [(MAX_PIPELINED, MAX_PIPELINED), (14_000, MAX_PIPELINED + 1)])
-async def test_only_so_many_requests_wait_on_a_connection(
-    server: uvicorn.Server, connect, requests: int, answered: int
-) -> None:
+@pytest.mark.parametrize("path", [b"/", b"/slow"])
+async def test_a_second_request_before_the_answer_is_not_answered(connect, path: bytes) -> None:
     reader, writer = await connect()
-    writer.write((ASK + b"\r\n") * requests)
-    async with asyncio.timeout(20):
-        answer = b""
-        while answer.count(b"hello") < answered:
-            answer += await reader.readexactly(1)
-        if requests > answered:
-            assert await reader.read() == b"", "it is hung up after them"
+    ask = b"GET %b HTTP/1.1\r\nhost: a\r\n\r\n" % path
+    writer.write(ask * 3)
+    async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
+        answer = await reader.read()
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert answer.endswith(b"\r\n\r\nhello")
+    assert b"connection: close" in answer
     writer.close()
+
+
+async def test_who_leaves_is_missed_whatever_it_has_sent_besides(connect, server: uvicorn.Server) -> None:
+    _, writer = await connect()
+    writer.write(b"GET /until-left HTTP/1.1\r\nhost: a\r\n\r\n" + (ASK + b"\r\n") * 2)
+    while not server.server_state.tasks:
+        await asyncio.sleep(0.01)
+    writer.write((ASK + b"\r\n") * 5000)
+    await asyncio.sleep(0.05)
+    writer.close()
+    async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
+        while server.server_state.tasks:
+            await asyncio.sleep(0.01)
+
+
+async def test_only_so_many_connections(connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedConnection, "max_connections", 2)
+    monkeypatch.setattr(BoundedConnection, "head_timeout_s", 60)
+    kept = [await connect() for _ in range(2)]
+    for connection in kept:
+        assert b"HTTP/1.1 200" in await answer_to(connection, ASK + b"\r\n")
+    head, _, content = (await answer_to(await connect())).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503")
+    assert b"Retry-After: 1" in head
+    assert json.loads(content)["error"]["code"] == "overloaded"
+    kept.pop()[1].close()
+    await asyncio.sleep(0.1)
+    assert b"HTTP/1.1 200" in await answer_to(await connect(), ASK + b"\r\n")
 
 
 async def test_a_websocket_is_a_request_like_any_other(connect) -> None:
@@ -187,6 +216,19 @@ async def test_an_answer_that_is_not_taken_is_thrown_away(server: uvicorn.Server
         await asyncio.sleep(0.01)
     async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
         while server.server_state.connections or server.server_state.tasks:
+            await asyncio.sleep(0.01)
+    writer.close()
+
+
+async def test_an_answer_of_which_too_little_is_taken_is_thrown_away(server: uvicorn.Server, connect) -> None:
+    """Though something is, all the time."""
+    reader, writer = await connect()
+    (connection,) = server.server_state.connections
+    connection.transport.set_write_buffer_limits(high=2 * len(MUCH))  # type: ignore[union-attr]
+    writer.write(b"GET /much-and-close HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+    async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
+        while server.server_state.connections:
+            await reader.read(1000)
             await asyncio.sleep(0.01)
     writer.close()
 
@@ -230,17 +272,3 @@ async def test_a_half_sent_request_does_not_cut_the_answer_before_it(connect) ->
     connection = await connect()
     assert (await answer_to(connection, SLOW, ASK)).endswith(b"\r\n\r\nhello")
     assert await connection[0].read() == b""
-
-
-async def test_the_body_before_a_head_is_no_part_of_it(connect, server: uvicorn.Server) -> None:
-    connection = await connect()
-    body = b"b" * (MAX_HEAD_BYTES + 10_000)
-    post = b"POST /body HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
-    connection[1].write(post)
-    while not server.server_state.tasks:
-        await asyncio.sleep(0.01)
-    (served,) = server.server_state.connections
-    served.data_received(body + ASK)  # in one piece, which a socket does not promise
-    assert (await answer_to(connection)).endswith(b"\r\n\r\nhello")
-    assert (await answer_to(connection, b"\r\n")).startswith(b"HTTP/1.1 200")
-    connection[1].close()

@@ -22,7 +22,7 @@ from tests.service.running_server import RunningServer, start_server
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 NAME, MAX_CHOICES = "renamed/model", 7
 """Settings that only this server has: what is restarted must have them again."""
-SHORT_TOKENS = 60
+SHORT_TOKENS = 100
 """Of an answer that is still being given when the end begins, and is finished well before the end is over."""
 PATIENCE_S = 60.0
 """Longer than anything here may take; nothing is asserted about durations."""
@@ -159,8 +159,8 @@ def test_at_the_end_who_runs_may_finish_and_who_takes_too_long_is_told(own: Runn
     """The last test of this server."""
     model, family = own.pid_of(":Model"), own.family()
     long = Conversation(own, pool, **endless, stream=True)
-    short = Conversation(own, pool, **{**endless, "n": 1, "max_tokens": SHORT_TOKENS}, stream=True)
     long.began.wait(PATIENCE_S)
+    short = Conversation(own, pool, **{**endless, "n": 1, "max_tokens": SHORT_TOKENS}, stream=True)
     short.began.wait(PATIENCE_S)
     os.kill(model, signal.SIGSTOP)
     assert not short.status.done(), "it ended before the end had begun"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -22,9 +20,11 @@ from tests.service.running_server import REPOSITORY, RunningServer, any_engine_w
 from tests.tiny_models import drawn_image
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
-LONGEST_STEP_S = 1.0
 MAX_ONGOING = 12
 """As `conftest.py` starts the server."""
+COMPLETION_TOKENS = "vlsae_completion_tokens_total"
+SENT = 40
+"""At once: twice what a replica and its queue hold."""
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def endless(server: RunningServer, checkpoint: tuple[Path, Path]) -> dict:
 
 def test_a_client_that_leaves_a_stream_frees_the_engine(server: RunningServer, endless: dict) -> None:
     cancelled = 'vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}'
-    before = server.metric(cancelled)
+    before, tokens = server.metric(cancelled), server.metric(COMPLETION_TOKENS)
     with httpx.stream(
         "POST", server.url + "/v1/chat/completions", json={**endless, "stream": True}, timeout=30
     ) as answer:
@@ -47,13 +47,14 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(server: RunningServer, e
         next(lines)
         while server.running() != 8:
             next(lines)
-    assert server.wait_until_idle() < LONGEST_STEP_S
+    server.wait_until_idle()
     assert server.metric(cancelled) == before + 1
-    assert server.metric("vlsae_requests_in_progress") == 0
+    assert server.metric(COMPLETION_TOKENS) - tokens < endless["n"] * endless["max_tokens"] / 2, "it ran on"
 
 
 async def test_a_client_that_does_not_wait_frees_the_engine(server: RunningServer, endless: dict) -> None:
     """Without a stream: it hangs up as soon as the engine runs."""
+    tokens = server.metric(COMPLETION_TOKENS)
     async with httpx.AsyncClient() as client:
         asking = asyncio.create_task(client.post(server.url + "/v1/chat/completions", json=endless, timeout=30))
         while await asyncio.to_thread(server.running) < 8:
@@ -61,35 +62,32 @@ async def test_a_client_that_does_not_wait_frees_the_engine(server: RunningServe
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-    assert server.wait_until_idle() < LONGEST_STEP_S
+    await asyncio.to_thread(server.wait_until_idle)
+    assert server.metric(COMPLETION_TOKENS) - tokens < endless["n"] * endless["max_tokens"] / 2, "it ran on"
 
 
 def test_the_first_token_does_not_wait_for_others(server: RunningServer, endless: dict) -> None:
-    began = time.monotonic()
-    ask = {**endless, "n": 1, "stream": True}
-    with httpx.stream("POST", server.url + "/v1/chat/completions", json=ask, timeout=30) as answer:
-        arrived = [time.monotonic() - began for line in answer.iter_lines() if line]
-    assert len(arrived) > 50
-    assert arrived[0] < arrived[-1] / 3
+    ask = {**endless, "n": 1, "max_tokens": 300, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/chat/completions", json=ask, timeout=60) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        next(lines)
+        assert server.metric("vlsae_requests_in_progress") == 1, "it has come before the last one was made"
+        assert len(list(lines)) > 50
 
 
-def test_a_full_queue_is_503_and_everything_else_is_answered(server: RunningServer, endless: dict) -> None:
-    ask = {**endless, "n": 1, "max_tokens": 100}
-
-    def send(_index: int) -> httpx.Response:
-        return httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=60)
-
-    with concurrent.futures.ThreadPoolExecutor(40) as pool:
-        asked = [pool.submit(send, index) for index in range(40)]
-        while server.metric("vlsae_requests_in_progress") <= MAX_ONGOING:
-            assert not all(answer.done() for answer in asked)
-        assert server.get("/readyz").status_code == 200, "busy is not ill"
-        answers = [answer.result() for answer in asked]
+async def test_a_full_queue_is_503_and_everything_else_is_answered(server: RunningServer, endless: dict) -> None:
+    ask = {**endless, "n": 1, "max_tokens": 300}  # the first is still being answered when the last arrives
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=SENT + 1)) as client:
+        asked = [asyncio.create_task(client.post(server.url + "/v1/chat/completions", json=ask)) for _ in range(SENT)]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        ready = await client.get(server.url + "/readyz")
+        assert ready.status_code == 200, "busy is not ill"
+        answers = await asyncio.gather(*asked)
     served = [answer for answer in answers if answer.status_code == 200]
     refused = [answer for answer in answers if answer.status_code == 503]
-    assert len(served) + len(refused) == 40
+    assert len(served) + len(refused) == SENT
     assert len(served) >= MAX_ONGOING
-    assert {answer.json()["usage"]["completion_tokens"] for answer in served} == {100}
+    assert {answer.json()["usage"]["completion_tokens"] for answer in served} == {ask["max_tokens"]}
     assert refused
     for answer in refused:
         assert answer.json()["error"]["code"] == "overloaded"

@@ -14,12 +14,15 @@ from ray.serve._private.http_util import RequestIdMiddleware, convert_object_to_
 from starlette.types import Message, Receive, Scope, Send
 
 from service.metrics import Metrics
-from service.proxy_edge import MAX_BODY_VARIABLE, MAX_IDLE_BODY_BYTES, ProxyEdge, middlewares, refusal
+from service.proxy_edge import LIMITS, MAX_IDLE_BODY_BYTES, ProxyEdge, middlewares, refusal
 from service.settings import Settings
 
 TIMEOUT_S = 0.5
 GET_TIMEOUT_S = 2.0
 LIMIT = 200_000
+MEMORY = LIMIT + 50_000
+LARGE = LIMIT
+"""Bytes of the answer to `large`."""
 PIECE = b"x" * 1_000_000
 DISCONNECTED: list[str] = []
 TAKEN: dict[str, int] = {}
@@ -47,11 +50,21 @@ async def serve_like(scope: Scope, receive: Receive, send: Send) -> None:
     elif path == "endless":
         await endless(receive, send)
     elif path == "greedy":
-        TAKEN[scope["method"]] = 0
+        TAKEN.setdefault(scope["method"], 0)
         while (message := await receive())["type"] != "http.disconnect":
             TAKEN[scope["method"]] += len(message["body"])
         for message in convert_object_to_asgi_messages("Client disconnected", status_code=499):
             await send(message)
+    elif path == "large":
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % LARGE)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"y" * LARGE})
+    elif path == "keeps":  # an answer that goes on after the body has been read
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while (await receive())["type"] != "http.disconnect":
+            pass
     elif path == "decoding":
         for name, value in scope["headers"]:
             if name.lower().replace(b"_", b"-") in (b"x-session-id", b"serve-multiplexed-model-id", b"x-breaks"):
@@ -87,7 +100,7 @@ def metrics() -> Metrics:
 async def url(metrics: Metrics) -> AsyncIterator[str]:
     edge = ProxyEdge(
         RequestIdMiddleware(serve_like),
-        metrics=metrics, max_body_bytes=LIMIT,
+        metrics=metrics, max_body_bytes=LIMIT, max_memory_bytes=MEMORY,
         write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S, get_timeout_s=GET_TIMEOUT_S,
     )  # fmt: skip
 
@@ -181,7 +194,7 @@ async def test_what_is_said_here_is_counted_here(url: str, metrics: Metrics) -> 
 
 async def test_kuberay_s_probe_and_our_metrics_are_left_alone(url: str) -> None:
     assert (await get(f"{url}/metrics")).text == "data: {}\n\n"
-    edge = ProxyEdge(serve_like, metrics=Metrics(), max_body_bytes=1)
+    edge = ProxyEdge(serve_like, metrics=Metrics(), max_body_bytes=1, max_memory_bytes=1)
     sent = []
 
     async def send(message) -> None:
@@ -220,6 +233,22 @@ async def test_a_client_that_takes_nothing_has_gone(url: str) -> None:
     writer.close()
 
 
+async def test_a_large_answer_counts_as_held_until_it_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.proxy_edge.PIECE_BYTES", 10_000)
+    ask = b"POST /large HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
+    for _ in range(3):
+        reader, writer = await raw(url, ask)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"content-length: 200000" in head
+        assert await reader.readexactly(LIMIT) == b"y" * LIMIT, "whole, and the room for it is given back"
+        writer.close()
+    monkeypatch.setattr("tests.service.test_proxy_edge.LARGE", MEMORY + 1)
+    reader, writer = await raw(url, ask)
+    assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+    assert await reader.read() == b"", "there is no room for it"
+    writer.close()
+
+
 async def test_a_client_that_was_refused_gets_its_answer_and_cannot_go_on_sending(url: str) -> None:
     head = b"POST /refused HTTP/1.1\r\nhost: a\r\ncontent-length: 100000000\r\ncontent-type: application/json\r\n\r\n"
     reader, writer = await raw(url, head + b"x" * 10)
@@ -248,6 +277,27 @@ async def test_a_body_is_bounded_whoever_reads_it(url: str, method: str, limit: 
         await sending
 
 
+async def test_all_bodies_together_are_bounded(url: str) -> None:
+    """Until their answers begin: from then on a body has been read and is not kept here."""
+    half = b"x" * (MEMORY // 2)
+    head = "POST /{} HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n"
+    TAKEN.clear()
+    waiting = [await raw(url, head.format("greedy", LIMIT).encode() + half) for _ in range(2)]
+    while sum(TAKEN.values()) < 2 * len(half):
+        await asyncio.sleep(0.01)
+    reader, writer = await raw(url, head.format("greedy", 10).encode() + b"x" * 10)
+    assert b" 503 " in (refused := await reader.readuntil(b"\r\n\r\n"))
+    assert b"retry-after" in refused.lower()
+    assert b"overloaded" in await reader.readuntil(b"}}")
+    writer.close()
+    waiting.pop()[1].close()
+    kept = [await raw(url, head.format("keeps", len(half)).encode() + half) for _ in range(3)]
+    for reader, writer in kept:
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+    waiting.pop()[1].close()
+
+
 async def send_on(writer: asyncio.StreamWriter, piece: bytes) -> None:
     """Until the connection is closed."""
     with suppress(ConnectionError):
@@ -263,6 +313,13 @@ async def test_headers_that_serve_decodes_do_no_harm(url: str) -> None:
     for name in (b"x-request-timeout-seconds", b"x-request-disconnect-disabled"):
         refused = await get(f"{url}/decoding", headers=[(name, b"\xff")])
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, name.decode())
+
+
+async def test_a_length_that_python_would_not_read_is_refused(url: str) -> None:
+    reader, writer = await raw(url, b"POST /echo HTTP/1.1\r\nhost: a\r\ncontent-length: " + b"0" * 5000 + b"\r\n\r\n")
+    assert b" 400 " in await reader.readuntil(b"\r\n\r\n")
+    assert b'"content-length"' in await reader.readuntil(b"}}")
+    writer.close()
 
 
 async def test_a_failure_of_serve_s_proxy_is_an_answer_of_ours(url: str) -> None:
@@ -286,7 +343,10 @@ async def test_the_last_piece_waits_no_longer_than_others() -> None:
         if message.get("body") == b"":
             await asyncio.Event().wait()
 
-    edge = ProxyEdge(serve_like, metrics=Metrics(), max_body_bytes=LIMIT, write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S)
+    edge = ProxyEdge(
+        serve_like, metrics=Metrics(), max_body_bytes=LIMIT, max_memory_bytes=MEMORY,
+        write_timeout_s=TIMEOUT_S, linger_s=TIMEOUT_S,
+    )  # fmt: skip
     headers = [(b"content-length", b"10")]
     scope = {"type": "http", "method": "POST", "path": "/refused", "headers": headers}
     async with asyncio.timeout(20):
@@ -304,10 +364,11 @@ async def test_a_client_that_has_sent_everything_keeps_its_connection(url: str) 
     writer.close()
 
 
-def test_the_largest_body_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, limit in (("7", 7), ("", Settings().max_body_bytes)):
-        monkeypatch.setenv(MAX_BODY_VARIABLE, value)
-        assert middlewares()[0].kwargs["max_body_bytes"] == limit
+@pytest.mark.parametrize("field", LIMITS)
+def test_limits_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    for value, limit in (("7", 7), ("", getattr(Settings(), field))):
+        monkeypatch.setenv("VLSAE_" + field.upper(), value)
+        assert middlewares()[0].kwargs[field] == limit
 
 
 def test_serve_takes_what_it_is_given() -> None:

@@ -244,3 +244,21 @@ async def test_the_log_has_the_host_and_the_reason_but_no_path(caplog: pytest.Lo
     assert HOST in caplog.text
     assert "not all public" in caplog.text
     assert "sig=" not in caplog.text
+
+
+async def test_what_is_fetched_counts_as_held_before_it_is_kept() -> None:
+    world, taken = LocalWorld(), []
+    world.pieces = [answer(PNG)]
+
+    def take(count: int) -> None:
+        taken.append(count)
+        if sum(taken) > len(PNG):
+            raise ApiError("overloaded", "no room")
+
+    async with world.running():
+        images = world.images()
+        wanted = [(FIELD, images.parse(URL, field=FIELD))]
+        assert await images.fetch(wanted, max_bytes=100_000, take_bytes=take) == [PNG]
+        assert sum(taken) == len(PNG)
+        with pytest.raises(ApiError, match="no room"):
+            await images.fetch(wanted, max_bytes=100_000, take_bytes=take)

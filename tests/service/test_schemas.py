@@ -98,7 +98,7 @@ def test_an_answer_of_ours_can_be_sent_back() -> None:
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.0}, "max_tokens"),
         ({"n": 0}, "n"),

@@ -106,7 +106,7 @@ BAD_BODIES: dict[str, bytes] = {
     "2**64 tokens": changed(max_tokens=2**64),
     "n of 2**31": changed(n=2**31),
     "warmer than 2": changed(temperature=2.0000001),
-    "top_p of 0": changed(top_p=0),
+    "top_p below 0": changed(top_p=-1e-9),
     "top_k of -2": changed(top_k=-2),
     "a bias of NaN": valued("logit_bias", '{"1": NaN}'),
     "a bias of 101": changed(logit_bias={"1": 101}),
