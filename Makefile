@@ -21,6 +21,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 unexport VIRTUAL_ENV
+unexport PYTHONDONTWRITEBYTECODE  # with it each of the service's processes compiles all that it imports
 
 .PHONY: help serve demo test lint miniature requirements setup setup-vllm setup-dev clean
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -77,7 +78,11 @@ class RunningServer:
 
     def command_lines(self) -> dict[int, str]:
         """Process id to command line of all it has started."""
-        return {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in self.family()}
+        found = {}
+        for pid in self.family():
+            with suppress(OSError):  # it ended in between
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        return found
 
     def pid_of(self, part: str) -> int:
         """The process whose command line contains `part`."""
