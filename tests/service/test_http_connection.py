@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 import uvicorn
@@ -220,16 +221,24 @@ async def test_an_answer_that_is_not_taken_is_thrown_away(server: uvicorn.Server
     writer.close()
 
 
-async def test_an_answer_of_which_too_little_is_taken_is_thrown_away(server: uvicorn.Server, connect) -> None:
+async def test_an_answer_of_which_too_little_is_taken_is_thrown_away(
+    server: uvicorn.Server, connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though something is, all the time."""
+    monkeypatch.setattr(BoundedConnection, "take_timeout_s", 2.0)
+    monkeypatch.setattr("service.http_connection.TAKEN_SHARE", 0.5)
     reader, writer = await connect()
     (connection,) = server.server_state.connections
     connection.transport.set_write_buffer_limits(high=2 * len(MUCH))  # type: ignore[union-attr]
     writer.write(b"GET /much-and-close HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
-    async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
+    taken = 0
+    async with asyncio.timeout(HEAD_TIMEOUT_S):
         while server.server_state.connections:
-            await reader.read(1000)
-            await asyncio.sleep(0.01)
+            taken += len(await reader.read(131_072))
+            await asyncio.sleep(0.06)
+    with suppress(ConnectionError):
+        taken += len(await reader.read())
+    assert 100_000 < taken < len(MUCH)
     writer.close()
 
 

@@ -22,7 +22,7 @@ GET_TIMEOUT_S = 2.0
 LIMIT = 200_000
 MEMORY = LIMIT + 50_000
 LARGE = LIMIT
-"""Bytes of the answer to `large`."""
+"""Bytes of each half of the answer to `large`."""
 PIECE = b"x" * 1_000_000
 DISCONNECTED: list[str] = []
 TAKEN: dict[str, int] = {}
@@ -56,9 +56,10 @@ async def serve_like(scope: Scope, receive: Receive, send: Send) -> None:
         for message in convert_object_to_asgi_messages("Client disconnected", status_code=499):
             await send(message)
     elif path == "large":
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % LARGE)]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % (2 * LARGE))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"y" * LARGE})
+        for more in (True, False):
+            await send({"type": "http.response.body", "body": b"y" * LARGE, "more_body": more})
     elif path == "keeps":  # an answer that goes on after the body has been read
         while (await receive())["more_body"]:
             pass
@@ -239,8 +240,8 @@ async def test_a_large_answer_counts_as_held_until_it_is_taken(url: str, monkeyp
     for _ in range(3):
         reader, writer = await raw(url, ask)
         head = await reader.readuntil(b"\r\n\r\n")
-        assert b"content-length: 200000" in head
-        assert await reader.readexactly(LIMIT) == b"y" * LIMIT, "whole, and the room for it is given back"
+        assert b"content-length: 400000" in head
+        assert await reader.readexactly(2 * LIMIT) == b"y" * 2 * LIMIT, "whole, and the room is given back each time"
         writer.close()
     monkeypatch.setattr("tests.service.test_proxy_edge.LARGE", MEMORY + 1)
     reader, writer = await raw(url, ask)
