@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageMath, ImageOps
 
 OK, NOT_AN_IMAGE, TOO_LARGE, TOO_SMALL, ANIMATED, TOO_MANY_SCANS, TOO_SLOW = range(7)
 MEASURE, DECODE = range(2)
@@ -36,6 +36,8 @@ MAX_SCANS = 64
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 """The next marker, wherever it is: stuffed bytes and restart markers inside a scan are none. No repetition: over a run
 of fill bytes it would look at each of them again from every other one."""
+PNG_BITS = 24
+"""Where a PNG says how many bits a sample has."""
 START_OF_SCAN, END_OF_IMAGE = b"\xda", b"\xd9"
 
 
@@ -85,7 +87,8 @@ def decode(encoded: bytes, max_pixels: int, max_side: int) -> Image.Image:
     """One still RGB picture, upright, on white; raises Refused."""
     with opened(encoded, max_pixels, max_side) as image:
         image.load()
-        return _on_white(_upright(image))
+        bits = encoded[PNG_BITS] if image.format == "PNG" else 8
+        return _on_white(_upright(image), bits)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -96,10 +99,20 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB from any mode: transparency over white, 16-bit greys scaled down rather than clipped."""
+def _on_white(image: Image.Image, bits: int) -> Image.Image:
+    """RGB from any mode: transparency over white, 16-bit greys scaled down rather than clipped.
+
+    `bits` of a sample in the file, by which a grey that is transparent is named: Pillow scales the samples only.
+    """
+    transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        samples = image.convert("I")
+        image = samples.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        if transparent is not None:
+            seen = ImageMath.lambda_eval(lambda of: (of["samples"] != transparent) * 255, samples=samples)
+            image.putalpha(seen.convert("L"))
+    elif image.mode == "L" and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // (2**bits - 1)
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", coloured.size, "white")

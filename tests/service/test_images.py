@@ -38,15 +38,24 @@ def first_pixel(image: RgbImage) -> tuple[int, ...]:
     return tuple(image.rows[:3])
 
 
-def bare_png(width: int, height: int, data: bytes = b"") -> bytes:
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack("!I", len(content)) + name + content + struct.pack("!I", zlib.crc32(name + content))
+
+
+def bare_png(
+    width: int, height: int, data: bytes = b"", *, bits: int = 8, colour: int = 2, extra: bytes = b""
+) -> bytes:
     """A PNG that announces a size, whatever its data."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack("!I", len(content)) + name + content + struct.pack("!I", zlib.crc32(name + content))
-
-    header = struct.pack("!IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    header = struct.pack("!IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def grey_png(bits: int, samples: tuple[int, int], transparent: int) -> bytes:
+    """Eight rows of eight pixels, of the first sample in the left half; one sample is transparent."""
+    row = "".join(f"{samples[place // 4]:0{bits}b}" for place in range(8))
+    rows = (b"\0" + int(row, 2).to_bytes(bits, "big")) * 8
+    return bare_png(8, 8, rows, bits=bits, colour=0, extra=chunk(b"tRNS", struct.pack("!H", transparent)))
 
 
 @pytest.mark.parametrize(
@@ -305,3 +314,17 @@ async def test_callers_take_turns_at_the_decoder() -> None:
             group.create_task(one(caller))
     decoder.close()
     assert ended.index("other") <= 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "samples", "greys"),
+    [(1, (0, 1), (0, 255)), (2, (1, 2), (85, 170)), (4, (3, 8), (51, 136)), (8, (3, 200), (3, 200)),
+     (16, (9000, 51_400), (35, 200))],
+)  # fmt: skip
+async def test_a_grey_that_is_transparent_is_white(
+    decoder: ImageDecoder, bits: int, samples: tuple[int, int], greys: tuple[int, int]
+) -> None:
+    for hidden, sample in enumerate(samples):
+        image = await decode(decoder, grey_png(bits, samples, transparent=sample))
+        seen = (image.rows[0], image.rows[3 * 7])
+        assert seen == tuple(255 if place == hidden else grey for place, grey in enumerate(greys))
