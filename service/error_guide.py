@@ -53,7 +53,7 @@ GUIDE = {
     "unsupported_media_type": Advice("the body is not said to be JSON", "send `Content-Type: application/json`", NO),
     "rate_limit_exceeded": Advice("the key's requests, images or pixels of this minute are used up",
                                   "wait as long as `Retry-After` says", LATER),
-    "overloaded": Advice("too many requests at once, and the queue is full", "wait; `Retry-After` is an estimate",
+    "overloaded": Advice("too many requests, connections or bytes at once", "wait; `Retry-After` is an estimate",
                          LATER),
     "engine_unavailable": Advice("the model loads, makes no progress, or was lost with this request",
                                  "wait; nothing of the request is kept", LATER),
