@@ -95,8 +95,7 @@ class Settings(BaseModel):
     max_image_side: int = Field(default=16_384, ge=1)
     """Longest side of an image, in pixels."""
     max_memory_bytes: int = Field(default=2048 * MIB, validate_default=True)
-    """What requests hold in one ingress replica, in bytes, for one key half at most: bodies, and until their answers
-    end pixels and room for logprobs; and what all hold in one proxy: bodies and large answers. More are a 503."""
+    """Bodies, pixels and kept logprobs that an ingress replica or a proxy holds, in bytes; a key may hold half."""
 
     image_workers: int = Field(default=2, ge=1)
     """Decoding processes per ingress replica."""
