@@ -7,8 +7,8 @@ measured capacity; after a fifth of the time the fault strikes. Each row counts 
 scene's answer when asked alone), 'tie' (left it where two tokens were as good as tied), 'wrong' (a stream that just
 stops, but properly as HTTP, too), the error's code with the status, or 'cut' (the connection ended within the answer,
 which no client takes for one). Recovery: from the fault until the first request that was sent after it is answered, and
-until /readyz says 200 again (null where it did not while the load ran). `--stall-seconds` and `--stall-timeout-s` let
-the engine stand still for so long that its replica is replaced. The exit status is 1 where something wrong came back.
+until /readyz says 200 again (null where it did not while the load ran). The exit status is 1 where something wrong came
+back.
 """
 
 from __future__ import annotations
@@ -171,10 +171,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=40, help="largest number of tokens of an answer")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="which, in this order")
     parser.add_argument("--stall-seconds", type=float, help="how long the engine stands still [a quarter of the load]")
-    parser.add_argument("--stall-timeout-s", type=float, default=60, help="the service's setting of that name")
     settings = parser.parse_args()
-    options = ("--stall-timeout-s", str(settings.stall_timeout_s))
-    with running_service("--model", str(LLAVA), "--artifact", str(ARTIFACT), *options) as service:
+    with running_service("--model", str(LLAVA), "--artifact", str(ARTIFACT)) as service:
         report = asyncio.run(measure(service, settings))
     if settings.json:
         settings.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
