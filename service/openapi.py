@@ -202,7 +202,8 @@ def _routes(settings: Settings) -> list[Route]:
               body={"schema": _ref(FeedbackRequest),
                     "example": {"request_id": example_answer(name)["id"], "score": 1}}),
         Route("get", "/v1/models", "Which models there are", "All of them.", _json(ModelList), ()),
-        Route("get", "/v1/models/{model_id:path}", "One of them", "It is there.", _json(Model), ("model_not_found",),
+        Route("get", "/v1/models/{model_id:path}", "One of them", "It is there.", _json(Model),
+              ("model_not_found", "route_not_found"),  # the latter where the id has a line break: no path of ours has
               parameters=(one_model,)),
         Route("get", "/version", "What is served", "Versions, and what the engine can do.", _json(Version), ()),
         Route("get", "/healthz", "Is the process alive?", "It is.", _json(Alive), ()),

@@ -22,6 +22,7 @@ from service.ledger import Ledger
 from service.load_estimate import LoadEstimate
 from service.memory_budget import MemoryBudget
 from service.metrics import Metrics
+from service.openapi import build_openapi
 from service.remote_images import RemoteImages
 from service.settings import Settings
 from service.tracing import Tracing
@@ -440,3 +441,12 @@ async def test_a_page_whose_name_leads_here_gets_nothing(serve, host: str, statu
     assert response.status_code == status
     if status == 400:
         assert (error_of(response)["code"], error_of(response)["param"]) == ("invalid_header", "host")
+
+
+@pytest.mark.parametrize("model_id", ["other", "a/b", "%0A9", "9%0A", "%00", "%FF", "%2E%2E"])
+async def test_a_model_that_is_not_there_is_a_404_that_the_document_knows(serve, model_id: str) -> None:
+    server = serve()
+    response = await server.client.get(f"/v1/models/{model_id}")
+    assert response.status_code == 404
+    schema = build_openapi(SETTINGS, with_keys=False)["paths"]["/v1/models/{model_id}"]["get"]["responses"]["404"]
+    assert f'"{error_of(response)["code"]}"' in json.dumps(schema)
