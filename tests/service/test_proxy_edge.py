@@ -13,8 +13,9 @@ import uvicorn
 from ray.serve._private.http_util import RequestIdMiddleware, convert_object_to_asgi_messages
 from starlette.types import Message, Receive, Scope, Send
 
+from service.edge_exchange import refusal
 from service.metrics import Metrics
-from service.proxy_edge import LIMITS, MAX_IDLE_BODY_BYTES, ProxyEdge, middlewares, refusal
+from service.proxy_edge import LIMITS, MAX_IDLE_BODY_BYTES, ProxyEdge, middlewares
 from service.settings import Settings
 
 TIMEOUT_S = 0.5
@@ -235,7 +236,7 @@ async def test_a_client_that_takes_nothing_has_gone(url: str) -> None:
 
 
 async def test_a_large_answer_counts_as_held_until_it_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.proxy_edge.PIECE_BYTES", 10_000)
+    monkeypatch.setattr("service.edge_exchange.PIECE_BYTES", 10_000)
     ask = b"POST /large HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
     for _ in range(3):
         reader, writer = await raw(url, ask)
