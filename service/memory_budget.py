@@ -1,4 +1,4 @@
-"""How much the requests of one process may hold at a time: bodies and pixels. Knows no HTTP and no images.
+"""How much the requests of one process may hold at a time, in whatever form. Knows no HTTP and no images.
 
 Each limit of a single request is generous; without this one, a few hundred requests at their limits would be too much.
 Of several callers none may take more than half, so that nobody keeps all others out.
