@@ -17,7 +17,7 @@ from pathlib import Path
 
 BUDGETS_S = {
     "tests/service": 900,
-    "tests/steering/vllm": 720,
+    "tests/steering/engines/vllm": 720,
     "tests/training": 600,
     "tests/training/test_pipeline.py": 480,
     "tests/steering": 240,

@@ -26,7 +26,7 @@ from service.keys import load_keys, without_keys_on_loopback
 from service.machine_metrics import FOLDER_VARIABLE
 from service.model_replica import ModelStatus
 from service.settings import Settings, SettingsError, check_installation, parse_settings
-from steering.local_ray import private_ray, short_folder
+from steering.cluster.local_ray import private_ray, short_folder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2

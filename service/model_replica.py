@@ -68,7 +68,7 @@ def build_engine(settings: Settings) -> Engine:
     }
     if settings.engine == "vllm":
         os.environ.update(NO_USAGE_REPORTS, OMP_NUM_THREADS=str(settings.cpu_threads))  # Ray has set the latter to 1
-        from steering.engines.vllm_engine import VllmEngine
+        from steering.engines.vllm.engine import VllmEngine
 
         return VllmEngine(
             **common,
@@ -81,7 +81,7 @@ def build_engine(settings: Settings) -> Engine:
         )
     import torch
 
-    from steering.engines.huggingface_engine import HuggingFaceEngine
+    from steering.engines.huggingface.engine import HuggingFaceEngine
 
     torch.set_num_threads(settings.cpu_threads)
     return HuggingFaceEngine(**common)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.errors import BadArtifact
-from steering.resolution import Preset
+from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 
 FORMAT_VERSION = 1
@@ -160,6 +160,23 @@ def load_artifact(path: str | Path) -> Artifact:
         control_image_MD=control_MD,
         concepts=_read_concepts(folder / CONCEPTS_FILE),
     )
+
+
+def check_fits(artifact: Artifact, *, family: str, hidden_size: int, num_layers: int) -> None:
+    """Raise BadArtifact unless the artifact was made for a model of this family and shape."""
+    config = artifact.config
+    of_artifact = {"family": config.family, "hidden_size": config.hidden_size, "num_layers": config.num_layers}
+    of_model = {"family": family, "hidden_size": hidden_size, "num_layers": num_layers}
+    if of_artifact != of_model:
+        raise BadArtifact(
+            f"the artifact was made for another model ({config.base_model.name}: {of_artifact}), "
+            f"this one has {of_model}; use the artifact trained on this model",
+            field="artifact",
+        )
+    if config.hook_layer >= num_layers - 1:
+        raise BadArtifact(f"hook_layer {config.hook_layer} leaves no tail layer after it", field="hook_layer")
+    if config.pooling != "text_after_last_image":
+        raise BadArtifact(f"pooling {config.pooling!r} is not supported by this engine", field="pooling")
 
 
 def save_artifact(path: str | Path, artifact: Artifact, *, dtype: torch.dtype = torch.float32) -> ArtifactConfig:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering.artifact import Artifact
-from steering.decoder_layers import find_decoder
-from steering.errors import BadArtifact, InvalidSteering
+from steering.artifact import Artifact, check_fits
+from steering.errors import InvalidSteering
 from steering.intervention import Intervention, Pass, SequenceSteering
+from steering.lvlm.decoder_layers import find_decoder
+from steering.lvlm.token_spans import find_spans
 from steering.realignment import Realignment
 from steering.request import SteeringRequest, merge_sources
-from steering.resolution import ResolvedSteering, resolve
-from steering.token_spans import find_spans
+from steering.settings import ResolvedSteering, resolve
 
 
 @contextmanager
@@ -34,23 +34,6 @@ def output_hook(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
         yield
     finally:
         handle.remove()
-
-
-def check_fits(artifact: Artifact, *, family: str, hidden_size: int, num_layers: int) -> None:
-    """Raise BadArtifact unless the artifact was made for a model of this family and shape."""
-    config = artifact.config
-    of_artifact = {"family": config.family, "hidden_size": config.hidden_size, "num_layers": config.num_layers}
-    of_model = {"family": family, "hidden_size": hidden_size, "num_layers": num_layers}
-    if of_artifact != of_model:
-        raise BadArtifact(
-            f"the artifact was made for another model ({config.base_model.name}: {of_artifact}), "
-            f"this one has {of_model}; use the artifact trained on this model",
-            field="artifact",
-        )
-    if config.hook_layer >= num_layers - 1:
-        raise BadArtifact(f"hook_layer {config.hook_layer} leaves no tail layer after it", field="hook_layer")
-    if config.pooling != "text_after_last_image":
-        raise BadArtifact(f"pooling {config.pooling!r} is not supported by this engine", field="pooling")
 
 
 class GenerationSteering:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steering.realignment import ImageCode, MixParameters, Realignment
 from steering.request import Form
-from steering.resolution import ResolvedSteering
+from steering.settings import ResolvedSteering
 
 
 @dataclass(frozen=True, kw_only=True)

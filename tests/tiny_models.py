@@ -25,12 +25,12 @@ from transformers import (
 
 from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, save_artifact
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from steering.decoder_layers import find_decoder
-from steering.engines.canary import pool_prompt
-from steering.families import find_family, tokens_per_image
-from steering.resolution import Preset
+from steering.engines.huggingface.canary import pool_prompt
+from steering.lvlm.decoder_layers import find_decoder
+from steering.lvlm.families import find_family, tokens_per_image
+from steering.lvlm.token_spans import expand_image_tokens
+from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
-from steering.token_spans import expand_image_tokens
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<unk>", "<pad>", "<image>"]
 LLAVA_CHAT_TEMPLATE = (

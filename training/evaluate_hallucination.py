@@ -120,11 +120,11 @@ def _engine(settings: EngineSettings) -> Any:
         "max_batch_size": settings.batch,
     }
     if settings.engine == "huggingface":
-        from steering.engines.huggingface_engine import HuggingFaceEngine
+        from steering.engines.huggingface.engine import HuggingFaceEngine
 
         return HuggingFaceEngine(**arguments)
     if settings.engine == "vllm":
-        from steering.engines.vllm_engine import VllmEngine  # pyright: ignore[reportMissingImports]
+        from steering.engines.vllm.engine import VllmEngine  # pyright: ignore[reportMissingImports]
 
         return VllmEngine(**arguments)
     raise InvalidTraining(f"--engine: {settings.engine!r} is none of huggingface, vllm, http://...")

@@ -20,8 +20,8 @@ from pydantic import Field
 
 from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, save_artifact
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from steering.families import FAMILIES
-from steering.resolution import Preset
+from steering.lvlm.families import FAMILIES
+from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 from training.command_line import Settings, parse_settings, run_stage
 from training.errors import InvalidTraining

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from steering.artifact import ArtifactConfig, read_config, write_config
 from steering.request import Control, Form
-from steering.resolution import Preset
+from steering.settings import Preset
 from training.command_line import parse_settings, run_stage
 from training.durable_files import write_json
 from training.evaluate_hallucination import EngineSettings, respondent

@@ -23,7 +23,7 @@ from transformers import AutoProcessor
 
 from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, Pooling, check_replaceable, save_artifact
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from steering.resolution import Preset
+from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 from training.alignment import Alignment, measure_alignment
 from training.collection.lvlm import LvlmRepresenter, LvlmSettings, tokenize_prompt

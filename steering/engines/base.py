@@ -114,7 +114,7 @@ class Receipt:
     applied: bool
     """True only if a delta was added to at least one position."""
     reason: str | None
-    """Why not, where `applied` is false: one of `steering.resolution.Reason`."""
+    """Why not, where `applied` is false: one of `steering.settings.Reason`."""
     artifact: str | None
     """Fingerprint of the artifact."""
     canary: CanaryKind | None

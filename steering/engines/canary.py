@@ -1,51 +1,56 @@
-"""Does this artifact belong to this model? Recompute its canary through the LVLM (design, section 3)."""
+"""Whether recomputed canary states are those that an artifact was trained on (design, section 3). Runs no model."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from steering.artifact import Artifact
-from steering.decoder_layers import Decoder, embed_prompt, place_prompt
-from steering.engines.canary_judgement import judge_canary
 from steering.errors import BadArtifact
-from steering.families import ImageInputs, find_family, tokens_per_image
-from steering.token_spans import expand_image_tokens, find_spans
+
+MIN_COSINE, MIN_COSINE_HALF = 0.999, 0.99
+"""Smallest cosine with the recorded states, in float32 and in half precision."""
+
+
+def judge_canary(
+    artifact: Artifact, states: Sequence[tuple[Tensor, Tensor]], *, half_precision: bool
+) -> dict[str, float]:
+    """`states` are v and t [D] of each canary prompt; returns smallest cosine and largest unexplained share.
+
+    Raises BadArtifact when they are not the recorded ones, or the autoencoder does not reconstruct them.
+    """
+    canary, cosines, unexplained = artifact.canary, [], []
+    for index, (image_D, text_D) in enumerate((v.cpu(), t.cpu()) for v, t in states):
+        cosines += [
+            float(F.cosine_similarity(image_D, canary.image_ND[index], dim=0)),
+            float(F.cosine_similarity(text_D, canary.text_ND[index], dim=0)),
+        ]
+        unexplained.append(_unexplained(artifact, image_D, text_D))
+    report = {"min_cosine": min(cosines, default=1.0), "max_unexplained": max(unexplained, default=0.0)}
+    if artifact.config.canary_synthetic:
+        return report
+    floor = MIN_COSINE_HALF if half_precision else MIN_COSINE
+    if not report["min_cosine"] >= floor:
+        raise BadArtifact(
+            f"the model's states differ from those the artifact was trained on (cosine {report['min_cosine']:.4f}, "
+            f"at least {floor} needed): use the checkpoint it names, {artifact.config.base_model.name}",
+            field="artifact",
+        )
+    if not report["max_unexplained"] < 1:
+        raise BadArtifact(
+            f"the artifact does not reconstruct the model's states (unexplained {report['max_unexplained']:.2f})",
+            field="artifact",
+        )
+    return report
 
 
 @torch.inference_mode()
-def pool_prompt(
-    model: Any, decoder: Decoder, token_ids: list[int], image_inputs: ImageInputs, hook_layer: int
-) -> tuple[Tensor, Tensor]:
-    """Pooled v and t, [D] float32 each, of one prompt whose image tokens are expanded."""
-    image_token = model.config.image_token_id
-    device = next(model.parameters()).device
-    tokens_1T = torch.tensor([token_ids], device=device)
-    image_1T = tokens_1T == image_token
-    inputs = {name: value.to(device) for name, value in image_inputs.items()}
-    embeds_1TD = embed_prompt(model, tokens_1T, image_1T, inputs)
-    rotary_1T = place_prompt(model, tokens_1T, image_1T, inputs).rotary_BT
-    indices_T = torch.arange(len(token_ids), device=device)
-    mask_11TT = (indices_T[:, None] >= indices_T)[None, None]
-    hidden_1TD = decoder.run(range(hook_layer + 1), embeds_1TD, rotary_1T, mask_11TT, None).float()
-    text_start = find_spans(token_ids, image_token).text_start
-    return hidden_1TD[image_1T].mean(0), hidden_1TD[0, text_start:].mean(0)
-
-
-def check_canary(artifact: Artifact, model: Any, decoder: Decoder, processor: Any) -> dict[str, float]:
-    """Recompute the canary; returns its smallest cosine and largest unexplained share, for the start-up report.
-
-    Raises BadArtifact when the model gives other states than the artifact records, or the autoencoder does not
-    reconstruct them.
-    """
-    canary, layer = artifact.canary, artifact.config.hook_layer
-    image_token, states = model.config.image_token_id, []
-    for index, (image, token_ids) in enumerate(zip(canary.images, canary.token_ids, strict=True)):
-        if max(token_ids) >= model.config.get_text_config().vocab_size or image_token not in token_ids:
-            raise BadArtifact(f"canary prompt {index} is not one of this model's tokenizer", field="artifact")
-        expanded = expand_image_tokens(token_ids, image_token, tokens_per_image(processor, [image]))
-        inputs = find_family(decoder.family).image_inputs(processor.image_processor, [image])
-        states.append(pool_prompt(model, decoder, expanded, inputs, layer))
-    return judge_canary(artifact, states, half_precision=next(model.parameters()).dtype != torch.float32)
+def _unexplained(artifact: Artifact, image_D: Tensor, text_D: Tensor) -> float:
+    """Share of squared length that auxiliary and sparse autoencoder together lose, the larger of the modalities."""
+    shared = artifact.auxiliary(image_D[None], text_D[None])
+    rebuilt = artifact.auxiliary.reconstruct(*artifact.sae(*shared))
+    pairs = zip((image_D, text_D), rebuilt, strict=True)
+    return max(float((state - again[0]).square().sum() / state.square().sum()) for state, again in pairs)

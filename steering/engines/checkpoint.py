@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
-from steering.artifact import Artifact, load_artifact
-from steering.engines.base import CanaryKind
+from steering.artifact import Artifact, check_fits, load_artifact
+from steering.engines.base import CanaryKind, Capabilities
 from steering.errors import BadArtifact
-from steering.families import context_limit, find_family
-from steering.hooks import check_fits
+from steering.lvlm.families import context_limit, find_family
+from steering.request import Form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,24 @@ class Checkpoint:
         if self.artifact is None:
             return None
         return "synthetic" if self.artifact.config.canary_synthetic else "verified"
+
+    def capabilities(
+        self, engine: str, *, modes: tuple[str, ...], branches: tuple[int, ...], response_format: bool
+    ) -> Capabilities:
+        """What an engine can do with this checkpoint; what only the engine knows is named."""
+        config = self.artifact.config if self.artifact else None
+        return Capabilities(
+            engine=engine,
+            model_family=self.family,
+            context_tokens=self.context_tokens,
+            forms=get_args(Form),
+            modes=modes,
+            branches=branches,
+            response_format=response_format,
+            artifact=config.fingerprint if config else None,
+            presets=tuple(config.presets) if config else (),
+            alignment=config.alignment if config else None,
+        )
 
 
 def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tokens: int | None) -> Checkpoint:

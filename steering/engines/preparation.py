@@ -13,10 +13,10 @@ from steering.engines.sampling import Sampler
 from steering.engines.sequence import Emit, RunningRequest, Sequence
 from steering.engines.text_stream import TextStream
 from steering.errors import InvalidSteering
-from steering.families import find_family, tokens_per_image
 from steering.intervention import SequenceSteering
-from steering.resolution import ResolvedSteering, resolve
-from steering.token_spans import expand_image_tokens, find_spans
+from steering.lvlm.families import find_family, tokens_per_image
+from steering.lvlm.token_spans import expand_image_tokens, find_spans
+from steering.settings import ResolvedSteering, resolve
 
 
 def prepare(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> RunningRequest:

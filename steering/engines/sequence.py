@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from steering.engines.base import CanaryKind, FinishReason, GenerationEnd, Receipt, SampledToken, TextDelta
 from steering.engines.sampling import Sampler
 from steering.engines.text_stream import TextStream
-from steering.families import ImageInputs
 from steering.intervention import SequenceSteering
-from steering.resolution import Reason, ResolvedSteering
-from steering.token_spans import TokenSpans
+from steering.lvlm.families import ImageInputs
+from steering.lvlm.token_spans import TokenSpans
+from steering.settings import Reason, ResolvedSteering
 
 Emit = Callable[[TextDelta | GenerationEnd | Exception], object]
 

@@ -35,9 +35,9 @@ from random_llava import LlavaShape, describe, noise, save_random_llava
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from steering.decoder_layers import find_decoder
 from steering.hooks import output_hook
-from steering.token_spans import find_spans
+from steering.lvlm.decoder_layers import find_decoder
+from steering.lvlm.token_spans import find_spans
 from training.collection.lvlm import PROMPT, LvlmRepresenter
 from training.collection.portion import ShardWork, collect_portion
 from training.evaluation.manifest import describe_run

@@ -25,7 +25,7 @@ import torch
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from steering.local_ray import descendants  # noqa: E402
+from steering.cluster.local_ray import descendants  # noqa: E402
 from tests.tiny_models import drawn_image  # noqa: E402
 from training.collection.representer import Described, Prepared, States  # noqa: E402
 from training.collection.run import CollectionOptions, collect_store  # noqa: E402

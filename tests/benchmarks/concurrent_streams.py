@@ -23,7 +23,7 @@ import torch
 from transformers import AutoProcessor
 
 from steering.engines.base import GenerationEnd, GenerationRequest, Sampling
-from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.engines.huggingface.engine import HuggingFaceEngine
 from steering.request import RequestedSteering, SteeringRequest
 from training.evaluation.benchmark import Benchmark
 from training.evaluation.manifest import describe_run, weights_digest

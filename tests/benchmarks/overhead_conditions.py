@@ -12,8 +12,8 @@ from typing import NamedTuple
 from random_llava import IMAGE_MARK, LlavaShape, noise, save_random_artifact, save_random_llava
 
 from steering.engines.base import Engine, GenerationRequest, Sampling
-from steering.engines.huggingface_engine import HuggingFaceEngine
-from steering.engines.vllm_engine import VllmEngine
+from steering.engines.huggingface.engine import HuggingFaceEngine
+from steering.engines.vllm.engine import VllmEngine
 from steering.request import SteeringRequest, merge_sources
 
 OFF = SteeringRequest(enabled=False)

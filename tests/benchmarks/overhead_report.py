@@ -13,7 +13,7 @@ from generation_timing import Timing
 from overhead_conditions import CONDITIONS, LOOP, CacheMemory, Setup
 from random_llava import describe
 
-from steering.engines.vllm_start import installed_version
+from steering.engines.vllm.start import installed_version
 from training.evaluation.manifest import describe_run
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#e45756")

@@ -32,7 +32,7 @@ from transformers import (
 
 from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, save_artifact
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from steering.resolution import Preset
+from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<unk>", "<pad>", "<image>"]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from steering.local_ray import descendants
+from steering.cluster.local_ray import descendants
 
 REPOSITORY = Path(__file__).parent.parent.parent
 START_TIMEOUT_S = 600

@@ -50,7 +50,7 @@ from two_full_passes import TwoFullPasses
 
 from steering.artifact import load_artifact
 from steering.request import merge_sources
-from steering.resolution import resolve
+from steering.settings import resolve
 
 SHAPES = {
     "default": LlavaShape(

@@ -14,14 +14,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from steering.decoder_layers import embed_prompt
-from steering.engines.loaded_model import load_model, make_intervention
+from steering.engines.huggingface.loaded_model import load_model, make_intervention
 from steering.engines.sampling import blend_branches
-from steering.families import find_family, tokens_per_image
 from steering.hooks import output_hook
 from steering.intervention import Pass, SequenceSteering
-from steering.resolution import ResolvedSteering
-from steering.token_spans import expand_image_tokens
+from steering.lvlm.decoder_layers import embed_prompt
+from steering.lvlm.families import find_family, tokens_per_image
+from steering.lvlm.token_spans import expand_image_tokens
+from steering.settings import ResolvedSteering
 
 
 class TwoFullPasses:

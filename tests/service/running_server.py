@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from service.last_look import FRESH_S
-from steering.local_ray import descendants
+from steering.cluster.local_ray import descendants
 
 REPOSITORY = Path(__file__).parent.parent.parent
 START_TIMEOUT_S = 240

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest_asyncio
 
-from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.engines.huggingface.engine import HuggingFaceEngine
 
 
 @pytest_asyncio.fixture

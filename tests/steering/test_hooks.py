@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from steering.artifact import load_artifact
-from steering.engines.loaded_model import make_intervention
+from steering.engines.huggingface.loaded_model import make_intervention
 from steering.errors import BadArtifact, InvalidSteering
 from steering.hooks import steer
 from steering.intervention import Pass, SequenceSteering
 from steering.request import SteeringRequest, merge_sources
-from steering.resolution import resolve
+from steering.settings import resolve
 from tests.steering.engines.driving import ask
 from tests.tiny_models import drawn_image, save_tiny_artifact, save_tiny_llava, tiny_presets
 

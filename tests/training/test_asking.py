@@ -7,7 +7,7 @@ from transformers import AutoProcessor
 
 from service.chat_job import Turn
 from service.conversation import ChatTokenizer
-from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.engines.huggingface.engine import HuggingFaceEngine
 from steering.request import SteeringRequest
 from tests.tiny_models import drawn_image
 from training.evaluation.asking import InProcess, Question, ask_all

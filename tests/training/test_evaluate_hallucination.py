@@ -10,7 +10,7 @@ import pytest
 
 from steering.artifact import read_config
 from steering.request import SteeringRequest
-from steering.resolution import Preset
+from steering.settings import Preset
 from training.evaluate_hallucination import EvaluationSettings, evaluate, make_report
 from training.evaluation.asking import Question, Reply, ask_all
 from training.evaluation.benchmark import Benchmark

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from steering.artifact import load_artifact
-from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.engines.huggingface.engine import HuggingFaceEngine
 from steering.realignment import MixParameters, Realignment
 from tests.steering.engines.driving import ask
 from tests.training.published import ACTIVE, D, K, S, published_concepts, published_tensors, write_published

@@ -10,7 +10,7 @@ import pytest
 
 from steering.artifact import load_artifact, read_config, write_config
 from steering.request import SteeringRequest
-from steering.resolution import Preset
+from steering.settings import Preset
 from training.evaluation.asking import Question, Reply
 from training.evaluation.conditions import FORMS, TASKS, form_preset_key
 from training.evaluation.miniature_benchmark import miniature_benchmark

@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from steering.artifact import load_artifact
 from steering.engines.base import GenerationEnd, GenerationRequest, Sampling
-from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.engines.huggingface.engine import HuggingFaceEngine
 from steering.errors import BadArtifact
 from steering.request import RequestedSteering, SteeringRequest
 from tests.tiny_models import drawn_image

@@ -21,10 +21,10 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from steering.decoder_layers import embed_prompt, find_decoder, place_prompt
 from steering.errors import InvalidSteering
-from steering.families import context_limit, find_family, join_image_inputs, tokens_per_image
-from steering.token_spans import expand_image_tokens, find_spans
+from steering.lvlm.decoder_layers import embed_prompt, find_decoder, place_prompt
+from steering.lvlm.families import context_limit, find_family, join_image_inputs, tokens_per_image
+from steering.lvlm.token_spans import expand_image_tokens, find_spans
 from training.collection.representer import (
     Described,
     ModelDtype,

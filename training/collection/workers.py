@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from steering.cluster.local_ray import private_ray
 from steering.errors import SteeringError
-from steering.local_ray import private_ray
 from training.collection.portion import ShardWork, make_shard
 from training.collection.representer import Representer, RepresenterSettings
 from training.errors import InvalidTraining

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 
 from steering.artifact import ArtifactConfig
 from steering.request import Control, Form, Mode, SteeringRequest
-from steering.resolution import Preset
+from steering.settings import Preset
 from training.errors import InvalidTraining
 
 Task = Literal["captions", "questions"]

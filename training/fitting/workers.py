@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from steering.local_ray import private_ray
+from steering.cluster.local_ray import private_ray
 from training.errors import InvalidTraining
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]

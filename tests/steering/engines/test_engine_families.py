@@ -15,12 +15,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from steering.artifact import load_artifact
 from steering.engines.base import GenerationRequest, Sampling
-from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.engines.huggingface.engine import HuggingFaceEngine
 from steering.errors import BadArtifact, InvalidSteering
-from steering.families import find_family
 from steering.hooks import steer
+from steering.lvlm.families import find_family
 from steering.request import SteeringRequest, merge_sources
-from steering.resolution import resolve
+from steering.settings import resolve
 from tests.steering.engines.driving import chat_text, send
 from tests.steering.reference import next_token_logprobs
 from tests.tiny_models import drawn_image

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
-from steering.engines.huggingface_engine import HuggingFaceEngine
+from steering.engines.huggingface.engine import HuggingFaceEngine
 from tests.steering.engines.driving import ask, make_request
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from steering.local_ray import descendants
+from steering.cluster.local_ray import descendants
 from training.miniature.paths import LLAVA
 
 REPOSITORY = Path(__file__).parents[3]

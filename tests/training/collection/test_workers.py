@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from steering.local_ray import descendants
+from steering.cluster.local_ray import descendants
 from tests.training.collection.running import actors, all_bytes, command_line, finish, kill, shards, start, wait_for
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steering.resolution import Preset
+from steering.settings import Preset
 from training.evaluation.conditions import TunedPresets
 from training.miniature.demo import ROOT, mark_invented, questions_about, steering_on
 from training.miniature.world import scenes

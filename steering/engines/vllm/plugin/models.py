@@ -1,0 +1,143 @@
+"""vLLM's own LVLM classes, with steering put between two of their decoder layers. Nothing of their code is repeated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+from steering.artifact import Artifact, check_fits, load_artifact
+from steering.engines.vllm.plugin.batch import Batch
+from steering.engines.vllm.plugin.configuration import check_config, read_config
+from steering.engines.vllm.plugin.pooling import PoolingAttention
+from steering.engines.vllm.plugin.steering_layer import STEERING_LAYER, SteeringLayer
+from steering.engines.vllm.plugin.tables import SlotTables
+from steering.engines.vllm.plugin.twin import TwinTail
+from steering.errors import BadArtifact
+from steering.realignment import Realignment
+
+IMPLAUSIBLE = 1e5
+"""Taken off an implausible token's logit. Its probability is then 0 in float32, yet a grammar that allows only
+implausible tokens still has one to choose, which with -inf it had not."""
+
+
+class _Steered(nn.Module):
+    """Mixin before one of vLLM's LVLM classes, whose decoder is at `language_model.model`."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        plugin = read_config(vllm_config)
+        check_config(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # pyright: ignore[reportCallIssue]
+        check_config(vllm_config)  # building the layers may have chosen another cache dtype
+        language_model: Any = self.language_model
+        decoder: Any = language_model.model
+        hf_config: Any = vllm_config.model_config.hf_config
+        device = next(decoder.parameters()).device
+        artifact, tables = _load_tables(plugin.artifact, device)
+        self._hidden_size = decoder.config.hidden_size
+        if artifact.config.fingerprint != plugin.fingerprint:
+            raise BadArtifact(f"{plugin.artifact} is not the artifact {plugin.fingerprint} any more", field="artifact")
+        check_fits(artifact, family=hf_config.model_type, hidden_size=self._hidden_size, num_layers=len(decoder.layers))
+        hook: Any = decoder.layers[artifact.config.hook_layer]
+        base = hook.self_attn.attn
+        pool = PoolingAttention(
+            base, self._hidden_size, vllm_config.cache_config, base.layer_name.rpartition(".self_attn")[0],
+            rank=get_tensor_model_parallel_rank(), ranks=get_tensor_model_parallel_world_size(),
+        )  # fmt: skip
+        twin = None
+        if plugin.branches == 2:
+            tail = list(decoder.layers[artifact.config.hook_layer + 1 :])
+            twin = TwinTail(tail, decoder.norm, vllm_config.cache_config)
+        self.vl_sae_attention = nn.ModuleList([*pool.layers, *(twin.attention if twin else [])])
+        """Among the model's modules, so that vLLM prepares their caches as it does the base's."""
+        self.steering = SteeringLayer(
+            Batch(
+                hf_config.image_token_id,
+                artifact.config.min_text_tokens,
+                branches=plugin.branches,
+                has_control_images=len(artifact.control_image_MD) > 0,
+            ),
+            tables,
+            pool,
+            twin,
+        )
+        vllm_config.compilation_config.static_forward_context[STEERING_LAYER] = self.steering
+        hook.__class__ = _steered_class(type(hook))
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Second model runner: how requests reach us."""
+        from steering.engines.vllm.plugin.model_state import SteeringModelState
+
+        return SteeringModelState
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """[N, D], or [N, 2 D + a few] where a row of this step has a steered branch beside the base's."""
+        self.steering.begin()
+        return self.steering.join(super().forward(*args, **kwargs))
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """[M, V]: (1 - gamma) base + gamma steered, without tokens implausible to the base (paper, section 4.2)."""
+        base_MD, twin_MD, blend_M2 = self.steering.split(hidden_states, self._hidden_size)
+        base_MV = super().compute_logits(base_MD)  # pyright: ignore[reportAttributeAccessIssue]
+        if twin_MD is None or blend_M2 is None:
+            return base_MV
+        two = ((blend_M2[:, 0] != 0) | (blend_M2[:, 1] > -torch.inf)).nonzero()[:, 0]
+        if not len(two):
+            return base_MV
+        steered_TV = super().compute_logits(twin_MD[two])  # pyright: ignore[reportAttributeAccessIssue]
+        if base_MV is None:
+            return None
+        blended_MV = base_MV.float()
+        blended_MV[two] = _blend(blended_MV[two], steered_TV.float(), *blend_M2[two].split(1, dim=1))
+        return blended_MV
+
+
+def _blend(base_TV: Tensor, steered_TV: Tensor, gamma_T1: Tensor, log_plausibility_T1: Tensor) -> Tensor:
+    blended_TV = (1 - gamma_T1) * base_TV + gamma_T1 * steered_TV
+    floor_T1 = base_TV.amax(1, keepdim=True) + log_plausibility_T1
+    return torch.where(base_TV < floor_T1, blended_TV - IMPLAUSIBLE, blended_TV)
+
+
+def _load_tables(path: str, device: torch.device) -> tuple[Artifact, SlotTables]:
+    """In float32, whatever dtype and device vLLM has made the default while it builds a model."""
+    model_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            artifact = load_artifact(path)
+            realignment = Realignment(artifact.auxiliary, artifact.sae)
+        tables = SlotTables(realignment.to(device), artifact.control_image_MD.to(device), device)
+    finally:
+        torch.set_default_dtype(model_dtype)
+    return artifact, tables
+
+
+def _steered_class(base: type[Any]) -> type:
+    """The decoder layer's class, with the steering operator after its forward."""
+
+    class SteeredDecoderLayer(base):
+        def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any):
+            hidden_states, residual = super().forward(positions, hidden_states, residual, **kwargs)
+            torch.ops.vl_sae.steer(hidden_states, residual, positions)
+            return hidden_states, residual
+
+    return SteeredDecoderLayer
+
+
+class VlSaeLlavaForConditionalGeneration(_Steered, LlavaForConditionalGeneration):
+    """LLaVA-1.5."""
+
+
+class VlSaeLlavaNextForConditionalGeneration(_Steered, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT."""
+
+
+class VlSaeQwen2_5_VLForConditionalGeneration(_Steered, Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL."""

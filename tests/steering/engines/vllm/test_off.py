@@ -1,0 +1,51 @@
+"""Off is plain vLLM, to the last bit: same settings and batch composition, with and without steered neighbours."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import pytest_asyncio
+
+from tests.steering.engines.driving import Answer, make_request, send
+from tests.steering.engines.vllm.agreement import VOCABULARY
+from tests.steering.engines.vllm.conftest import running_engine
+
+OFF = {"enabled": False}
+NEIGHBOURS = [{"strength": 1.0}, {"strength": 0.5, "form": "union"}, {"gamma": 0.5}, {"plausibility": 0.3}]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def plain(tiny_models):
+    """vLLM without our model class."""
+    async with running_engine(tiny_models["mha"], steered=False) as engine:
+        yield engine
+
+
+async def in_one_batch(engine, settings: list[dict]) -> list[Answer]:
+    """All admitted in one step and of one length, so that every step has the same rows in every engine."""
+    requests = [
+        make_request(
+            engine, f"{index} of them", (index,), chosen, max_tokens=12, top_logprobs=VOCABULARY,
+            logit_bias={257: -100.0},
+        )
+        for index, chosen in enumerate(settings)
+    ]  # fmt: skip
+    await engine.vllm.pause_generation(mode="keep")
+    pending = [asyncio.create_task(send(engine, request)) for request in requests]
+    while engine.vllm.get_num_unfinished_requests() < len(requests):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    await engine.vllm.resume_generation()
+    return await asyncio.gather(*pending)
+
+
+@pytest.mark.parametrize("neighbours", [[OFF] * 4, NEIGHBOURS], ids=["off neighbours", "steered neighbours"])
+async def test_an_off_row_has_plain_vllm_s_bits(engine, plain, neighbours):
+    expected = await in_one_batch(plain, [OFF] * 8)
+    answers = await in_one_batch(engine, [OFF, *neighbours, OFF, {"strength": 0.0}, OFF])
+    for index in (0, 5, 6, 7):
+        assert answers[index].logprobs() == expected[index].logprobs()
+        assert answers[index].tokens() == expected[index].tokens()
+    for index in range(1, 5):
+        assert (answers[index].logprobs() == expected[index].logprobs()) == (neighbours[0] == OFF)

@@ -1,0 +1,107 @@
+"""Sources merged, presets filled in, the impossible refused or reported."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from pydantic import ValidationError
+
+from steering.errors import InvalidSteering
+from steering.request import SteeringRequest, merge_sources
+from steering.settings import Preset, resolve
+
+PRESETS = {"captions": Preset(alpha=2.0, beta_up=0.4), "off": Preset(strength=0.0)}
+
+
+def decide(*caller, server=(), presets=PRESETS, has_image=True):
+    requested = merge_sources(*caller, server=server)
+    return resolve(requested, presets=presets, default_preset="captions", has_image=has_image)
+
+
+def test_the_higher_source_wins_field_by_field():
+    body, header = SteeringRequest(alpha=1.0), SteeringRequest(strength=0.3, alpha=3.0)
+    default = SteeringRequest(preset="off", strength=0.9, beta_up=0.1)
+    merged = merge_sources(body, header, server=(default,)).settings
+    assert (merged.alpha, merged.strength, merged.preset, merged.beta_up) == (1.0, 0.3, "off", 0.1)
+
+
+def test_fields_left_out_come_from_the_preset():
+    settings = decide(SteeringRequest(strength=0.5))
+    assert (settings.alpha, settings.beta_up, settings.strength, settings.preset) == (2.0, 0.4, 0.5, "captions")
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (SteeringRequest(enabled=False), "disabled"),
+        (SteeringRequest(enabled=False, strength=0.5), "disabled"),
+        (SteeringRequest(strength=0.0), "strength_0"),
+        (SteeringRequest(strength=0.0, enabled=True), "strength_0"),
+        (SteeringRequest(preset="off"), "preset_off"),
+        (SteeringRequest(preset="off", strength=0.5), "preset_off"),
+        (SteeringRequest(strength=1.0, gamma=0.0), "gamma_0"),
+    ],
+)
+def test_off_says_why(asked, reason):
+    assert decide(asked).reason == reason
+
+
+def test_asking_for_steering_where_the_default_preset_is_off_is_refused():
+    for asked in (SteeringRequest(enabled=True), SteeringRequest(strength=0.8)):
+        with pytest.raises(InvalidSteering) as caught:
+            resolve(merge_sources(asked), presets=PRESETS, default_preset="off", has_image=True)
+        assert caught.value.field == "steering.preset"
+        with pytest.raises(InvalidSteering):
+            decide(asked, server=(SteeringRequest(preset="off"),))
+    with pytest.raises(InvalidSteering) as caught:
+        decide(SteeringRequest(enabled=True), server=(SteeringRequest(strength=0.0),))
+    assert caught.value.field == "steering.strength"
+    assert decide(server=(SteeringRequest(preset="off"),)).reason == "preset_off"
+    spelled = merge_sources(SteeringRequest(strength=0.5, alpha=1.0))
+    assert resolve(spelled, presets=PRESETS, default_preset="off", has_image=True).active
+
+
+def test_strength_in_a_higher_source_overrides_off_in_a_lower():
+    alias_off = SteeringRequest(enabled=False)
+    assert decide(SteeringRequest(strength=0.5), alias_off).active
+    assert not decide(SteeringRequest(), alias_off).active
+
+
+@pytest.mark.parametrize(
+    "asked", [SteeringRequest(enabled=True), SteeringRequest(strength=0.1), SteeringRequest(concepts={"1": {"add": 1}})]
+)
+def test_explicit_and_impossible_is_refused(asked):
+    with pytest.raises(InvalidSteering) as caught:
+        decide(asked, has_image=False)
+    assert caught.value.field in ("steering", "steering.concepts")
+    with pytest.raises(InvalidSteering):
+        decide(asked, presets=None)
+
+
+def test_by_default_and_impossible_is_reported():
+    default = (SteeringRequest(strength=1.0),)
+    assert decide(server=default, has_image=False).reason == "no_image"
+    assert decide(server=default, presets=None).reason == "no_artifact"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"strength": -1}, {"strength": 7}, {"strength": float("nan")}, {"alpha": 4.1}, {"strength": "0.5"},
+     {"beta_up": True}, {"mode": "fast"}, {"surprise": 1}, {"control_seed": 1.5}],
+)  # fmt: skip
+def test_bad_fields_are_refused(fields):
+    with pytest.raises(ValidationError) as caught:
+        SteeringRequest(**fields)
+    assert caught.value.errors()[0]["loc"] == (next(iter(fields)),)
+
+
+def test_branches_follow_the_decoding():
+    assert decide(SteeringRequest(strength=1.0)).branches == 1
+    assert decide(SteeringRequest(strength=1.0, gamma=0.9)).branches == 2
+    assert decide(SteeringRequest(strength=1.0, plausibility=0.1)).branches == 2
+
+
+def test_errors_keep_their_field_between_processes():
+    error = copy.copy(InvalidSteering("no", field="steering.alpha"))
+    assert (str(error), error.field) == ("no", "steering.alpha")
