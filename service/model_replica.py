@@ -73,6 +73,7 @@ def build_engine(settings: Settings) -> Engine:
         return VllmEngine(
             **common,
             branches=settings.branches,
+            cuda_graphs=settings.cuda_graphs,
             cpu_threads=settings.cpu_threads,
             kv_cache_gib=settings.kv_cache_gib,
             gpu_memory_share=settings.gpu_memory_share,

@@ -54,8 +54,10 @@ class Settings(BaseModel):
     """Sequences that share one decoding step."""
     cpu_threads: int = Field(default=1, ge=1)
     """Threads that one model replica computes with on a CPU."""
-    branches: int = Field(default=2, ge=1, le=2)
-    """vLLM: 1 saves the steered branch's cache memory and refuses requests that blend two branches."""
+    branches: int | None = Field(default=None, ge=1, le=2)
+    """vLLM: 1 saves the steered branch's memory and time, and refuses requests that blend two (default on a GPU)."""
+    cuda_graphs: Literal["full", "piecewise"] = "full"
+    """vLLM on a GPU: 'full' captures decode steps whole, steering included; 'piecewise' leaves steering outside."""
     kv_cache_gib: float = Field(default=1, gt=0)
     """vLLM on a CPU: memory for keys and values, in GiB."""
     gpu_memory_share: float = Field(default=0.9, gt=0, le=1)

@@ -17,9 +17,9 @@ from steering.errors import InvalidSteering
 from steering.intervention import Intervention, Pass, SequenceSteering
 from steering.lvlm.decoder_layers import find_decoder
 from steering.lvlm.token_spans import find_spans
-from steering.realignment import Realignment
 from steering.request import SteeringRequest, merge_sources
 from steering.settings import ResolvedSteering, resolve
+from steering.tally import Tally
 
 
 @contextmanager
@@ -40,11 +40,15 @@ class GenerationSteering:
     """Follows the forward passes of a transformers `generate` and keeps each row's steering state."""
 
     def __init__(self, intervention: Intervention, settings: ResolvedSteering, image_token_id: int) -> None:
-        self.rows: list[SequenceSteering] = []
-        """State of each batch row of the latest `generate`; counts positions and shift."""
+        self._rows: list[SequenceSteering] = []
         self._intervention = intervention
         self._settings = settings
         self._image_token_id = image_token_id
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """What was done to each batch row of the latest `generate`."""
+        return [self._intervention.tally(row) for row in self._rows]
 
     def before_forward(self, _model: nn.Module, _args: Any, kwargs: Any) -> None:
         """Read the token ids of a pass; a pass without cached tokens begins new sequences."""
@@ -57,23 +61,23 @@ class GenerationSteering:
                 past.reorder_cache = _refuse_beams
             self._intervention.prepare(self._begin(token_ids_BT, kwargs.get("attention_mask")))
             return
-        if token_ids_BT.shape != (len(self.rows), 1):
+        if token_ids_BT.shape != (len(self._rows), 1):
             raise InvalidSteering(
                 "steer() follows one token per row and step; beams are not supported", field="num_beams"
             )
-        text_BT = torch.ones_like(token_ids_BT, dtype=torch.bool)
-        self._intervention.prepare(Pass(rows=self.rows, image_BT=~text_BT, text_BT=text_BT))
+        nowhere_B1 = torch.zeros_like(token_ids_BT, dtype=torch.bool)
+        self._intervention.prepare(Pass(rows=self._rows, image_BT=nowhere_B1, text_B=[range(1)] * len(self._rows)))
 
     def _begin(self, token_ids_BT: Tensor, attention_BT: Tensor | None) -> Pass:
         spans = [find_spans(row, self._image_token_id) for row in token_ids_BT.tolist()]
         if not all(span.has_image for span in spans):
             raise InvalidSteering("steer() needs an image in every row to realign to", field="input_ids")
-        self.rows = [SequenceSteering(settings=self._settings) for _ in spans]
-        positions_T = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
-        text_BT = torch.stack([positions_T >= (span.text_start or 0) for span in spans])
-        if attention_BT is not None:
-            text_BT &= attention_BT[:, : text_BT.shape[1]].bool()
-        return Pass(rows=self.rows, image_BT=token_ids_BT == self._image_token_id, text_BT=text_BT)
+        self._rows = [SequenceSteering(settings=self._settings) for _ in spans]
+        stops = [token_ids_BT.shape[1]] * len(spans)
+        if attention_BT is not None:  # padding on the right ends the text, on the left there is none
+            stops = [len(row) - row[::-1].index(1) for row in attention_BT[:, : stops[0]].long().tolist()]
+        texts = [range(span.text_start or 0, stop) for span, stop in zip(spans, stops, strict=True)]
+        return Pass(rows=self._rows, image_BT=token_ids_BT == self._image_token_id, text_B=texts)
 
 
 def _refuse_beams(_order: Tensor) -> None:
@@ -100,12 +104,7 @@ def steer(model: Any, artifact: Artifact, request: SteeringRequest | None = None
             "steer() runs one branch in mode 'causal'; use an engine for mode 'exact', gamma below 1 or plausibility",
             field="steering",
         )
-    device = model.device
-    intervention = Intervention(
-        Realignment(artifact.auxiliary, artifact.sae).to(device),
-        min_text_tokens=artifact.config.min_text_tokens,
-        control_image_MD=artifact.control_image_MD.to(device),
-    )
+    intervention = Intervention(artifact, model.device)
     follower = GenerationSteering(intervention, settings, model.config.image_token_id)
     handle = model.register_forward_pre_hook(follower.before_forward, with_kwargs=True)
     try:

@@ -1,13 +1,17 @@
 """The equations of realignment; pure tensors: no model, no hooks, no engine.
 
-Shapes: N positions, D hidden size, S shared width, K concepts, k active concepts. All of it is float32 whatever the
-model's dtype, because top-k is discontinuous (design, section 1).
+Every shape is known beforehand and nothing is read back, so the same code runs eagerly and in a captured graph.
+
+Shapes: N positions, M images, D hidden size, S shared width, K concepts, k active concepts. All of it is float32
+whatever the model's dtype, because top-k is discontinuous (design, section 1).
 """
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,26 +25,60 @@ ROWS_PER_CHUNK = 1024
 """Positions encoded at once: bounds the [N, K] cosines of a long prefill."""
 
 
+class FormTerms(NamedTuple):
+    """What distinguishes the three forms, as numbers, so that rows of different forms are one computation."""
+
+    dense: float
+    """1: activations outside of the top k count, too, on the supports of both codes."""
+    subtract: float
+    """1: only the change of the code is decoded; 0: all of the code, and the text's own state is taken away."""
+
+
+FORM_TERMS: dict[Form, FormTerms] = {
+    "published": FormTerms(dense=0, subtract=0),
+    "difference": FormTerms(dense=0, subtract=1),
+    "union": FormTerms(dense=1, subtract=1),
+}
+
+
 class ImageCode(NamedTuple):
     """What realignment needs of an image; computed once per request."""
 
     concept_ids: Tensor
-    """[N, k] int64: supp z_v."""
+    """[M, k] int64: supp z_v."""
     cosines: Tensor
-    """[N, K] float32: cosine with every concept (`union` reads it off the support, too)."""
+    """[M, K] float32: cosine with every concept (`union` reads it off the support, too)."""
     active: Tensor
-    """[N, K] bool: membership in supp z_v."""
+    """[M, K] bool: membership in supp z_v."""
 
 
-class MixParameters(NamedTuple):
-    """Per-position settings of the mix and the step."""
+class Mix(NamedTuple):
+    """Per-position settings of the mix and the step, [N, 1] float32 each."""
 
     beta_up: Tensor
-    """[N] share of (z_v - z_t)_+ added."""
+    """Share of (z_v - z_t)_+ added."""
     beta_down: Tensor
-    """[N] share of (z_t - z_v)_+ removed."""
+    """Share of (z_t - z_v)_+ removed."""
     scale: Tensor
-    """[N] strength * alpha."""
+    """strength * alpha; negative for the control `reversed`."""
+    dense: Tensor
+    subtract: Tensor
+    """As in `FormTerms`."""
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """No TF32 and no bfloat16 inside float32 products, whatever the process has set; no autocast."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class Realignment(nn.Module):
@@ -62,18 +100,23 @@ class Realignment(nn.Module):
     bias_D: Tensor
     """c."""
 
-    def __init__(self, auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE) -> None:
+    def __init__(
+        self, auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE, device: torch.device | str = "cpu"
+    ) -> None:
+        """Folds W on `device`, where everything then lies. The autoencoders stay as and where they are."""
         super().__init__()
         self.active_concepts = sae.active_concepts
-        self.vision_projection = copy.deepcopy(auxiliary.vision_projection).float()
-        self.text_projection = copy.deepcopy(auxiliary.text_projection).float()
-        decoder_weight_DS = auxiliary.text_decoder.weight.detach().float()
-        self.register_buffer("directions_KS", F.normalize(sae.encoder.detach().float(), dim=-1))
-        self.register_buffer("table_KD", (decoder_weight_DS @ sae.text_decoder.weight.detach().float()).T.contiguous())
-        bias_D = (
-            decoder_weight_DS @ sae.text_decoder.bias.detach().float() + auxiliary.text_decoder.bias.detach().float()
-        )
-        self.register_buffer("bias_D", bias_D)
+        self.vision_projection = copy.deepcopy(auxiliary.vision_projection).to(device).float()
+        self.text_projection = copy.deepcopy(auxiliary.text_projection).to(device).float()
+        outer, inner = auxiliary.text_decoder, sae.text_decoder
+        with torch.no_grad(), exact_float32():
+            outer_DS, inner_SK, inner_bias_S, outer_bias_D, encoder_KS = (
+                part.detach().to(device).float()
+                for part in (outer.weight, inner.weight, inner.bias, outer.bias, sae.encoder)
+            )
+            self.register_buffer("directions_KS", F.normalize(encoder_KS, dim=-1))
+            self.register_buffer("table_KD", (outer_DS @ inner_SK).T.contiguous())
+            self.register_buffer("bias_D", outer_DS @ inner_bias_S + outer_bias_D)
         self.requires_grad_(False)
 
     @property
@@ -87,25 +130,27 @@ class Realignment(nn.Module):
     def _cosines(self, shared_NS: Tensor) -> Tensor:
         return F.normalize(shared_NS, dim=-1) @ self.directions_KS.T
 
-    def encode_image(self, image_ND: Tensor) -> ImageCode:
-        """Pooled image states [N, D] float32 to their codes."""
-        cosines_NK = self._cosines(self.vision_projection(image_ND))
-        ids_Nk = torch.topk(cosines_NK, self.active_concepts, dim=-1).indices
-        active_NK = torch.zeros_like(cosines_NK, dtype=torch.bool).scatter_(1, ids_Nk, True)
-        return ImageCode(ids_Nk, cosines_NK, active_NK)
+    def encode_image(self, image_MD: Tensor) -> ImageCode:
+        """Pooled image states [M, D] float32 to their codes."""
+        with exact_float32():
+            cosines_MK = self._cosines(self.vision_projection(image_MD))
+        ids_Mk = torch.topk(cosines_MK, self.active_concepts, dim=-1).indices
+        active_MK = torch.zeros_like(cosines_MK, dtype=torch.bool).scatter_(1, ids_Mk, True)
+        return ImageCode(ids_Mk, cosines_MK, active_MK)
 
-    def delta(self, text_ND: Tensor, image: ImageCode, row_N: Tensor, mix: MixParameters, form: Form) -> Tensor:
-        """The change [N, D] for positions whose text means are `text_ND`.
+    def delta(self, text_ND: Tensor, image: ImageCode, row_N: Tensor, mix: Mix) -> Tensor:
+        """The change [N, D] for positions whose text means are `text_ND`, float32.
 
-        `row_N` [N] names for each position the row of `image` that it belongs to; `mix` is per position.
+        `row_N` [N] int64 names for each position the row of `image` that it belongs to; `mix` is per position.
         """
-        chunks = [
-            self._delta_chunk(text_ND[part], image, row_N[part], MixParameters(*(values[part] for values in mix)), form)
-            for part in _chunks(text_ND.shape[0])
-        ]
+        with exact_float32():
+            chunks = [
+                self._delta_chunk(text_ND[part], image, row_N[part], Mix(*(values[part] for values in mix)))
+                for part in _chunks(text_ND.shape[0])
+            ]
         return torch.cat(chunks) if chunks else text_ND.new_zeros(0, self.hidden_size)
 
-    def _delta_chunk(self, text_ND: Tensor, image: ImageCode, row_N: Tensor, mix: MixParameters, form: Form) -> Tensor:
+    def _delta_chunk(self, text_ND: Tensor, image: ImageCode, row_N: Tensor, mix: Mix) -> Tensor:
         text_cosines_NK = self._cosines(self.text_projection(text_ND))
         text_ids_Nk = torch.topk(text_cosines_NK, self.active_concepts, dim=-1).indices
         image_ids_Nk = image.concept_ids[row_N]
@@ -113,24 +158,21 @@ class Realignment(nn.Module):
         repeated_Nk = in_text_NK.gather(1, image_ids_Nk)
 
         ids_N2k = torch.cat([text_ids_Nk, image_ids_Nk], dim=1)
+        every_N1 = mix.dense > 0
         text_N2k = cosine_to_activation(text_cosines_NK.gather(1, ids_N2k))
         image_N2k = cosine_to_activation(image.cosines[row_N[:, None], ids_N2k])
-        if form != "union":
-            text_N2k = text_N2k * in_text_NK.gather(1, ids_N2k)
-            image_N2k = image_N2k * image.active[row_N[:, None], ids_N2k]
-        mixed_N2k = _mix(image_N2k, text_N2k, mix)
-        coefficients_N2k = mixed_N2k if form == "published" else mixed_N2k - text_N2k
+        text_N2k = text_N2k * (in_text_NK.gather(1, ids_N2k) | every_N1)
+        image_N2k = image_N2k * (image.active[row_N[:, None], ids_N2k] | every_N1)
+        coefficients_N2k = _mix(image_N2k, text_N2k, mix) - mix.subtract * text_N2k
         coefficients_N2k[:, self.active_concepts :].masked_fill_(repeated_Nk, 0)
 
         delta_ND = F.embedding_bag(ids_N2k, self.table_KD, per_sample_weights=coefficients_N2k, mode="sum")
-        if form == "published":
-            delta_ND = delta_ND + self.bias_D - text_ND
-        return mix.scale[:, None] * delta_ND
+        return mix.scale * torch.where(mix.subtract > 0, delta_ND, delta_ND + self.bias_D - text_ND)
 
 
-def _mix(image_N2k: Tensor, text_N2k: Tensor, mix: MixParameters) -> Tensor:
+def _mix(image_N2k: Tensor, text_N2k: Tensor, mix: Mix) -> Tensor:
     gap_N2k = image_N2k - text_N2k
-    return text_N2k + mix.beta_up[:, None] * gap_N2k.clamp(min=0) - mix.beta_down[:, None] * (-gap_N2k).clamp(min=0)
+    return text_N2k + mix.beta_up * gap_N2k.clamp(min=0) - mix.beta_down * (-gap_N2k).clamp(min=0)
 
 
 def _chunks(rows: int) -> list[slice]:

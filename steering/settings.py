@@ -67,6 +67,11 @@ class ResolvedSteering:
         return self.reason is None
 
     @property
+    def scale(self) -> float:
+        """Step size of every delta."""
+        return self.strength * self.alpha
+
+    @property
     def branches(self) -> int:
         """2 where the base branch has a say in the logits (design, section 1)."""
         return 1 if self.gamma == 1 and self.plausibility == 0 else 2

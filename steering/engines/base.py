@@ -138,8 +138,7 @@ class Receipt:
     positions: list[int]
     """By choice: positions to which a delta was added (in 'exact', the span's length at the last step).
 
-    Counted where it happens, with those that came steered out of a prefix cache; an engine that computes ahead may
-    count a position or two behind a stop string.
+    Counted where it happens, with those that came steered out of a prefix cache.
     """
     relative_shift: list[float]
     """By choice: mean of |delta| / |hidden state| over the positions steered for it; 0 where there are none."""

@@ -13,7 +13,6 @@ from steering.engines.sampling import Sampler
 from steering.engines.sequence import Emit, RunningRequest, Sequence
 from steering.engines.text_stream import TextStream
 from steering.errors import InvalidSteering
-from steering.intervention import SequenceSteering
 from steering.lvlm.families import find_family, tokens_per_image
 from steering.lvlm.token_spans import expand_image_tokens, find_spans
 from steering.settings import ResolvedSteering, resolve
@@ -41,7 +40,6 @@ def prepare(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> R
             choice=choice,
             sampler=Sampler(request.sampling, choice),
             text=TextStream(tokenizer=checkpoint.processor.tokenizer, stop=request.sampling.stop),
-            steering=SequenceSteering(settings=settings),
             tokens=list(tokens),
         )
         for choice in range(request.sampling.n)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from steering.engines.base import CanaryKind, FinishReason, GenerationEnd, Receipt, SampledToken, TextDelta
 from steering.engines.sampling import Sampler
 from steering.engines.text_stream import TextStream
-from steering.intervention import SequenceSteering
 from steering.lvlm.families import ImageInputs
 from steering.lvlm.token_spans import TokenSpans
 from steering.settings import Reason, ResolvedSteering
+from steering.tally import Tally
+
+if TYPE_CHECKING:
+    from steering.intervention import SequenceSteering
 
 Emit = Callable[[TextDelta | GenerationEnd | Exception], object]
 
@@ -24,9 +28,12 @@ class Sequence:
     choice: int
     sampler: Sampler
     text: TextStream
-    steering: SequenceSteering
     tokens: list[int]
     """Prompt (image tokens expanded) and everything generated."""
+    steering: SequenceSteering | None = None
+    """Where this process steers: the state since the latest prefill, which makes it anew."""
+    tally: Tally = Tally()
+    """What steering did to it; known once it has ended."""
     position_shift: int = 0
     """What is added to the index of a token behind the prompt's last image to get its rotary position."""
     finish_reason: FinishReason | None = None
@@ -107,13 +114,13 @@ class RunningRequest:
         )
 
     def _receipt(self) -> Receipt:
-        settings, states = self.settings, [sequence.steering for sequence in self.sequences]
-        positions = [state.positions for state in states]
+        settings, tallies = self.settings, [sequence.tally for sequence in self.sequences]
+        positions = [tally.positions for tally in tallies]
         applied = any(positions)
         known = settings.preset is not None
         return Receipt(
             applied=applied,
-            reason=None if applied else self._why_not(states),
+            reason=None if applied else self._why_not(tallies),
             artifact=self.artifact,
             canary=self.canary,
             layer=self.layer,
@@ -129,13 +136,13 @@ class RunningRequest:
             plausibility=settings.plausibility if known else None,
             control=None if settings.control == "none" else settings.control,
             positions=positions,
-            relative_shift=[state.relative_shift() for state in states],
+            relative_shift=[tally.relative_shift for tally in tallies],
             arm=settings.arm,
         )
 
-    def _why_not(self, states: list[SequenceSteering]) -> Reason:
+    def _why_not(self, tallies: list[Tally]) -> Reason:
         if self.settings.reason is not None:
             return self.settings.reason
-        if not any(state.visited for state in states):
+        if not any(tally.visited for tally in tallies):
             return "hook_detached"
-        return "delta_0" if any(state.visited_text for state in states) else "no_text_position"
+        return "delta_0" if any(tally.visited_text for tally in tallies) else "no_text_position"

@@ -14,10 +14,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from steering.engines.huggingface.loaded_model import load_model, make_intervention
+from steering.engines.huggingface.loaded_model import load_model
 from steering.engines.sampling import blend_branches
 from steering.hooks import output_hook
-from steering.intervention import Pass, SequenceSteering
+from steering.intervention import Intervention, Pass, SequenceSteering
 from steering.lvlm.decoder_layers import embed_prompt
 from steering.lvlm.families import find_family, tokens_per_image
 from steering.lvlm.token_spans import expand_image_tokens
@@ -34,7 +34,7 @@ class TwoFullPasses:
         assert self._loaded.checkpoint.artifact is not None
         self._settings = settings
         self._hook_layer = self._loaded.checkpoint.artifact.config.hook_layer
-        self._intervention = make_intervention(self._loaded.checkpoint.artifact, self._loaded.model.device)
+        self._intervention = Intervention(self._loaded.checkpoint.artifact, self._loaded.model.device)
 
     @torch.inference_mode()
     def generate(
@@ -48,23 +48,22 @@ class TwoFullPasses:
         pixels = {name: value.to(model.device) for name, value in pixels.items()}
         tokens_1T = torch.tensor([prompt], device=model.device)
         image_1T = tokens_1T == image_token
-        text_1T = image_1T.long().flip(1).cumsum(1).flip(1) == 0  # no image token here or later
+        text_start = len(prompt) - prompt[::-1].index(image_token)
         embeds_1TD = embed_prompt(model, tokens_1T, image_1T, pixels)
         generated, arrivals = [], []
         for _ in range(max_tokens):
-            token = self._next_token(embeds_1TD, image_1T, text_1T)
+            token = self._next_token(embeds_1TD, image_1T, range(text_start, embeds_1TD.shape[1]))
             generated.append(token)
             arrivals.append(time.perf_counter())
             new_11 = torch.tensor([[token]], device=model.device)
             embeds_1TD = torch.cat([embeds_1TD, model.get_input_embeddings()(new_11)], dim=1)
             image_1T = torch.cat([image_1T, torch.zeros_like(new_11, dtype=torch.bool)], dim=1)
-            text_1T = torch.cat([text_1T, torch.ones_like(new_11, dtype=torch.bool)], dim=1)
         return generated, arrivals
 
-    def _next_token(self, embeds_1TD: Tensor, image_1T: Tensor, text_1T: Tensor) -> int:
+    def _next_token(self, embeds_1TD: Tensor, image_1T: Tensor, text: range) -> int:
         base_1V = self._full_pass(embeds_1TD)
         state = SequenceSteering(settings=self._settings)
-        self._intervention.prepare(Pass(rows=[state], image_BT=image_1T, text_BT=text_1T))
+        self._intervention.prepare(Pass(rows=[state], image_BT=image_1T, text_B=[text]))
         with output_hook(self._loaded.decoder.layers[self._hook_layer], self._intervention):
             steered_1V = self._full_pass(embeds_1TD)
         blended_V = blend_branches(base_1V[0], steered_1V[0], self._settings.gamma, self._settings.plausibility)

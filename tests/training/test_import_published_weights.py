@@ -8,7 +8,7 @@ import torch
 
 from steering.artifact import load_artifact
 from steering.engines.huggingface.engine import HuggingFaceEngine
-from steering.realignment import MixParameters, Realignment
+from steering.realignment import FORM_TERMS, Mix, Realignment
 from tests.steering.engines.driving import ask
 from tests.training.published import ACTIVE, D, K, S, published_concepts, published_tensors, write_published
 from training.errors import InvalidTraining
@@ -75,9 +75,9 @@ def test_the_imported_modules_follow_the_equations(imported):
     rebuilt = artifact.auxiliary.reconstruct(*artifact.sae(*artifact.auxiliary(v, t)))
     for modality, states, again in zip(("vision", "text"), (v, t), rebuilt, strict=True):
         np.testing.assert_allclose(again.numpy(), equations.reconstruct(modality, states.double().numpy()), atol=1e-5)
-    realignment, full = Realignment(artifact.auxiliary, artifact.sae), torch.ones(40)
-    mix = MixParameters(beta_up=0.9 * full, beta_down=0.9 * full, scale=0.8 * full)
-    delta = realignment.delta(t, realignment.encode_image(v), torch.arange(40), mix, "published")
+    realignment = Realignment(artifact.auxiliary, artifact.sae)
+    mix = Mix(*(torch.full((40, 1), value) for value in (0.9, 0.9, 0.8, *FORM_TERMS["published"])))
+    delta = realignment.delta(t, realignment.encode_image(v), torch.arange(40), mix)
     expected = equations.published_delta(v.double().numpy(), t.double().numpy(), alpha=0.8, beta=0.9)
     np.testing.assert_allclose(delta.numpy(), expected, atol=1e-5)
 

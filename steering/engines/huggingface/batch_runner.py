@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from steering.engines.huggingface.kv_cache import SlotCache
 from steering.engines.sampling import blend_branches
 from steering.engines.sequence import Sequence
-from steering.intervention import Intervention, Pass
+from steering.intervention import Intervention, Pass, SequenceSteering
 from steering.lvlm.decoder_layers import Decoder, embed_prompt, place_prompt
 from steering.lvlm.families import ImageInputs, find_family, join_image_inputs
+from steering.tally import Tally
 
 
 class Places(NamedTuple):
@@ -47,20 +48,20 @@ class BatchRunner:
         """Run the prompts of new sequences into slots from `first_slot` on; next-token logits [B, V] float32."""
         lengths = [len(sequence.tokens) for sequence in new]
         tokens_BT = torch.zeros(len(new), max(lengths), dtype=torch.long)
-        image_BT, text_BT = torch.zeros_like(tokens_BT, dtype=torch.bool), torch.zeros_like(tokens_BT, dtype=torch.bool)
+        image_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        texts = []
         for index, (sequence, length) in enumerate(zip(new, lengths, strict=True)):
-            spans = sequence.request.spans
+            spans, sequence.steering = sequence.request.spans, SequenceSteering(settings=sequence.request.settings)
             tokens_BT[index, :length] = torch.tensor(sequence.tokens)
             image_BT[index, list(spans.image_positions)] = True
-            if spans.text_start is not None:
-                text_BT[index, spans.text_start : length] = True
+            texts.append(range(length if spans.text_start is None else spans.text_start, length))
         inputs = join_image_inputs([sequence.request.image_inputs for sequence in new])
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        tokens_BT, image_BT, text_BT = (mask.to(self.device) for mask in (tokens_BT, image_BT, text_BT))
+        tokens_BT, image_BT = tokens_BT.to(self.device), image_BT.to(self.device)
         places = self._place_prompts(new, tokens_BT, image_BT, inputs)
         embeds_BTD = embed_prompt(self.model, tokens_BT, image_BT, inputs)
         rows = list(range(first_slot, first_slot + len(new)))
-        hidden_BTD, base_BTD = self._run_front(new, rows, embeds_BTD, places, image_BT, text_BT)
+        hidden_BTD, base_BTD = self._run_front(new, rows, embeds_BTD, places, image_BT, texts)
         last_B = torch.tensor(lengths, device=self.device) - 1
         steered_BV = self._run_tail(self._cache, rows, hidden_BTD, places, last_B)
         return self._blend(new, rows, steered_BV, base_BTD, places, last_B)
@@ -71,13 +72,17 @@ class BatchRunner:
         tokens_B1 = torch.tensor([[sequence.tokens[-1]] for sequence in running], device=self.device)
         last_B1 = torch.tensor([[len(sequence.tokens) - 1] for sequence in running], device=self.device)
         places = self._place_text(running, last_B1)
-        text_B1 = torch.tensor([[sequence.request.spans.has_image] for sequence in running], device=self.device)
-        embeds_B1D = embed_prompt(self.model, tokens_B1, text_B1, {})
-        image_B1 = torch.zeros_like(text_B1)
-        hidden_B1D, base_B1D = self._run_front(running, rows, embeds_B1D, places, image_B1, text_B1)
+        image_B1 = torch.zeros_like(tokens_B1, dtype=torch.bool)
+        embeds_B1D = embed_prompt(self.model, tokens_B1, image_B1, {})
+        texts = [range(1 if sequence.request.spans.has_image else 0) for sequence in running]
+        hidden_B1D, base_B1D = self._run_front(running, rows, embeds_B1D, places, image_B1, texts)
         last_B = torch.zeros(len(running), dtype=torch.long, device=self.device)
         steered_BV = self._run_tail_by_mode(running, rows, hidden_B1D, places, last_B)
         return self._blend(running, rows, steered_BV, base_B1D, places, last_B)
+
+    def tally(self, sequence: Sequence) -> Tally:
+        """What was done to a sequence so far."""
+        return self.intervention.tally(_state(sequence)) if self.intervention is not None else Tally()
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence's cache to another slot."""
@@ -104,12 +109,17 @@ class BatchRunner:
         return Places(index_BT=index_BT, rotary_BT=rotary_BT if axes == 1 else rotary_BT.expand(axes, -1, -1))
 
     def _run_front(
-        self, sequences: Rows[Sequence], rows: list[int], embeds: Tensor, places: Places, image: Tensor, text: Tensor
+        self,
+        sequences: Rows[Sequence],
+        rows: list[int],
+        embeds: Tensor,
+        places: Places,
+        image: Tensor,
+        texts: list[range],
     ) -> tuple[Tensor, Tensor]:
         """States [B, T, D] after the hook layer: steered, and as they were (the same where no hook is attached)."""
         if self.intervention is not None:
-            states = [sequence.steering for sequence in sequences]
-            self.intervention.prepare(Pass(rows=states, image_BT=image, text_BT=text))
+            self.intervention.prepare(Pass(rows=[_state(one) for one in sequences], image_BT=image, text_B=texts))
         hidden_BTD = self._run(self._front, self._cache, rows, embeds, places)
         base_BTD = self.intervention.base_BTD if self.intervention is not None else None
         return hidden_BTD, hidden_BTD if base_BTD is None else base_BTD
@@ -127,7 +137,11 @@ class BatchRunner:
         So the tail sees the same batch whatever its rows' modes are: a row's logits do not depend on its neighbours'.
         """
         logits_BV = self._run_tail(self._cache, rows, hidden, places, last_B)
-        spans = {row: running[row].steering.exact_span() for row in rows if running[row].steering.exact}
+        spans = {
+            row: _state(running[row]).exact_span() for row in rows if running[row].request.settings.mode == "exact"
+        }
+        states = {row: _state(running[row]) for row in rows}
+        spans = {row: state.exact_span() for row, state in states.items() if state.exact}
         spans = {row: span for row, span in spans.items() if span is not None}
         if spans:
             logits_BV[list(spans)] = self._run_spans(running, list(spans), list(spans.values()))
@@ -161,3 +175,8 @@ class BatchRunner:
         cache.select(rows, places.index_BT, visible)
         mask_B1TJ = (places.index_BT[..., None] >= torch.arange(visible, device=self.device))[:, None]
         return self.decoder.run(layers, hidden, places.rotary_BT, mask_B1TJ, cache)
+
+
+def _state(sequence: Sequence) -> SequenceSteering:
+    assert sequence.steering is not None, "a sequence is prefilled first"
+    return sequence.steering

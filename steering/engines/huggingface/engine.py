@@ -31,13 +31,14 @@ from steering.engines.base import (
     TokenLogprob,
 )
 from steering.engines.huggingface.batch_runner import BatchRunner
-from steering.engines.huggingface.loaded_model import load_model, make_intervention
+from steering.engines.huggingface.loaded_model import load_model
 from steering.engines.preparation import expand_prompt, prepare_with_pixels
 from steering.engines.sampling import top_logprobs
 from steering.engines.sequence import RunningRequest, Sequence
 from steering.engines.text_stream import TokenBytes
 from steering.errors import EngineUnavailable
 from steering.hooks import output_hook
+from steering.intervention import Intervention
 
 log = logging.getLogger(__name__)
 MAX_PREFILL_BATCH = 8
@@ -103,7 +104,7 @@ class HuggingFaceEngine:
         intervention, hook_layer = None, len(loaded.decoder.layers) - 1
         if self._checkpoint.artifact is not None:
             hook_layer = self._checkpoint.artifact.config.hook_layer
-            intervention = make_intervention(self._checkpoint.artifact, loaded.model.device)
+            intervention = Intervention(self._checkpoint.artifact, loaded.model.device)
             self._hook.enter_context(output_hook(loaded.decoder.layers[hook_layer], intervention))
         self._runner = BatchRunner(loaded.model, loaded.decoder, intervention, hook_layer)
         self._token_bytes = TokenBytes(self._checkpoint.processor.tokenizer)
@@ -253,6 +254,8 @@ class HuggingFaceEngine:
         wanted = sampler.sampling.top_logprobs
         logprobs = None if wanted is None else self._logprobs(logits_V, token, wanted)
         sequence.append(token, logprobs, self._checkpoint.end_tokens)
+        if sequence.finish_reason:
+            sequence.tally = self._runner.tally(sequence)
         if sequence.request.finished:
             sequence.request.emit(sequence.request.end())
 

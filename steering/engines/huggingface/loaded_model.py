@@ -11,13 +11,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
-from steering.artifact import Artifact
 from steering.engines.checkpoint import Checkpoint, read_checkpoint
 from steering.engines.huggingface.canary import check_canary
 from steering.errors import BadArtifact
-from steering.intervention import Intervention
 from steering.lvlm.decoder_layers import Decoder, find_decoder
-from steering.realignment import Realignment
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,12 +48,3 @@ def load_model(
         report = check_canary(checkpoint.artifact, model, decoder, checkpoint.processor)
         log.info("artifact %s fits the model: canary %s", checkpoint.artifact.config.fingerprint[:12], report)
     return LoadedModel(checkpoint=checkpoint, model=model, decoder=decoder)
-
-
-def make_intervention(artifact: Artifact, device: torch.device) -> Intervention:
-    """What an artifact does at its hook layer, on the model's device."""
-    return Intervention(
-        Realignment(artifact.auxiliary, artifact.sae).to(device),
-        min_text_tokens=artifact.config.min_text_tokens,
-        control_image_MD=artifact.control_image_MD.to(device),
-    )

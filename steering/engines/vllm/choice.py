@@ -14,6 +14,7 @@ from steering.engines.vllm.plugin.wire import WireSteering, cache_salt, wire_ste
 from steering.engines.vllm.tokens import read_logprobs, sampling_params
 from steering.engines.vllm.worker_client import WorkerClient
 from steering.errors import EngineUnavailable, InvalidSteering
+from steering.tally import Tally
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -44,11 +45,10 @@ class ChoiceRunner:
                     await self._generate(request, sequence, f"{name}-again", wire, last_try=True)
             except BaseException:
                 if wire is not None:
-                    self._workers.tell("finish_steering", [name])
+                    self._workers.forget(name)
                 raise
             if wire is not None:
-                (told,) = await self._workers.ask("finish_steering", [name])
-                _take_over(sequence, told)
+                sequence.tally = self._tally(sequence, await self._workers.finish(name))
         except (InvalidSteering, EngineUnavailable):
             raise
         except VLLMValidationError as error:
@@ -94,6 +94,20 @@ class ChoiceRunner:
             raise EngineUnavailable("vLLM ended the request before its first token; try again")
         return False
 
+    def _tally(self, sequence: Sequence, told: dict[str, Any] | None) -> Tally:
+        """What the worker counted, less what it computed ahead, behind the answer's end."""
+        artifact, text_start = self._checkpoint.artifact, sequence.request.spans.text_start
+        if told is None or artifact is None or text_start is None:
+            return Tally()
+        computed = sequence.request.prompt_length + sequence.completion_tokens - 1
+        most = max(0, computed - (text_start + artifact.config.min_text_tokens - 1))
+        return Tally(
+            positions=min(told["positions"], most),
+            relative_shift=told["relative_shift"],
+            visited=told["visited"],
+            visited_text=told["visited_text"],
+        )
+
     def _prompt(self, request: GenerationRequest, sequence: Sequence, wire: WireSteering | None) -> dict[str, Any]:
         text_start, artifact = sequence.request.spans.text_start, self._checkpoint.artifact
         prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
@@ -115,15 +129,6 @@ class ChoiceRunner:
             raise EngineUnavailable(
                 f"vLLM made {len(token_ids)} tokens of a prompt that has {expected} by the checkpoint's processor"
             )
-
-
-def _take_over(sequence: Sequence, told: dict[str, Any] | None) -> None:
-    """What the worker counted, into the state from which the receipt is made."""
-    if told is None:
-        return
-    state = sequence.steering
-    state.positions, state.shift_sum = told["positions"], told["positions"] * told["relative_shift"]
-    state.visited, state.visited_text = told["visited"], told["visited_text"]
 
 
 def _bad_format(why: str) -> InvalidSteering:

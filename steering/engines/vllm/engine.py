@@ -24,7 +24,7 @@ from steering.engines.sequence import RunningRequest
 from steering.engines.text_stream import TokenBytes
 from steering.engines.vllm.canary import check_canary
 from steering.engines.vllm.choice import ChoiceRunner
-from steering.engines.vllm.start import MAX_IMAGES, EngineOptions, Progress, start_vllm
+from steering.engines.vllm.start import MAX_IMAGES, CudaGraphs, EngineOptions, Progress, start_vllm
 from steering.engines.vllm.worker_client import WorkerClient
 from steering.errors import EngineUnavailable, InvalidSteering
 from steering.settings import ResolvedSteering
@@ -61,7 +61,8 @@ class VllmEngine:
         dtype: str = "float32",
         max_batch_size: int = 16,
         max_context_tokens: int | None = None,
-        branches: int = 2,
+        branches: int | None = None,
+        cuda_graphs: CudaGraphs = "full",
         cpu_threads: int = 1,
         kv_cache_gib: float = 1,
         gpu_memory_share: float = 0.9,
@@ -69,8 +70,9 @@ class VllmEngine:
         compile: bool = False,
         vllm_arguments: dict[str, Any] | None = None,
     ) -> None:
-        """`branches` 1 builds no second tail and refuses requests that need one; 2 serves both kinds.
+        """`branches` 1 (default on a GPU) builds no second tail and refuses requests that need one; 2 serves both kinds.
 
+        `cuda_graphs`, on a GPU: 'full' captures decode steps whole, steering included; 'piecewise' leaves it outside.
         `kv_cache_gib` is memory for keys and values on a CPU, `gpu_memory_share` vLLM's share of a GPU (0..1),
         `compile` whether to compile on a CPU (on a GPU always). `vllm_arguments` are further ones of vLLM's engine.
         """
@@ -80,7 +82,8 @@ class VllmEngine:
             device=device,
             dtype=dtype,
             max_batch_size=max_batch_size,
-            branches=branches,
+            branches=branches or (2 if device == "cpu" else 1),
+            cuda_graphs=cuda_graphs,
             cpu_threads=cpu_threads,
             kv_cache_gib=kv_cache_gib,
             gpu_memory_share=gpu_memory_share,

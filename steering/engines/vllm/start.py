@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from steering.engines.checkpoint import Checkpoint
 from steering.engines.vllm.plugin import ARCHITECTURES, TESTED_VLLM
@@ -16,6 +16,7 @@ from steering.engines.vllm.plugin.configuration import CONFIG_KEY, OPERATOR, che
 from steering.errors import BadArtifact, EngineUnavailable
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ MAX_IMAGES = 256
 PLUGIN = "steering.engines.vllm.plugin"
 
 
+CudaGraphs = Literal["full", "piecewise"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """See `VllmEngine`."""
@@ -34,6 +38,7 @@ class EngineOptions:
     dtype: str
     max_batch_size: int
     branches: int
+    cuda_graphs: CudaGraphs
     cpu_threads: int
     kv_cache_gib: float
     gpu_memory_share: float
@@ -73,11 +78,24 @@ def start_vllm(checkpoint: Checkpoint, options: EngineOptions, progress: Progres
     except (ValueError, TypeError, NotImplementedError, AssertionError, OSError) as error:
         raise EngineUnavailable(f"vLLM refuses these settings: {error}", field="engine") from error
     if checkpoint.artifact is not None:
+        if "cudagraph_mode" not in options.vllm_arguments.get("compilation_config", {}):
+            fall_back_to_piecewise(config)
         check_config(config)
     try:
         return AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(progress)])
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineUnavailable(f"vLLM could not start; its log says why ({error})") from error
+
+
+def fall_back_to_piecewise(config: VllmConfig) -> None:
+    """vLLM's first runner tells nobody about the rows of a full graph before it replays one."""
+    from vllm.config import CUDAGraphMode
+
+    compilation = config.compilation_config
+    if compilation.cudagraph_mode and compilation.cudagraph_mode.has_full_cudagraphs():
+        if not config.use_v2_model_runner:
+            log.warning("vLLM takes its first model runner for this model: steering costs piecewise CUDA graphs there")
+            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def check_version() -> None:
@@ -175,7 +193,8 @@ def _steering_arguments(checkpoint: Checkpoint, options: EngineOptions) -> dict[
 
         cache_updates = ["vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update"]
         splitting = [*CompilationConfig._attention_ops, *cache_updates, OPERATOR]
-        arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "splitting_ops": splitting}
+        mode = "FULL_AND_PIECEWISE" if options.cuda_graphs == "full" else "PIECEWISE"
+        arguments["compilation_config"] = {"cudagraph_mode": mode, "splitting_ops": splitting}
     return arguments
 
 

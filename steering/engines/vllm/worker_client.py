@@ -15,23 +15,36 @@ LOOK_EVERY_S = 0.5
 
 
 class WorkerClient:
-    """Calls methods of `vllm_plugin.worker.SteeringWorker` between two of vLLM's steps."""
+    """Calls methods of `plugin.worker.SteeringWorker` between two of vLLM's steps."""
 
     def __init__(self, vllm: AsyncLLM) -> None:
         self._vllm = vllm
         self._closed = False
         self._pending: set[asyncio.Task] = set()
+        self._ended: dict[str, asyncio.Future[dict[str, Any] | None]] = {}
+        """Sequences whose tallies will be asked for at the end of this turn of the event loop."""
 
     def close(self) -> None:
         """The engine is being stopped: no answer will come any more."""
         self._closed = True
+
+    async def finish(self, sequence_id: str) -> dict[str, Any] | None:
+        """What was done to a sequence, which is forgotten thereby; None for one that was not steered at all.
+
+        Sequences that end in the same step are asked about together. Raises EngineUnavailable as `ask`.
+        """
+        return await self._add_ended(sequence_id)
+
+    def forget(self, sequence_id: str) -> None:
+        """As `finish`, where nobody wants to know."""
+        self._add_ended(sequence_id).add_done_callback(_look_at_failure)
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """The first worker's answer. Raises EngineUnavailable when the engine ends before it.
 
         Whoever stops waiting has asked nevertheless.
         """
-        asking = self.tell(method, *arguments)
+        asking = self._keep(asyncio.ensure_future(self._vllm.collective_rpc(method, args=arguments)))
         while not asking.done():
             await asyncio.wait([asking], timeout=LOOK_EVERY_S)
             if not asking.done() and (self._closed or self._vllm.errored):
@@ -41,14 +54,35 @@ class WorkerClient:
             raise EngineUnavailable("the engine has ended; try again later") from asking.exception()
         return asking.result()[0]
 
-    def tell(self, method: str, *arguments: Any) -> asyncio.Task[list[Any]]:
-        """Ask without waiting."""
-        asking = asyncio.ensure_future(self._vllm.collective_rpc(method, args=arguments))
-        self._pending.add(asking)
-        asking.add_done_callback(self._forget)
-        return asking
+    def _add_ended(self, sequence_id: str) -> asyncio.Future[dict[str, Any] | None]:
+        loop = asyncio.get_running_loop()
+        if not self._ended:
+            loop.call_soon(lambda: self._keep(asyncio.ensure_future(self._ask_about_ended())))
+        return self._ended.setdefault(sequence_id, loop.create_future())
 
-    def _forget(self, asked: asyncio.Task) -> None:
-        self._pending.discard(asked)
-        if not asked.cancelled():
-            asked.exception()
+    async def _ask_about_ended(self) -> None:
+        ended, self._ended = self._ended, {}
+        try:
+            told = await self.ask("finish_steering", list(ended))
+        except EngineUnavailable as error:
+            told = [error] * len(ended)
+        for future, one in zip(ended.values(), told, strict=True):
+            if future.cancelled():
+                continue
+            if isinstance(one, EngineUnavailable):
+                future.set_exception(one)
+            else:
+                future.set_result(one)
+
+    def _keep(self, task: asyncio.Task) -> asyncio.Task:
+        """Until it is done; and its failure has been looked at."""
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+        task.add_done_callback(_look_at_failure)
+        return task
+
+
+def _look_at_failure(done: asyncio.Future) -> None:
+    """asyncio complains of one that nobody has looked at."""
+    if not done.cancelled():
+        done.exception()

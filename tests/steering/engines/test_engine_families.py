@@ -183,7 +183,7 @@ async def test_the_library_alone_steers_as_the_engine_does(engine, plain, tiny_f
     assert answer.tokens() == tokens[: len(answer.tokens())]
     for ours, theirs in zip(answer.logprobs(), logits, strict=False):
         torch.testing.assert_close(dense(ours), theirs.log_softmax(-1), atol=1e-4, rtol=0)
-    assert steering.rows[0].positions == answer.end.receipt.positions[0]
+    assert steering.tallies[0].positions == answer.end.receipt.positions[0]
     assert not torch.allclose(logits[0], before_logits[0], atol=1e-2)
     assert before == after
     assert torch.equal(before_logits, after_logits)
@@ -204,7 +204,7 @@ def test_the_library_alone_steers_each_row_of_a_padded_batch(plain, tiny_family_
             made = model.generate(
                 **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
-        return torch.stack(made.logits, dim=1), [row.positions for row in steering.rows]
+        return torch.stack(made.logits, dim=1), [tally.positions for tally in steering.tallies]
 
     together, positions = first_logits([0, 1])
     for row in (0, 1):

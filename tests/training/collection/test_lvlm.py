@@ -105,11 +105,11 @@ def test_steering_pools_the_same_states_on_the_same_prompt(loaded, tmp_path, mon
     found = loaded.representer(layer).represent(loaded.prepare())[f"layer_{layer}"]
     for row, pair in enumerate(PAIRS):
         with steer(loaded.model, artifact, SteeringRequest(strength=1.0)) as steering:
-            seen, realignment = [], steering._intervention.realignment
+            seen, realignment = [], steering._intervention.tables.realignment
             encode = realignment.encode_image
             monkeypatch.setattr(realignment, "encode_image", lambda v, seen=seen, of=encode: seen.append(v) or of(v))
             loaded.model(**loaded.inputs(pair))
-        state = steering.rows[0]
+        state = steering._rows[0]
         assert state.text_sum_D is not None
         torch.testing.assert_close(found.image_BD[row], seen[0][0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.text_BD[row], state.text_sum_D / state.text_count, atol=1e-5, rtol=1e-4)

@@ -1,201 +1,233 @@
-"""Which sequences are in vLLM's batch, and what each row of a step is. Host-side bookkeeping: numpy, no model.
+"""Which sequences are in vLLM's batch, and what each row of a step is. Host-side bookkeeping: numpy, no model, no vLLM.
 
 Both model runners feed it: V1 through a logits processor, V2 through its model state. Sequences are known by the id in
-their parameters, so that one which leaves the batch and comes back (preempted, or not scheduled) keeps its state.
+their parameters, so that one which leaves the batch and comes back (preempted, or not scheduled) keeps its tally.
+
+Shapes: B batch rows, s steered sequences among them, P their positions in this step, N token rows, R steered rows.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from steering.engines.vllm.plugin.pooling import IMAGE, OTHER, TEXT
 from steering.engines.vllm.plugin.wire import WireSteering
 
 log = logging.getLogger(__name__)
+OTHER, IMAGE, TEXT = 0, 1, 2
+"""Token classes: before or between images and of requests that are off; image; text after the last image."""
 MAX_FORGOTTEN = 4096
-"""Sequences kept, those outside the batch for their receipt; the oldest of these are dropped beyond."""
+"""Tallies kept of sequences that have left and whose receipt nobody has asked for."""
+_BOOK = np.dtype(
+    [
+        ("slot", "i4"),  # in the tables on the device; 0: none now
+        ("last_image", "i8"),  # position of the prompt's last image token
+        ("prompt_end", "i8"),  # position of the prompt's last token
+        ("reused", "i8"),  # positions that came steered out of the prefix cache; -1: no step had rows of it yet
+        ("counted", "i8"),  # positions below are counted already; a preempted sequence computes them again
+        ("encoded", "?"),  # its image's code is at its slot
+        ("visited", "?"),  # the hook has seen it
+        ("visited_text", "?"),  # a delta was computed for at least one position, be it zero
+        ("probe", "?"),
+        ("pooled", "?"),  # of a probe: the text's state is known
+        ("two", "?"),  # it has a steered branch of its own
+    ]
+)
+"""What is known of a sequence, by its tally."""
 
 
 @dataclass(kw_only=True, eq=False)
 class SequenceState:
-    """One sequence that is to be steered (or probed)."""
+    """One sequence that is to be steered, or probed; the rest of what is known of it stands in the batch's book."""
 
     wire: WireSteering
-    slot: int
-    """Its row in the tables on the device."""
+    tally: int
+    """Its place in the book, and in the tallies on the device."""
     is_image: np.ndarray
     """[prompt length] bool: image tokens."""
-    last_image: int
-    """Position of the prompt's last image token."""
-    encoded: bool = False
-    """z_v is in the tables."""
-    seen: bool = False
-    """A step had rows of this sequence."""
-    reused: int = 0
-    """Positions that came steered out of the prefix cache."""
-    counted: int = 0
-    """Positions below are counted already; a preempted sequence computes them again."""
-    visited: bool = False
-    """The hook has seen this sequence."""
-    visited_text: bool = False
-    """A delta was computed for at least one position, be it zero."""
-    gone: bool = False
-    """Forgotten: its slot may be another's by now."""
     probe: dict[str, Tensor] = field(default_factory=dict)
     """'probe' only: pooled v and t of the prompt, [D] float32 each."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
-    """What the rows of one forward pass are. N rows, padding included; R of them are steered."""
+    """What the rows of one forward pass are."""
 
     class_N: np.ndarray
-    """Class of each token, for the keys."""
-    asked_N: np.ndarray
-    """Class whose mean each row wants."""
-    image_complete: list[tuple[SequenceState, int]] = field(default_factory=list)
+    """Class of each token."""
+    twin_N: np.ndarray
+    """Slot of each row whose sequence has two branches, else 0."""
+    row_R: np.ndarray
+    slot_R: np.ndarray
+    tally_R: np.ndarray
+    """The rows that are steered, with their sequences' places."""
+    counts_R: np.ndarray
+    """bool: False for a position that was counted before."""
+    twin_R: np.ndarray
+    """bool: the row is steered in its sequence's own branch."""
+    image_complete: list[tuple[SequenceState, int]]
     """Sequences without z_v, with the row that holds their whole v."""
-    image_cached: list[tuple[SequenceState, int]] = field(default_factory=list)
-    """Likewise, but all their image tokens came out of the cache: the row must be asked for IMAGE first."""
-    text_complete: list[tuple[SequenceState, int]] = field(default_factory=list)
+    text_complete: list[tuple[SequenceState, int]]
     """Probed sequences with the row of their prompt's last token."""
-    two_branches: list[tuple[SequenceState, int, int]] = field(default_factory=list)
-    """Sequences with a steered branch of their own, and their rows from, to: that branch attends to all of them."""
-    states: list[SequenceState] = field(default_factory=list)
-    """The sequences with steered rows."""
-    row_R: list[int] = field(default_factory=list)
-    state_R: list[int] = field(default_factory=list)
-    """For each steered row, its sequence's place in `states`."""
-    counts_R: list[bool] = field(default_factory=list)
-    """False for a position that was counted before."""
+    image_cached: list[tuple[SequenceState, int]]
+    text_cached: list[tuple[SequenceState, int]]
+    """Likewise, but all tokens of the class lie in the cache: the row must be asked for it beforehand."""
 
-    def of_branches(self, branches: int) -> list[int]:
-        """Which of the R steered rows belong to sequences of one branch, or of two."""
-        return [index for index, place in enumerate(self.state_R) if self.states[place].wire.branches == branches]
+    @property
+    def two_branches(self) -> bool:
+        """Some sequence has a branch of its own."""
+        return bool(self.twin_N.any())
 
 
 class Batch:
     """The sequences of one worker."""
 
     def __init__(
-        self, image_token_id: int, min_text_tokens: int, *, branches: int = 2, has_control_images: bool = True
+        self,
+        image_token_id: int,
+        min_text_tokens: int,
+        *,
+        max_sequences: int,
+        branches: int = 2,
+        has_control_images: bool = True,
     ) -> None:
+        """`max_sequences` bounds the batch; twice as many can be steered, some of them preempted."""
         self._image_token_id, self._min_text_tokens = image_token_id, min_text_tokens
         self._branches, self._has_control_images = branches, has_control_images
+        self.slots, self.tallies = 2 * max_sequences + 1, MAX_FORGOTTEN + 2 * max_sequences + 1
         self._by_id: dict[str, SequenceState] = {}
-        self._free_slots: list[int] = []
-        self._slots = 0
-        self.rows: list[SequenceState | None] = []
-        """The batch, row by row; None is a request that is off."""
-        self.elsewhere: Collection[SequenceState | None] = ()
-        """Sequences that the runner holds though they are in no row of this step."""
+        self._by_tally: dict[int, SequenceState] = {}
+        self._free_slots, self._free_tallies = list(range(self.slots - 1, 0, -1)), list(range(self.tallies - 1, 0, -1))
+        self.book = np.zeros(self.tallies, _BOOK)
+        self.inside = np.zeros(max_sequences, np.int64)
+        """The runner's requests by its own index: the sequence's tally; 0 for one that is off."""
 
     @property
     def sequences(self) -> int:
-        """Sequences that hold a slot."""
+        """Sequences whose receipt has not been asked for yet."""
         return len(self._by_id)
 
-    def enter(self, wire: WireSteering | None, prompt_token_ids: Rows[int] | None) -> SequenceState | None:
-        """A sequence joins the batch, for the first time or again. None where there is nothing to do for it.
+    def enter(self, index: int, wire: WireSteering | None, prompt_token_ids: Rows[int] | None) -> None:
+        """A request takes the runner's place `index`, for the first time or again.
 
-        An impossible one is not steered, which its receipt and the log tell: this is no place to stop everybody else.
+        One that cannot be steered is left alone, which its receipt and the log tell: this is no place to stop
+        everybody else.
         """
-        if wire is None:
-            return None
-        known = self._by_id.get(wire.id)
-        if known is not None:
-            if known.wire == wire and len(known.is_image) == len(prompt_token_ids or ()):
-                return known
-            log.error("sequence %r is running with other settings; this one is not steered", wire.id)
-            return None
-        if wire.branches > self._branches or (wire.control == "other_image" and not self._has_control_images):
-            log.error("sequence %r asks for what this engine was not started with; it is not steered", wire.id)
-            return None
-        is_image = np.asarray(prompt_token_ids, dtype=np.int64) == self._image_token_id
-        if not is_image.any():
-            return None
-        self._drop_forgotten()
-        state = SequenceState(
-            wire=wire, slot=self._take_slot(), is_image=is_image, last_image=int(np.flatnonzero(is_image)[-1])
-        )
-        self._by_id[wire.id] = state
-        return state
+        self.inside[index] = 0
+        if wire is not None:
+            self.inside[index] = self._admit(wire, prompt_token_ids or ())
 
-    def leave(self, sequence_id: str) -> SequenceState | None:
-        """Forget a sequence for good and free its slot; unknown ids are ignored."""
+    def leave(self, sequence_id: str) -> tuple[SequenceState, np.void] | None:
+        """Forget a sequence for good; what was known of it. None for an unknown one."""
         state = self._by_id.pop(sequence_id, None)
-        if state is not None:
-            state.gone = True
-            self._free_slots.append(state.slot)
-        return state
+        if state is None:
+            return None
+        known = self.book[state.tally].copy()
+        self.inside[self.inside == state.tally] = 0
+        self._give_up_slot(state.tally)
+        self._by_tally.pop(state.tally)
+        self._free_tallies.append(state.tally)
+        return state, known
 
-    def step(self, starts: Rows[int], firsts: Rows[int], padded: int) -> Step | None:
-        """Rows of a pass: `starts` [rows + 1] are first rows, `firsts` [rows] the position of each first row.
+    def step(self, tally_B: np.ndarray, starts: np.ndarray, firsts: np.ndarray) -> Step | None:
+        """Rows of a pass: `starts` [B + 1] are first rows, `firsts` [B] the position of each first row.
 
         None where nobody is steered.
         """
-        if not any(self.rows):
+        place_s = np.flatnonzero(tally_B)
+        if not len(place_s):
             return None
-        step = Step(class_N=np.full(padded, OTHER), asked_N=np.full(padded, IMAGE))
-        for index, state in enumerate(self.rows[: len(firsts)]):
-            if state is not None and not state.gone:
-                self._describe(step, state, int(starts[index]), int(starts[index + 1]), int(firsts[index]))
-        return step
+        tally_s, start_s, first_s = tally_B[place_s], starts[place_s], firsts[place_s]
+        length_s = starts[place_s + 1] - start_s
+        last_s, known = first_s + length_s - 1, self.book[tally_s]
+        steer_from_s = known["last_image"] + self._min_text_tokens
+        unseen_s = known["reused"] < 0
+        self.book["reused"][tally_s[unseen_s]] = np.maximum(0, first_s - steer_from_s)[unseen_s]
 
-    def _describe(self, step: Step, state: SequenceState, start: int, stop: int, first: int) -> None:
-        last = first + stop - start - 1
-        text_from = state.last_image + self._min_text_tokens
-        if not state.seen:
-            state.seen, state.reused = True, max(0, first - text_from)
-        if first > state.last_image:
-            step.class_N[start:stop] = step.asked_N[start:stop] = TEXT
-        else:
-            position = np.arange(first, last + 1)
-            is_text = position > state.last_image
-            is_image = ~is_text & state.is_image[np.minimum(position, len(state.is_image) - 1)]
-            step.class_N[start:stop] = np.where(is_text, TEXT, np.where(is_image, IMAGE, OTHER))
-            step.asked_N[start:stop] = np.where(is_text, TEXT, IMAGE)
-        if not state.encoded and last >= state.last_image:
-            if first <= state.last_image:
-                step.image_complete.append((state, start + state.last_image - first))
-            else:
-                step.image_cached.append((state, start))
-        if state.wire.task == "probe":
-            prompt_end = len(state.is_image) - 1
-            if first <= prompt_end <= last:
-                step.text_complete.append((state, start + prompt_end - first))
-            return
-        if state.wire.branches == 2:
-            step.two_branches.append((state, start, stop))
-        steered_from = max(first, text_from)
-        if steered_from > last:
-            return
-        place = len(step.states)
-        step.states.append(state)
-        step.row_R.extend(range(start + steered_from - first, stop))
-        step.state_R.extend([place] * (last + 1 - steered_from))
-        step.counts_R.extend(position >= state.counted for position in range(steered_from, last + 1))
-        state.counted = max(state.counted, last + 1)
+        of_P = np.repeat(np.arange(len(place_s)), length_s)
+        within_P = np.arange(len(of_P)) - (np.cumsum(length_s) - length_s)[of_P]
+        position_P, row_P = first_s[of_P] + within_P, start_s[of_P] + within_P
+        class_N = np.zeros(int(starts[-1]), np.int32)
+        class_N[row_P] = np.where(position_P > known["last_image"][of_P], TEXT, OTHER)
+        for place in np.flatnonzero(first_s <= known["last_image"]):
+            is_image = self._by_tally[int(tally_s[place])].is_image[first_s[place] : last_s[place] + 1]
+            class_N[start_s[place] : start_s[place] + len(is_image)][is_image] = IMAGE
+        twin_N = np.zeros_like(class_N)
+        twin_N[row_P] = np.where(known["two"], known["slot"], 0)[of_P]
+
+        steered_P = (position_P >= steer_from_s[of_P]) & ~known["probe"][of_P]
+        of_R = of_P[steered_P]
+        self.book["counted"][tally_s] = np.maximum(known["counted"], np.where(known["probe"], 0, last_s + 1))
+        self.book["visited_text"][tally_s[of_R]] = True
+        return Step(
+            class_N=class_N, twin_N=twin_N, row_R=row_P[steered_P], slot_R=known["slot"][of_R],
+            tally_R=tally_s[of_R], counts_R=position_P[steered_P] >= known["counted"][of_R],
+            twin_R=known["two"][of_R], **self._to_learn(tally_s, start_s, first_s, last_s, known),
+        )  # fmt: skip
+
+    def _to_learn(
+        self, tally_s: np.ndarray, start_s: np.ndarray, first_s: np.ndarray, last_s: np.ndarray, known: np.ndarray
+    ) -> dict[str, list[tuple[SequenceState, int]]]:
+        """Whose pooled image and prompt can be read in this step, and where."""
+        image, prompt_end = known["last_image"], known["prompt_end"]
+        wants_image = ~known["encoded"] & (last_s >= image)
+        wants_text = known["probe"] & ~known["pooled"] & (last_s >= prompt_end)
+
+        def those(wanted: np.ndarray, row_s: np.ndarray) -> list[tuple[SequenceState, int]]:
+            return [(self._by_tally[int(tally_s[one])], int(row_s[one])) for one in np.flatnonzero(wanted)]
+
+        return {
+            "image_complete": those(wants_image & (first_s <= image), start_s + image - first_s),
+            "image_cached": those(wants_image & (first_s > image), start_s),
+            "text_complete": those(wants_text & (first_s <= prompt_end), start_s + prompt_end - first_s),
+            "text_cached": those(wants_text & (first_s > prompt_end) & known["encoded"], start_s),
+        }
+
+    def _admit(self, wire: WireSteering, prompt_token_ids: Rows[int]) -> int:
+        """The sequence's tally, 0 where it cannot be steered."""
+        state = self._by_id.get(wire.id)
+        if state is not None and (state.wire != wire or len(state.is_image) != len(prompt_token_ids)):
+            log.error("sequence %r is running with other settings; this one is not steered", wire.id)
+            return 0
+        if wire.branches > self._branches or (wire.control == "other_image" and not self._has_control_images):
+            log.error("sequence %r asks for what this engine was not started with; it is not steered", wire.id)
+            return 0
+        if state is None:
+            is_image = np.asarray(prompt_token_ids, dtype=np.int64) == self._image_token_id
+            if not is_image.any():
+                return 0
+            state = self._open(wire, is_image)
+        if not self.book["slot"][state.tally]:
+            self.book["slot"][state.tally] = self._take_slot()
+        return state.tally
+
+    def _open(self, wire: WireSteering, is_image: np.ndarray) -> SequenceState:
+        if not self._free_tallies:
+            oldest = next(one for one in self._by_id.values() if one.tally not in self.inside)
+            log.warning("nobody asked what was done to sequence %r; it is forgotten", oldest.wire.id)
+            self.leave(oldest.wire.id)
+        state = SequenceState(wire=wire, tally=self._free_tallies.pop(), is_image=is_image)
+        row = self.book[state.tally]
+        row["slot"] = row["counted"] = 0
+        row["encoded"] = row["visited"] = row["visited_text"] = row["pooled"] = False
+        row["last_image"], row["prompt_end"] = np.flatnonzero(is_image)[-1], len(is_image) - 1
+        row["reused"], row["probe"], row["two"] = -1, wire.task == "probe", wire.branches == 2
+        self._by_id[wire.id] = self._by_tally[state.tally] = state
+        return state
 
     def _take_slot(self) -> int:
-        if self._free_slots:
-            return self._free_slots.pop()
-        self._slots += 1
-        return self._slots - 1
+        """A free slot, else that of the first who came among those who have left: its code can be made again."""
+        if not self._free_slots:
+            outside = (one.tally for one in self._by_id.values() if one.tally not in self.inside)
+            self._give_up_slot(next(tally for tally in outside if self.book["slot"][tally]))
+        return self._free_slots.pop()
 
-    def _drop_forgotten(self) -> None:
-        """Who never asks for a receipt must not fill the memory."""
-        if len(self._by_id) < MAX_FORGOTTEN:
-            return
-        present = {id(row) for row in (*self.rows, *self.elsewhere)}
-        for sequence_id, state in list(self._by_id.items()):
-            if id(state) not in present:
-                log.warning("nobody asked what was done to sequence %r; it is forgotten", sequence_id)
-                self.leave(sequence_id)
-                return
+    def _give_up_slot(self, tally: int) -> None:
+        row = self.book[tally]
+        if row["slot"]:
+            self._free_slots.append(int(row["slot"]))
+        row["slot"], row["encoded"] = 0, False

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "vl_sae"
 OPERATOR = "vl_sae::steer"
-"""Our custom operator: opaque to torch.compile, and between CUDA graphs, never inside one."""
+"""Our custom operator: opaque to torch.compile; between piecewise CUDA graphs, inside a full one."""
 
 
 class PluginConfig(BaseModel):
@@ -85,14 +85,16 @@ def _refusals(config: VllmConfig):
 
 
 def graph_refusals(config: VllmConfig, mode: CUDAGraphMode | None):
-    """A graph replays what was captured; our operator must stand between graphs, and runs eagerly there."""
+    """A graph replays what was captured: of decode steps our operator captures all, of others it stands in between."""
     from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
-    from vllm.config import CompilationMode
+    from vllm.config import CompilationMode, CUDAGraphMode
 
     if mode is None or config.device_config.device_type == "cpu":
         return
-    if mode.has_full_cudagraphs():
-        yield Refusal("cudagraph_mode", "a full graph would replay without steering; use 'PIECEWISE' or 'NONE'")
+    if mode.mixed_mode() == CUDAGraphMode.FULL:
+        yield Refusal("cudagraph_mode", "a full graph of a prefill would not learn its image; use FULL_AND_PIECEWISE")
+    if mode.has_full_cudagraphs() and not config.use_v2_model_runner:
+        yield Refusal("cudagraph_mode", "vLLM's first runner would replay without steering; use PIECEWISE")
     if not mode.has_piecewise_cudagraphs():
         return
     if is_breakable_cudagraph_enabled():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,14 @@ from steering.engines.vllm.plugin.batch import Batch
 from steering.engines.vllm.plugin.configuration import check_config, read_config
 from steering.engines.vllm.plugin.pooling import PoolingAttention
 from steering.engines.vllm.plugin.steering_layer import STEERING_LAYER, SteeringLayer
-from steering.engines.vllm.plugin.tables import SlotTables
 from steering.engines.vllm.plugin.twin import TwinTail
 from steering.errors import BadArtifact
 from steering.realignment import Realignment
+from steering.slot_tables import SlotTables
 
+Made = TypeVar("Made")
+MIN_KERNEL_ROWS = 64
+"""Rows that a launch of the kernels takes at least: a prefill has more than a small batch."""
 IMPLAUSIBLE = 1e5
 """Taken off an implausible token's logit. Its probability is then 0 in float32, yet a grammar that allows only
 implausible tokens still has one to choose, which with -inf it had not."""
@@ -39,7 +44,7 @@ class _Steered(nn.Module):
         decoder: Any = language_model.model
         hf_config: Any = vllm_config.model_config.hf_config
         device = next(decoder.parameters()).device
-        artifact, tables = _load_tables(plugin.artifact, device)
+        artifact = _in_float32(lambda: load_artifact(plugin.artifact))
         self._hidden_size = decoder.config.hidden_size
         if artifact.config.fingerprint != plugin.fingerprint:
             raise BadArtifact(f"{plugin.artifact} is not the artifact {plugin.fingerprint} any more", field="artifact")
@@ -56,17 +61,7 @@ class _Steered(nn.Module):
             twin = TwinTail(tail, decoder.norm, vllm_config.cache_config)
         self.vl_sae_attention = nn.ModuleList([*pool.layers, *(twin.attention if twin else [])])
         """Among the model's modules, so that vLLM prepares their caches as it does the base's."""
-        self.steering = SteeringLayer(
-            Batch(
-                hf_config.image_token_id,
-                artifact.config.min_text_tokens,
-                branches=plugin.branches,
-                has_control_images=len(artifact.control_image_MD) > 0,
-            ),
-            tables,
-            pool,
-            twin,
-        )
+        self.steering = _in_float32(lambda: _make_layer(vllm_config, artifact, device, pool, twin))
         vllm_config.compilation_config.static_forward_context[STEERING_LAYER] = self.steering
         hook.__class__ = _steered_class(type(hook))
 
@@ -86,37 +81,60 @@ class _Steered(nn.Module):
         """[M, V]: (1 - gamma) base + gamma steered, without tokens implausible to the base (paper, section 4.2)."""
         base_MD, twin_MD, blend_M2 = self.steering.split(hidden_states, self._hidden_size)
         base_MV = super().compute_logits(base_MD)  # pyright: ignore[reportAttributeAccessIssue]
-        if twin_MD is None or blend_M2 is None:
+        if twin_MD is None or blend_M2 is None or not self.steering.blends:
             return base_MV
-        two = ((blend_M2[:, 0] != 0) | (blend_M2[:, 1] > -torch.inf)).nonzero()[:, 0]
-        if not len(two):
-            return base_MV
-        steered_TV = super().compute_logits(twin_MD[two])  # pyright: ignore[reportAttributeAccessIssue]
-        if base_MV is None:
-            return None
-        blended_MV = base_MV.float()
-        blended_MV[two] = _blend(blended_MV[two], steered_TV.float(), *blend_M2[two].split(1, dim=1))
-        return blended_MV
+        steered_MV = super().compute_logits(twin_MD)  # pyright: ignore[reportAttributeAccessIssue]
+        return None if base_MV is None else _blend(base_MV.float(), steered_MV.float(), *blend_M2.split(1, dim=1))
 
 
-def _blend(base_TV: Tensor, steered_TV: Tensor, gamma_T1: Tensor, log_plausibility_T1: Tensor) -> Tensor:
-    blended_TV = (1 - gamma_T1) * base_TV + gamma_T1 * steered_TV
-    floor_T1 = base_TV.amax(1, keepdim=True) + log_plausibility_T1
-    return torch.where(base_TV < floor_T1, blended_TV - IMPLAUSIBLE, blended_TV)
+def _blend(base_MV: Tensor, steered_MV: Tensor, gamma_M1: Tensor, log_plausibility_M1: Tensor) -> Tensor:
+    """Rows of one branch, gamma 0 and log(plausibility) -inf, keep the base's bits."""
+    blended_MV = (1 - gamma_M1) * base_MV + gamma_M1 * steered_MV
+    floor_M1 = base_MV.amax(1, keepdim=True) + log_plausibility_M1
+    blended_MV = torch.where(base_MV < floor_M1, blended_MV - IMPLAUSIBLE, blended_MV)
+    return torch.where((gamma_M1 != 0) | (log_plausibility_M1 > -torch.inf), blended_MV, base_MV)
 
 
-def _load_tables(path: str, device: torch.device) -> tuple[Artifact, SlotTables]:
-    """In float32, whatever dtype and device vLLM has made the default while it builds a model."""
+def _make_layer(
+    vllm_config: VllmConfig, artifact: Artifact, device: torch.device, pool: PoolingAttention, twin: TwinTail | None
+) -> SteeringLayer:
+    """All that it will ever need is allocated here, where vLLM counts it as the model's memory."""
+    scheduler, config = vllm_config.scheduler_config, artifact.config
+    batch = Batch(
+        vllm_config.model_config.hf_config.image_token_id,
+        config.min_text_tokens,
+        max_sequences=scheduler.max_num_seqs,
+        branches=1 if twin is None else 2,
+        has_control_images=len(artifact.control_image_MD) > 0,
+    )
+    realignment = Realignment(artifact.auxiliary, artifact.sae, device)
+    tables = SlotTables(
+        realignment, artifact.control_image_MD, slots=batch.slots, tallies=batch.tallies, device=device
+    )  # fmt: skip
+    kernels = None
+    if triton_runs(device):
+        from steering.kernels import RealignKernels
+
+        kernels = RealignKernels(realignment, capacity=max(MIN_KERNEL_ROWS, scheduler.max_num_seqs))
+    return SteeringLayer(
+        batch, tables, pool, twin, kernels=kernels, max_token_rows=scheduler.max_num_batched_tokens
+    )  # fmt: skip
+
+
+def triton_runs(device: torch.device) -> bool:
+    """On a GPU; on a CPU only interpreted, which is for tests."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _in_float32(make: Callable[[], Made]) -> Made:
+    """Whatever dtype and device vLLM has made the default while it builds a model."""
     model_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):
-            artifact = load_artifact(path)
-            realignment = Realignment(artifact.auxiliary, artifact.sae)
-        tables = SlotTables(realignment.to(device), artifact.control_image_MD.to(device), device)
+            return make()
     finally:
         torch.set_default_dtype(model_dtype)
-    return artifact, tables
 
 
 def _steered_class(base: type[Any]) -> type:

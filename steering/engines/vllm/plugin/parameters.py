@@ -15,7 +15,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as FirstRunnerProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SecondRunnerProcessor
 
-from steering.engines.vllm.plugin.batch import Batch, SequenceState
+from steering.engines.vllm.plugin.batch import Batch
 from steering.engines.vllm.plugin.steering_layer import STEERING_LAYER
 from steering.engines.vllm.plugin.wire import parse_extra_args
 from steering.errors import InvalidSteering
@@ -40,17 +40,15 @@ class SteeringParameters(FirstRunnerProcessor, SecondRunnerProcessor):
         if batch_update is None:
             return
         batch: Batch = self._layers[STEERING_LAYER].batch
-        rows: dict[int, SequenceState | None] = dict(enumerate(batch.rows))
+        inside = batch.inside
         for index in batch_update.removed:
-            rows.pop(index, None)
+            inside[index] = 0
         for index, parameters, prompt, _output in batch_update.added:
-            rows[index] = batch.enter(parse_extra_args(parameters.extra_args), prompt)
+            batch.enter(index, parse_extra_args(parameters.extra_args), prompt)
         for source, target, direction in batch_update.moved:
-            moved, displaced = rows.pop(source, None), rows.pop(target, None)
-            rows[target] = moved
-            if direction == MoveDirectionality.SWAP:
-                rows[source] = displaced
-        batch.rows = [rows.get(index) for index in range(batch_update.batch_size)]
+            displaced = inside[target] if direction == MoveDirectionality.SWAP else 0
+            inside[target], inside[source] = inside[source], displaced
+        inside[batch_update.batch_size :] = 0
 
     def is_argmax_invariant(self) -> bool:
         return True

@@ -19,8 +19,8 @@ from vllm.config import CacheConfig
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.attention import Attention
 
-OTHER, IMAGE, TEXT = 0, 1, 2
-"""Token classes: before or between images and of requests that are off; image; text after the last image."""
+from steering.engines.vllm.plugin.batch import IMAGE, TEXT
+
 MIN_EXPONENT = 128
 """exp(-128) is 0 in float32."""
 
@@ -49,8 +49,12 @@ class PoolingAttention(nn.Module):
         self._heads, self._kv_heads, self._head_size = base.num_heads, base.num_kv_heads, base.head_size
         self._width = self._kv_heads * self._head_size
         scale = base.impl.scale
-        self._sharpness = 2.0 ** math.ceil(math.log2(math.sqrt(MIN_EXPONENT / scale)))
+        sharpness = 2.0 ** math.ceil(math.log2(math.sqrt(MIN_EXPONENT / scale)))
         """Length c of keys and queries, a power of two, so that it is exact in every dtype; c^2 * scale >= 128."""
+        one_hot = torch.zeros(3, self._head_size)
+        one_hot[IMAGE, 0] = one_hot[TEXT, 1] = sharpness
+        self._key_3P, self._query_3Q = one_hot.repeat(1, self._kv_heads), one_hot.repeat(1, self._heads)
+        """By class, for all heads: c at the class's place; zero for OTHER."""
         self.layers = nn.ModuleList(
             Attention(
                 base.num_heads,
@@ -64,6 +68,11 @@ class PoolingAttention(nn.Module):
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the states that are pooled."""
+        return self._key_3P.dtype
+
+    @property
     def first_layer_name(self) -> str:
         return f"{self._prefix}.vl_sae_pool_0"
 
@@ -72,23 +81,17 @@ class PoolingAttention(nn.Module):
 
         `class_N` holds each token's own class. A row whose class has no token yet gets a finite mean of something else.
         """
-        keys_NP = self._one_hot(class_N, self._kv_heads).to(stream_ND.dtype)
-        query_NQ = self._one_hot(asked_N, self._heads).to(stream_ND.dtype)
+        keys_NP, query_NQ = self._key_3P[class_N], self._query_3Q[asked_N]
         mine = stream_ND[:, self._rank * self._columns : (self._rank + 1) * self._columns]
-        padded = F.pad(mine, (0, len(self.layers) * self._width - mine.shape[1]))
+        missing = len(self.layers) * self._width - mine.shape[1]
+        padded = F.pad(mine, (0, missing)) if missing else mine
         parts = []
         for index, layer in enumerate(self.layers):
             values_NP = padded[:, index * self._width : (index + 1) * self._width].contiguous()
             pooled_NQ = layer(query_NQ, keys_NP, values_NP)
             per_head = pooled_NQ.view(-1, self._kv_heads, self._heads // self._kv_heads, self._head_size)
             parts.append(per_head[:, :, 0].reshape(-1, self._width))
-        pooled = torch.cat(parts, dim=1)[:, : self._columns]
+        pooled = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])[:, : self._columns]
         if self._ranks > 1:
             pooled = tensor_model_parallel_all_gather(pooled.contiguous(), dim=1)
         return pooled[:, : self._hidden_size]
-
-    def _one_hot(self, class_N: Tensor, heads: int) -> Tensor:
-        """[N, heads * head_size]: per head, c at the class's place; zero for OTHER."""
-        places = torch.zeros(3, self._head_size, device=class_N.device)
-        places[IMAGE, 0] = places[TEXT, 1] = self._sharpness
-        return places.repeat(1, heads)[class_N]

@@ -1,44 +1,92 @@
-"""What happens after the hook layer inside vLLM: pool, encode, steer in place or in the twin. Runs eagerly, always.
+"""What happens after the hook layer inside vLLM: pool, learn images, steer in place or in the twin.
 
-torch.compile sees one opaque operator, and CUDA graphs end before it (`configuration.OPERATOR`); so this code may look
-at the batch on the host and skip everything where nobody is steered.
+torch.compile sees one opaque operator. Between CUDA graphs it runs eagerly and may look at the step on the host. Inside
+a full graph it is captured once, for a step about which nothing is known: there it reads the plan on the device only.
 
 Shapes: N rows of this step (padding included), R steered rows, D hidden size.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
-from steering.engines.vllm.plugin.batch import Batch, SequenceState, Step
+from steering.engines.vllm.plugin.batch import IMAGE, TEXT, Batch, SequenceState, Step
 from steering.engines.vllm.plugin.configuration import OPERATOR
-from steering.engines.vllm.plugin.pooling import IMAGE, PoolingAttention
-from steering.engines.vllm.plugin.tables import SlotTables
+from steering.engines.vllm.plugin.plan import Plan
+from steering.engines.vllm.plugin.pooling import PoolingAttention
 from steering.engines.vllm.plugin.twin import TwinTail
+from steering.slot_tables import GAMMA, SlotTables
+
+if TYPE_CHECKING:
+    from steering.kernels import RealignKernels
 
 STEERING_LAYER = "vl_sae_steering"
 """Our key among the engine's layers; by it the operator, the logits processor and the worker find this object."""
-NO_BLEND = (0.0, -math.inf)
-"""gamma and log(plausibility) with which the base branch's logits stay as they are."""
+
+
+class Stream(NamedTuple):
+    """A residual stream, which is the sum of two tensors [N, D]."""
+
+    hidden: Tensor
+    residual: Tensor
 
 
 class SteeringLayer:
     """One per worker. Not a module: it has no parameter that a checkpoint could hold."""
 
-    def __init__(self, batch: Batch, tables: SlotTables, pool: PoolingAttention, twin: TwinTail | None) -> None:
+    def __init__(
+        self, batch: Batch, tables: SlotTables, pool: PoolingAttention, twin: TwinTail | None, *,
+        kernels: RealignKernels | None, max_token_rows: int,
+    ) -> None:  # fmt: skip
         self.batch, self.tables, self.pool, self.twin = batch, tables, pool, twin
+        self._kernels = kernels
+        """Where Triton runs; elsewhere the step is plain torch."""
+        self._plan = Plan(max_token_rows, tables.device)
         self.attached = True
         """False: the hook is off, and receipts will tell."""
-        self.step_rows: tuple[Any, Any] | None = None
-        """V2 runner: first rows [rows + 1] and first positions [rows] of the coming step, on the host."""
+        self.announced = False
+        """The runner announces its steps (V2); the operator finds out by itself where it does not (V1)."""
+        self.capturing = False
+        """The passes to come are captured, or warm up for it: nothing is known of their rows."""
+        self._step: Step | None = None
+        self.blends = True
+        """The coming logits may belong to two branches; false lets them alone without a look at the device."""
         self._twin_ND: Tensor | None = None
         """The steered branch after the final norm, where this step has one."""
         self._blend_N2: Tensor | None = None
+
+    # -- before the forward pass ----------------------------------------------------------------------------------
+
+    def announce(self, step: Step | None, token_rows: int) -> None:
+        """What the coming pass is, padded to `token_rows`. Does not wait for the device."""
+        self._step = step if self.attached else None
+        self.blends = self._step is not None and self._step.two_branches
+        self._plan.fill(self._step, token_rows)
+
+    def describe(self, tally_B: np.ndarray, starts: np.ndarray, firsts: np.ndarray) -> Step | None:
+        """See `Batch.step`; None where steering is off, too."""
+        return self.batch.step(tally_B, starts, firsts) if self.attached else None
+
+    def recall(self, step: Step, token_rows: int) -> None:
+        """Learn what only cached tokens tell, through the pooling layers, inside a forward context.
+
+        The current rows take part as tokens of no class; the pass itself writes them anew.
+        """
+        wanted = [*((IMAGE, row) for _, row in step.image_cached), *((TEXT, row) for _, row in step.text_cached)]
+        if not wanted:
+            return
+        device, weight = self.tables.device, self.pool.dtype
+        class_N = torch.zeros(token_rows, dtype=torch.int32, device=device)
+        asked_N = torch.full_like(class_N, IMAGE)
+        for asked, row in wanted:
+            asked_N[row] = asked
+        nothing_ND = torch.zeros(token_rows, self.tables.realignment.hidden_size, dtype=weight, device=device)
+        self._learn(step.image_cached, step.text_cached, self.pool(nothing_ND, class_N, asked_N))
 
     # -- in the forward pass --------------------------------------------------------------------------------------
 
@@ -49,23 +97,14 @@ class SteeringLayer:
     def steer(self, hidden_ND: Tensor, residual_ND: Tensor, positions: Tensor) -> None:
         """Change a pass in place; the residual stream is `hidden + residual`. Rows that are off keep their bits."""
         metadata: Any = get_forward_context().attn_metadata
+        stream = Stream(hidden_ND, residual_ND)
         if metadata is None:
-            self._rehearse(hidden_ND, residual_ND, positions)
+            self._rehearse(stream, positions)
             return
-        step = self._describe(metadata, len(hidden_ND)) if self.attached else None
-        if step is None:
-            return
-        stream_ND = hidden_ND + residual_ND
-        mean_ND = self._pool(step, stream_ND)
-        row_R = torch.tensor(step.row_R, device=stream_ND.device, dtype=torch.int64)
-        moved_RD = self._steered(step, row_R, stream_ND, mean_ND)
-        if not step.two_branches:
-            _move(hidden_ND, residual_ND, row_R, moved_RD)
-            return
-        of_one = torch.tensor(step.of_branches(1), device=row_R.device, dtype=torch.int64)
-        of_two = torch.tensor(step.of_branches(2), device=row_R.device, dtype=torch.int64)
-        self._run_twin(step, row_R[of_two], moved_RD[of_two], hidden_ND, residual_ND, positions)
-        _move(hidden_ND, residual_ND, row_R[of_one], moved_RD[of_one])
+        if not self.announced:
+            self._announce_by_metadata(metadata, len(hidden_ND))
+        if self._step is not None or self.capturing:
+            self._change(stream, positions, None if self.capturing else self._step)
 
     def join(self, hidden_ND: Tensor) -> Tensor:
         """After the tail: [N, D], or with the steered branch and its settings beside, if this step has one."""
@@ -78,96 +117,120 @@ class SteeringLayer:
         if joined_MW.shape[1] == hidden_size:
             return joined_MW, None, None
         base, twin, values = joined_MW.tensor_split([hidden_size, 2 * hidden_size], dim=1)
-        return base.contiguous(), twin, values.contiguous().view(torch.float32)
+        return base.contiguous(), twin.contiguous(), values.contiguous().view(torch.float32)
 
-    def _describe(self, metadata: Any, padded: int) -> Step | None:
-        if self.step_rows is not None:
-            return self.batch.step(*self.step_rows, padded)
-        if not any(self.batch.rows):
-            return None
-        of_pool = metadata[self.pool.first_layer_name]
-        rows = len(self.batch.rows)
-        starts = of_pool.query_start_loc[: rows + 1].cpu().numpy()
-        firsts = of_pool.seq_lens[:rows].cpu().numpy() - (starts[1:] - starts[:-1])
-        return self.batch.step(starts, firsts, padded)
+    def _announce_by_metadata(self, metadata: Any, token_rows: int) -> None:
+        """V1 runner: row i of the batch is place i; how far each sequence is, the attention's metadata says."""
+        tally_B, step = self.batch.inside, None
+        if tally_B.any():
+            of_pool = metadata[self.pool.first_layer_name]
+            rows = len(of_pool.query_start_loc) - 1
+            starts = of_pool.query_start_loc.cpu().numpy()
+            firsts = of_pool.seq_lens[:rows].cpu().numpy() - (starts[1:] - starts[:-1])
+            step = self.describe(tally_B[:rows], starts, firsts)
+        self.announce(step, token_rows)
+        if step is not None:
+            self.recall(step, token_rows)
 
-    def _pool(self, step: Step, stream_ND: Tensor) -> Tensor:
-        """Means [N, D]; on the way, encode the images that became known and keep what probes ask for."""
-        device = stream_ND.device
-        class_N, asked_N = torch.from_numpy(step.class_N).to(device), torch.from_numpy(step.asked_N).to(device)
-        if step.image_cached:
-            image_ND = self.pool(stream_ND, class_N, torch.full_like(asked_N, IMAGE))
-            self._encode(step.image_cached, image_ND)
+    def _change(self, stream: Stream, positions: Tensor, step: Step | None) -> None:
+        """`step` is None while a graph is captured: then all is done that any step may need, as the plan says."""
+        count = len(stream.hidden)
+        class_N = self._plan.class_of(count)
+        asked_N = torch.where(class_N == TEXT, TEXT, IMAGE)
+        stream_ND = stream.hidden + stream.residual
         mean_ND = self.pool(stream_ND, class_N, asked_N)
-        self._encode(step.image_complete, mean_ND)
-        for state, row in step.text_complete:
-            state.probe["text"] = mean_ND[row].float()
-        return mean_ND
+        if step is not None:
+            self._learn(step.image_complete, step.text_complete, mean_ND)
+        twin = None
+        if self.twin is not None and (step is None or step.two_branches):
+            twin = Stream(stream.hidden.clone(), stream.residual.clone())
+        self._steer_rows(count if step is None else len(step.row_R), stream_ND, mean_ND, stream, twin)
+        if twin is not None:
+            self._run_twin(twin, positions, self._plan.twin_slot_of(count))
 
-    def _encode(self, known: list[tuple[SequenceState, int]], mean_ND: Tensor) -> None:
-        for state, row in known:
-            image_D = mean_ND[row].float()
-            state.encoded = state.visited = True
-            if state.wire.task == "probe":
-                state.probe["image"] = image_D
-            else:
-                self.tables.set_image(state, image_D)
-
-    def _steered(self, step: Step, row_R: Tensor, stream_ND: Tensor, mean_ND: Tensor) -> Tensor:
-        """What the steered rows become, [R, D] in the stream's dtype."""
-        if not step.states:
-            return stream_ND[row_R]
-        stream_RD = stream_ND[row_R].float()
-        delta_RD = self.tables.delta(step, mean_ND[row_R].float())
-        self.tables.tally(step, stream_RD, delta_RD)
-        for state in step.states:
-            state.visited_text = True
-        return (stream_RD + delta_RD).to(stream_ND.dtype)
-
-    def _run_twin(
-        self, step: Step, row_R: Tensor, moved_RD: Tensor, hidden_ND: Tensor, residual_ND: Tensor, positions: Tensor
+    def _learn(
+        self, images: list[tuple[SequenceState, int]], texts: list[tuple[SequenceState, int]], mean_ND: Tensor
     ) -> None:
-        assert self.twin is not None, "an engine without a twin refuses such requests"
-        hidden_ND, residual_ND = hidden_ND.clone(), residual_ND.clone()
-        _move(hidden_ND, residual_ND, row_R, moved_RD)
-        self._twin_ND = self.twin(positions, hidden_ND, residual_ND)
-        blend = [NO_BLEND] * len(hidden_ND)
-        for state, start, stop in step.two_branches:
-            blend[start:stop] = [state.wire.blend] * (stop - start)
-        self._blend_N2 = torch.tensor(blend, device=hidden_ND.device, dtype=torch.float32)
+        """Rows of `mean_ND` hold images and prompts that were unknown: encode those, keep what probes ask for."""
+        book = self.batch.book
+        steered = [(state, row) for state, row in images if state.wire.task == "steer"]
+        if steered:
+            states, rows = zip(*steered, strict=True)
+            tallies = [state.tally for state in states]
+            self.tables.set_images(
+                [int(slot) for slot in book["slot"][tallies]],
+                [state.wire for state in states],
+                mean_ND[self.tables.send(list(rows), torch.int64)].float(),
+                new_tallies=[tally for tally in tallies if not book["visited"][tally]],
+            )
+        for what, learned, flag in (("image", images, "encoded"), ("text", texts, "pooled")):
+            for state, row in learned:
+                if state.wire.task == "probe":
+                    state.probe[what] = mean_ND[row].float()
+                book[flag][state.tally] = book["visited"][state.tally] = True
 
-    def _rehearse(self, hidden_ND: Tensor, residual_ND: Tensor, positions: Tensor) -> None:
+    def _steer_rows(self, bound: int, stream_ND: Tensor, mean_ND: Tensor, base: Stream, twin: Stream | None) -> None:
+        """Steer the plan's entries, at most `bound`, each in the branch that its flag names."""
+        if self._kernels is not None:
+            outputs = (*base, *(twin or base))
+            for first in range(0, bound, self._kernels.capacity):
+                self._kernels(self._plan.table, bound, mean_ND, *outputs, self.tables, first=first)
+            return
+        row_R, rows, in_twin_R1 = self._plan.entries(bound)
+        moved_RD = self.tables.step(rows, stream_ND[row_R], mean_ND[row_R])
+        base.hidden[row_R] = torch.where(in_twin_R1, base.hidden[row_R], 0)
+        base.residual[row_R] = torch.where(in_twin_R1, base.residual[row_R], moved_RD)
+        if twin is not None:
+            twin.hidden[row_R], twin.residual[row_R] = 0, moved_RD
+
+    def _run_twin(self, twin: Stream, positions: Tensor, slot_N: Tensor) -> None:
+        assert self.twin is not None
+        self._twin_ND = self.twin(positions, *twin)
+        self._blend_N2 = self.tables.settings_M8[slot_N][:, GAMMA:]
+
+    def _rehearse(self, stream: Stream, positions: Tensor) -> None:
         """A pass without requests, in which vLLM measures memory: do all that a real one may do, and change nothing."""
-        stream_ND = hidden_ND + residual_ND
-        classes_N = torch.full((len(stream_ND),), IMAGE, device=stream_ND.device)
-        mean_ND = self.pool(stream_ND, classes_N, classes_N).float()
-        self.tables.rehearse(mean_ND)
+        class_N = torch.full((len(stream.hidden),), IMAGE, dtype=torch.int32, device=stream.hidden.device)
+        mean_ND = self.pool(stream.hidden + stream.residual, class_N, class_N)
+        if self._kernels is None:
+            self.tables.delta(mean_ND.float(), torch.zeros_like(class_N, dtype=torch.int64))
         if self.twin is not None:
-            self._twin_ND = self.twin(positions, hidden_ND.clone(), residual_ND.clone())
-            nobody_12 = torch.tensor([NO_BLEND], device=hidden_ND.device, dtype=torch.float32)
-            self._blend_N2 = nobody_12.repeat(len(hidden_ND), 1)
+            self._run_twin(Stream(stream.hidden.clone(), stream.residual.clone()), positions, torch.zeros_like(class_N))
+            self.blends = True
 
     # -- for the worker -------------------------------------------------------------------------------------------
 
-    def finish(self, sequence_id: str) -> dict[str, Any] | None:
-        """What was done to a sequence, which is thereby forgotten; None for an unknown one."""
-        state = self.batch.leave(sequence_id)
-        if state is None:
-            return None
-        computed, shift_sum = self.tables.counted(state.slot) if state.encoded else (0, 0.0)
-        return {
-            "positions": computed + state.reused if computed else 0,
-            "relative_shift": shift_sum / computed if computed else 0.0,
-            "visited": state.visited,
-            "visited_text": state.visited_text,
-            "probe": {name: value.tolist() for name, value in state.probe.items()},
-        }
+    def finish(self, sequence_ids: list[str]) -> list[dict[str, Any] | None]:
+        """What was done to sequences, which are forgotten thereby; None for an unknown one.
+
+        Their last tokens have reached whoever asks, so their tallies are complete and nothing need be waited for.
+        """
+        left = [self.batch.leave(sequence_id) for sequence_id in sequence_ids]
+        tally_T2 = self._read_tallies() if any(left) else None
+        return [None if one is None else _told(*one, tally_T2) for one in left]
+
+    def _read_tallies(self) -> Tensor:
+        """[T, 2] on the host. The steps that are running meanwhile go on."""
+        table_T2 = self.tables.tally_T2
+        if table_T2.device.type != "cuda":
+            return table_T2
+        aside = torch.cuda.Stream(table_T2.device)
+        with torch.cuda.stream(aside):
+            read_T2 = torch.empty(table_T2.shape, pin_memory=True, device="cpu", dtype=table_T2.dtype)
+            read_T2.copy_(table_T2, non_blocking=True)
+        aside.synchronize()
+        return read_T2
 
 
-def _move(hidden_ND: Tensor, residual_ND: Tensor, row_R: Tensor, moved_RD: Tensor) -> None:
-    """Make `hidden + residual` of some rows what was steered, to the bit."""
-    hidden_ND[row_R] = 0
-    residual_ND[row_R] = moved_RD
+def _told(state: SequenceState, known: np.void, tally_T2: Tensor | None) -> dict[str, Any]:
+    computed, shift_sum = tally_T2[state.tally].tolist() if tally_T2 is not None and known["visited"] else (0, 0.0)
+    return {
+        "positions": int(computed + max(0, known["reused"])) if computed else 0,
+        "relative_shift": shift_sum / computed if computed else 0.0,
+        "visited": bool(known["visited"]),
+        "visited_text": bool(known["visited_text"]),
+        "probe": {name: value.tolist() for name, value in state.probe.items()},
+    }
 
 
 @torch.library.custom_op(OPERATOR, mutates_args=("hidden_ND", "residual_ND"))

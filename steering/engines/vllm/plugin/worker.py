@@ -15,7 +15,7 @@ class SteeringWorker:
 
     def finish_steering(self, sequence_ids: list[str]) -> list[dict[str, Any] | None]:
         """Per sequence: positions, relative_shift, visited, visited_text, probe. It is forgotten thereby."""
-        return [self._layer().finish(sequence_id) for sequence_id in sequence_ids]
+        return self._layer().finish(sequence_ids)
 
     def detach_steering(self) -> None:
         """Take steering off the model; receipts then say `hook_detached`."""

@@ -6,9 +6,10 @@ import torch
 
 from steering.engines.base import GenerationRequest, Sampling
 from steering.engines.huggingface.batch_runner import BatchRunner
-from steering.engines.huggingface.loaded_model import load_model, make_intervention
+from steering.engines.huggingface.loaded_model import load_model
 from steering.engines.preparation import prepare_with_pixels
 from steering.hooks import output_hook
+from steering.intervention import Intervention
 from steering.request import SteeringRequest, merge_sources
 from tests.tiny_models import drawn_image
 
@@ -49,7 +50,7 @@ def test_an_off_row_has_the_plain_model_s_logits_bit_for_bit(tiny_llava, tiny_ar
 
     loaded = load_model(str(tiny_llava), tiny_artifact, "cpu", "float32", None)
     assert loaded.checkpoint.artifact is not None
-    intervention = make_intervention(loaded.checkpoint.artifact, loaded.model.device)
+    intervention = Intervention(loaded.checkpoint.artifact, loaded.model.device)
     runner = BatchRunner(loaded.model, loaded.decoder, intervention, loaded.checkpoint.artifact.config.hook_layer)
     with output_hook(loaded.decoder.layers[loaded.checkpoint.artifact.config.hook_layer], intervention):
         beside_off = logits_of_first(loaded, runner, [off] * 4)
@@ -66,7 +67,7 @@ def test_image_positions_are_left_alone(tiny_llava, tiny_artifact):
     loaded = load_model(str(tiny_llava), tiny_artifact, "cpu", "float32", None)
     assert loaded.checkpoint.artifact is not None
     layer, seen = loaded.checkpoint.artifact.config.hook_layer, {}
-    intervention = make_intervention(loaded.checkpoint.artifact, loaded.model.device)
+    intervention = Intervention(loaded.checkpoint.artifact, loaded.model.device)
 
     def watch(hidden: torch.Tensor) -> torch.Tensor:
         seen["steered"] = intervention(hidden)

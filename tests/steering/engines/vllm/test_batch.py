@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 
 from steering.engines.vllm.plugin import batch as batch_module
-from steering.engines.vllm.plugin.batch import Batch
-from steering.engines.vllm.plugin.pooling import IMAGE, OTHER, TEXT
+from steering.engines.vllm.plugin.batch import IMAGE, OTHER, TEXT, Batch, Step
 from steering.engines.vllm.plugin.wire import WireSteering
 
 PICTURE = 99
@@ -15,138 +17,230 @@ PROMPT = [1, 2, PICTURE, PICTURE, 3, PICTURE, 4, 5]
 CLASSES = [OTHER, OTHER, IMAGE, IMAGE, OTHER, IMAGE, TEXT, TEXT]
 
 
-def batch_with(*sequences: tuple[str, list[int]], min_text_tokens: int = 1, **settings) -> Batch:
-    batch = Batch(PICTURE, min_text_tokens)
-    batch.rows = [batch.enter(WireSteering(id=name, scale=1.0, **settings), prompt) for name, prompt in sequences]
+def batch_with(*names: str, min_text_tokens: int = 1, max_sequences: int = 8, **settings) -> Batch:
+    batch = Batch(PICTURE, min_text_tokens, max_sequences=max_sequences)
+    for index, name in enumerate(names):
+        batch.enter(index, WireSteering(id=name, scale=1.0, **settings), PROMPT)
     return batch
 
 
-def steered(step) -> list[int]:
-    return [] if step is None else step.row_R
+def step(batch: Batch, starts: list[int], firsts: list[int], places: list[int] | None = None) -> Step | None:
+    """The runner's rows are its places 0, 1, ... unless named."""
+    tallies = batch.inside[list(range(len(firsts))) if places is None else places]
+    return batch.step(tallies, np.array(starts), np.array(firsts))
+
+
+def steered(described: Step | None) -> list[int]:
+    return [] if described is None else described.row_R.tolist()
+
+
+def named(learned) -> list[tuple[str, int]]:
+    return [(state.wire.id, row) for state, row in learned]
+
+
+def mark_encoded(batch: Batch, name: str = "a") -> None:
+    """As the layer does once it has encoded the image."""
+    batch.book["encoded"][batch._by_id[name].tally] = True
 
 
 def test_a_whole_prompt():
-    step = batch_with(("a", PROMPT)).step([0, 8], [0], 10)
-    assert step is not None
-    assert step.class_N.tolist() == [*CLASSES, OTHER, OTHER]
-    assert step.asked_N.tolist()[:8] == [IMAGE] * 6 + [TEXT] * 2
-    assert [(state.wire.id, row) for state, row in step.image_complete] == [("a", 5)]
-    assert step.row_R == [6, 7]
+    whole = step(batch_with("a"), [0, 8], [0])
+    assert whole is not None
+    assert whole.class_N.tolist() == CLASSES
+    assert named(whole.image_complete) == [("a", 5)]
+    assert steered(whole) == [6, 7]
+    assert not whole.two_branches
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
 def test_a_prompt_in_two_chunks_is_the_same_prompt(cut):
-    batch = batch_with(("a", PROMPT))
-    first, second = batch.step([0, cut], [0], cut), batch.step([0, 8 - cut], [cut], 8 - cut)
+    batch = batch_with("a")
+    first, second = step(batch, [0, cut], [0]), step(batch, [0, 8 - cut], [cut])
     assert first is not None
     assert second is not None
-    assert first.class_N.tolist() + second.class_N.tolist() == CLASSES
+    assert [*first.class_N, *second.class_N] == CLASSES
     assert steered(first) + [cut + row for row in steered(second)] == [6, 7]
     known = [row for _, row in first.image_complete] + [cut + row for _, row in second.image_complete]
     assert known[:1] == [5]
 
 
 def test_a_prefix_out_of_the_cache_beyond_the_images():
-    step = batch_with(("a", PROMPT)).step([0, 1], [7], 1)
-    assert step is not None
-    assert [(state.wire.id, row) for state, row in step.image_cached] == [("a", 0)]
-    assert step.image_complete == []
-    assert step.row_R == [0]
+    batch = batch_with("a")
+    cached = step(batch, [0, 1], [7])
+    assert cached is not None
+    assert (named(cached.image_cached), cached.image_complete) == ([("a", 0)], [])
+    assert steered(cached) == [0]
+    mark_encoded(batch)
+    following = step(batch, [0, 1], [8])
+    assert following is not None
+    assert following.image_cached == []
+
+
+def test_an_image_that_a_replayed_graph_could_not_encode_is_asked_for_in_the_next_step():
+    batch = batch_with("a")
+    alone = step(batch, [0, 1], [5])
+    assert alone is not None
+    assert (named(alone.image_complete), steered(alone)) == ([("a", 0)], [])
+    following = step(batch, [0, 1], [6])
+    assert following is not None
+    assert (named(following.image_cached), steered(following)) == ([("a", 0)], [0])
+
+
+def test_a_probe_learns_image_then_text_and_steers_nothing():
+    batch = batch_with("a", task="probe")
+    whole = step(batch, [0, 8], [0])
+    assert whole is not None
+    assert (named(whole.image_complete), named(whole.text_complete), steered(whole)) == ([("a", 5)], [("a", 7)], [])
+    cached = step(batch, [0, 1], [8])
+    assert cached is not None
+    assert (named(cached.image_cached), cached.text_cached) == ([("a", 0)], [])
+    mark_encoded(batch)
+    following = step(batch, [0, 1], [9])
+    assert following is not None
+    assert named(following.text_cached) == [("a", 0)]
 
 
 def test_a_generated_image_token_is_text():
-    batch = batch_with(("a", PROMPT))
-    step = batch.step([0, 1], [12], 1)
-    assert step is not None
-    assert step.class_N.tolist() == [TEXT]
-    assert step.row_R == [0]
+    generated = step(batch_with("a"), [0, 1], [12])
+    assert generated is not None
+    assert generated.class_N.tolist() == [TEXT]
+    assert steered(generated) == [0]
 
 
 def test_min_text_tokens_counts_from_the_last_image():
-    batch = batch_with(("a", PROMPT), min_text_tokens=3)
-    assert steered(batch.step([0, 8], [0], 8)) == []
-    assert steered(batch.step([0, 1], [8], 1)) == [0]
+    batch = batch_with("a", min_text_tokens=3)
+    assert steered(step(batch, [0, 8], [0])) == []
+    assert steered(step(batch, [0, 1], [8])) == [0]
 
 
 def test_rows_of_others_are_left_alone():
-    batch = batch_with(("a", PROMPT), ("b", PROMPT))
-    batch.rows = [None, batch.rows[0], None, batch.rows[1]]
-    step = batch.step([0, 4, 12, 14, 15], [0, 0, 5, 9], 15)
-    assert step is not None
-    assert step.class_N.tolist() == [OTHER] * 4 + CLASSES + [OTHER] * 2 + [TEXT]
-    assert step.row_R == [10, 11, 14]
-    assert step.state_R == [0, 0, 1]
+    batch = batch_with("a", "b")
+    mixed = step(batch, [0, 4, 12, 14, 15], [0, 0, 5, 9], places=[5, 0, 6, 1])
+    assert mixed is not None
+    assert mixed.class_N.tolist() == [OTHER] * 4 + CLASSES + [OTHER] * 2 + [TEXT]
+    assert steered(mixed) == [10, 11, 14]
+    tallies = batch.inside[[0, 0, 1]]
+    assert mixed.tally_R.tolist() == tallies.tolist()
+    assert mixed.slot_R.tolist() == batch.book["slot"][tallies].tolist()
 
 
 def test_a_preempted_sequence_is_counted_once():
-    batch = batch_with(("a", PROMPT))
-    first, again = batch.step([0, 8], [0], 8), batch.step([0, 9], [0], 9)
+    batch = batch_with("a")
+    first, again = step(batch, [0, 8], [0]), step(batch, [0, 9], [0])
     assert first is not None
     assert again is not None
-    assert first.counts_R == [True, True]
-    assert again.counts_R == [False, False, True]
-    assert again.row_R == [6, 7, 8]
+    assert first.counts_R.tolist() == [True, True]
+    assert again.counts_R.tolist() == [False, False, True]
+    assert steered(again) == [6, 7, 8]
 
 
 def test_positions_out_of_the_cache_are_remembered_once():
-    batch = batch_with(("a", PROMPT), min_text_tokens=2)
+    batch = batch_with("a", min_text_tokens=2)
     for first in (11, 12, 0):
-        batch.step([0, 1], [first], 1)
-    state = batch.leave("a")
-    assert state is not None
-    assert state.reused == 4
+        step(batch, [0, 1], [first])
+    left = batch.leave("a")
+    assert left is not None
+    assert left[1]["reused"] == 4
 
 
 def test_a_second_branch_covers_all_rows_of_its_sequence():
-    step = batch_with(("a", PROMPT), gamma=0.5).step([0, 3], [0], 3)
-    assert step is not None
-    assert step.row_R == []
-    assert [(state.wire.id, start, stop) for state, start, stop in step.two_branches] == [("a", 0, 3)]
+    batch = batch_with("a", gamma=0.5)
+    beginning = step(batch, [0, 3], [0])
+    assert beginning is not None
+    assert steered(beginning) == []
+    assert beginning.twin_N.tolist() == [batch.book["slot"][batch.inside[0]]] * 3
+    assert beginning.two_branches
+    text = step(batch, [0, 1], [7])
+    assert text is not None
+    assert text.twin_R.tolist() == [True]
 
 
-def test_coming_back_keeps_the_state_and_leaving_frees_the_slot():
-    batch = batch_with(("a", PROMPT))
-    state = batch.rows[0]
-    assert batch.enter(WireSteering(id="a", scale=1.0), PROMPT) is state
-    assert batch.leave("a") is state
-    assert batch.sequences == 0
-    assert steered(batch.step([0, 8], [0], 8)) == []
-    other = batch.enter(WireSteering(id="b", scale=1.0), PROMPT)
-    assert other is not None
-    assert state is not None
-    assert other.slot == state.slot
+def test_coming_back_keeps_the_tally_and_leaving_frees_everything():
+    batch = batch_with("a")
+    tally, slot = batch.inside[0], batch.book["slot"][batch.inside[0]]
+    batch.inside[0] = 0
+    batch.enter(3, WireSteering(id="a", scale=1.0), PROMPT)
+    assert batch.inside[3] == tally
+    left = batch.leave("a")
+    assert left is not None
+    assert (left[0].tally, batch.sequences) == (tally, 0)
+    assert step(batch, [0, 8], [0], places=[3]) is None
+    batch.enter(0, WireSteering(id="b", scale=1.0), PROMPT)
+    assert (batch.inside[0], batch.book["slot"][tally]) == (tally, slot)
+    anew = step(batch, [0, 8], [0])
+    assert anew is not None
+    assert anew.counts_R.tolist() == [True, True]
 
 
 def test_a_running_id_with_other_settings_is_not_steered():
-    batch = batch_with(("a", PROMPT))
-    assert batch.enter(WireSteering(id="a", scale=2.0), PROMPT) is None
-    assert batch.enter(WireSteering(id="a", scale=1.0), PROMPT[:-1]) is None
+    batch = batch_with("a")
+    batch.enter(1, WireSteering(id="a", scale=2.0), PROMPT)
+    batch.enter(2, WireSteering(id="a", scale=1.0), PROMPT[:-1])
+    assert batch.inside[1:3].tolist() == [0, 0]
     assert batch.sequences == 1
 
 
 def test_what_the_engine_was_not_started_with_is_not_steered():
-    batch = Batch(PICTURE, 1, branches=1, has_control_images=False)
-    assert batch.enter(WireSteering(id="a", gamma=0.5), PROMPT) is None
-    assert batch.enter(WireSteering(id="a", control="other_image"), PROMPT) is None
-    assert batch.enter(WireSteering(id="a"), PROMPT) is not None
+    batch = Batch(PICTURE, 1, max_sequences=3, branches=1, has_control_images=False)
+    batch.enter(0, WireSteering(id="a", gamma=0.5), PROMPT)
+    batch.enter(1, WireSteering(id="a", control="other_image"), PROMPT)
+    batch.enter(2, WireSteering(id="a"), PROMPT)
+    assert (batch.inside > 0).tolist() == [False, False, True]
 
 
-def test_the_oldest_that_nobody_asks_about_go_first_and_those_in_the_batch_stay(monkeypatch):
-    monkeypatch.setattr(batch_module, "MAX_FORGOTTEN", 3)
-    batch = batch_with(("inside", PROMPT))
-    held = batch.enter(WireSteering(id="elsewhere"), PROMPT)
-    batch.elsewhere = [held]
+def test_tallies_of_the_oldest_that_nobody_asks_about_go_first_and_those_in_the_batch_stay(monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_FORGOTTEN", 1)
+    batch = batch_with("inside", max_sequences=1)
+    batch.inside = np.append(batch.inside, 0)
     for name in ("old", "new", "newest"):
-        batch.enter(WireSteering(id=name), PROMPT)
+        batch.enter(1, WireSteering(id=name), PROMPT)
+    assert batch.tallies == 4
     assert batch.leave("old") is None
-    assert batch.leave("new") is None
-    assert None not in (batch.leave("inside"), batch.leave("elsewhere"), batch.leave("newest"))
+    assert None not in (batch.leave("inside"), batch.leave("new"), batch.leave("newest"))
+
+
+def test_slots_are_bounded_and_one_who_comes_back_without_its_slot_is_encoded_anew():
+    """4,096 sequences that never ask for their receipt hold tallies, of a few bytes, and no codes."""
+    batch = batch_with("first", max_sequences=1)
+    mark_encoded(batch, "first")
+    for number in range(4096):
+        batch.enter(0, WireSteering(id=str(number)), PROMPT)
+        assert batch.book["slot"].max() <= batch.slots - 1 == 2
+    assert batch.sequences > 4000
+    batch.enter(0, WireSteering(id="4000"), PROMPT)
+    assert batch.book["slot"][batch.inside[0]] > 0
+    back = step(batch, [0, 1], [9])
+    assert back is not None
+    assert named(back.image_cached) == [("4000", 0)]
 
 
 def test_nothing_to_do():
-    batch = Batch(PICTURE, 1)
-    assert batch.enter(None, PROMPT) is None
-    assert batch.enter(WireSteering(id="a"), [1, 2, 3]) is None
-    batch.rows = [None, None]
-    assert batch.step([0, 1, 2], [5, 6], 2) is None
+    batch = Batch(PICTURE, 1, max_sequences=2)
+    batch.enter(0, None, PROMPT)
+    batch.enter(1, WireSteering(id="a"), [1, 2, 3])
+    assert step(batch, [0, 1, 2], [5, 6]) is None
     assert batch.leave("nobody") is None
+
+
+def test_many_sequences_are_what_each_is_alone():
+    """The vectorised description against one sequence at a time."""
+    rng = random.Random(3)
+    together = batch_with(*(str(index) for index in range(8)), min_text_tokens=2)
+    apart = [batch_with(str(index), min_text_tokens=2) for index in range(8)]
+    places = [0] * 8
+    for _ in range(6):
+        chosen = sorted(rng.sample(range(8), rng.randrange(1, 9)))
+        lengths = [rng.randrange(1, 5) for _ in chosen]
+        starts = np.cumsum([0, *lengths]).tolist()
+        firsts = [places[index] for index in chosen]
+        whole = step(together, starts, firsts, places=chosen)
+        assert whole is not None
+        rows, counts = [], []
+        for index, start, length, first in zip(chosen, starts, lengths, firsts, strict=False):
+            alone = step(apart[index], [0, length], [first])
+            assert alone is not None
+            assert whole.class_N[start : start + length].tolist() == alone.class_N.tolist()
+            rows += [start + row for row in steered(alone)]
+            counts += alone.counts_R.tolist()
+            places[index] = first + length
+        assert (steered(whole), whole.counts_R.tolist()) == (rows, counts)
