@@ -105,16 +105,16 @@ def finish_kernel(
     text_D = tl.load(mean_ND + row * mean_stride + column_D, mask=inside_D, other=0.0).to(tl.float32)
     partial_PD = partial_EPD + entry.to(tl.int64) * PARTS * HIDDEN
     delta_D = delta_of(partial_PD, bias_D, text_D, column_D, inside_D, settings_M8, slot, HIDDEN, PARTS)
-    random = read_setting(settings_M8, slot, RANDOM) != 0
-    direction_D = tl.load(direction_MD + slot * HIDDEN + column_D, mask=inside_D & random, other=0.0)
-    delta_D = tl.where(random, length(delta_D) * direction_D, delta_D)
+    random_D = column_D < tl.where(read_setting(settings_M8, slot, RANDOM) != 0, HIDDEN, 0)
+    direction_D = tl.load(direction_MD + slot * HIDDEN + column_D, mask=random_D, other=0.0)
+    delta_D = tl.where(random_D, length(delta_D) * direction_D, delta_D)
 
     hidden_D = tl.load(hidden_ND + row * hidden_stride + column_D, mask=inside_D, other=0.0)
     residual_D = tl.load(residual_ND + row * residual_stride + column_D, mask=inside_D, other=0.0)
     stream_D = (hidden_D.to(tl.float32) + residual_D.to(tl.float32)).to(residual_D.dtype).to(tl.float32)
     moved_D = (stream_D + delta_D).to(residual_D.dtype)
-    base_D = inside_D & ((flags & TWIN) == 0)
-    twin_D = inside_D & ((flags & TWIN) != 0)
+    base_D = column_D < tl.where((flags & TWIN) == 0, HIDDEN, 0)
+    twin_D = column_D < tl.where((flags & TWIN) == 0, 0, HIDDEN)
     zero_D = tl.zeros([BLOCK_D], residual_D.dtype)
     tl.store(hidden_ND + row * hidden_stride + column_D, zero_D, mask=base_D)
     tl.store(residual_ND + row * residual_stride + column_D, moved_D, mask=base_D)

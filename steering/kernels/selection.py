@@ -84,9 +84,9 @@ def inverse_norm(shared_S, SHARED: tl.constexpr, BLOCK_S: tl.constexpr):
 @triton.jit
 def coefficients_of(text_C, image_C, in_text_C, in_image_C, settings_M8, slot):
     """What one unit of the table's rows is worth for each concept; 0 off the support."""
-    dense = read_setting(settings_M8, slot, DENSE) != 0
-    text_C = tl.where(in_text_C | dense, cosine_to_activation(text_C), 0.0)
-    image_C = tl.where(in_image_C | dense, cosine_to_activation(image_C), 0.0)
+    dense = read_setting(settings_M8, slot, DENSE)
+    text_C = cosine_to_activation(text_C) * tl.maximum(in_text_C.to(tl.float32), dense)
+    image_C = cosine_to_activation(image_C) * tl.maximum(in_image_C.to(tl.float32), dense)
     gap_C = image_C - text_C
     up_C = read_setting(settings_M8, slot, BETA_UP) * tl.maximum(gap_C, 0.0)
     down_C = read_setting(settings_M8, slot, BETA_DOWN) * tl.maximum(-gap_C, 0.0)
