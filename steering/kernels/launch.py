@@ -78,12 +78,14 @@ class RealignKernels:
         self.count_E = torch.empty(capacity, dtype=torch.int32, device=device)
         self.partial_EPD = torch.empty(capacity, PARTS, hidden, device=device)
         for weight in (self.weight_SD, self.bias_S, self.directions_KS, self.table_KD, self.bias_D):
-            assert weight.is_contiguous() and weight.dtype == torch.float32
+            assert weight.is_contiguous()
+            assert weight.dtype == torch.float32
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """K, S, D."""
-        return *self.directions_KS.shape, self.table_KD.shape[1]
+        concepts, shared = self.directions_KS.shape
+        return concepts, shared, self.table_KD.shape[1]
 
     @property
     def scratch_bytes(self) -> int:
@@ -99,9 +101,12 @@ class RealignKernels:
         more than `capacity` takes several calls.
         """
         assert 0 < bound <= self.capacity
-        assert plan.dtype == torch.int32 and plan.is_contiguous() and plan.shape[1] == PLAN_COLUMNS.value
+        assert plan.dtype == torch.int32
+        assert plan.is_contiguous()
+        assert plan.shape[1] == PLAN_COLUMNS.value
         assert all(rows.dtype == streams.mean_ND.dtype and rows.stride(1) == 1 for rows in streams)
-        assert all(table.is_contiguous() for table in tables) and tables.settings_M8.shape[1] == SETTINGS.value
+        assert all(table.is_contiguous() for table in (*tables, tallies_T2))
+        assert tables.settings_M8.shape[1] == SETTINGS.value
         self._encode(plan, bound, streams.mean_ND, first)
         self._select(plan, bound, tables, first)
         self._move(plan, bound, streams, tables, tallies_T2, first)
@@ -137,12 +142,13 @@ class RealignKernels:
     def _move(
         self, plan: Tensor, bound: int, streams: Streams, tables: SlotTables, tallies_T2: Tensor, first: int
     ) -> None:
-        hidden = self.table_KD.shape[1]
+        _, _, hidden = self.sizes
         chosen = (self.ids_E2k, self.coefficients_E2k, self.count_E)
         sums = accumulation_options(hidden, self.active_concepts)
         accumulate_kernel[(min(bound, LANES), triton.cdiv(hidden, sums["BLOCK_D"]), PARTS)](
             plan, *chosen, self.table_KD, self.partial_EPD, first, bound, **sums
         )
+        strides: list[Any] = [rows.stride(0) for rows in streams]
         finish_kernel[(bound,)](
             plan,
             self.partial_EPD,
@@ -153,7 +159,7 @@ class RealignKernels:
             tallies_T2,
             first,
             bound,
-            *(rows.stride(0) for rows in streams),
+            *strides,
             **finish_options(hidden),
         )
 
@@ -181,7 +187,7 @@ def product_options(bound: int, inputs: int, outputs: int, *, gather: bool, prec
 
 def product_grid(bound: int, options: dict[str, Any]) -> tuple[int, int]:
     """Entry tiles are neighbours: they read a weight tile from the cache."""
-    return triton.cdiv(bound, options["BLOCK_E"]), triton.cdiv(options["OUTPUTS"], options["BLOCK_O"])
+    return -(-bound // options["BLOCK_E"]), -(-options["OUTPUTS"] // options["BLOCK_O"])
 
 
 def selection_options(shared: int, concepts: int, active: int) -> dict[str, Any]:
@@ -193,7 +199,8 @@ def selection_options(shared: int, concepts: int, active: int) -> dict[str, Any]
         "ACTIVE": active,
         "BLOCK_S": triton.next_power_of_2(shared),
         "BLOCK_K": block,
-        "BLOCK_C": min(block, 4096),
+        "BLOCK_C": min(block, 8192),
+        "BLOCK_W": triton.next_power_of_2(2 * active),
         "num_warps": min(32, max(4, block // 512)),
     }
 

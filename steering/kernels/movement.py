@@ -59,7 +59,9 @@ def length(value_D):
 
 
 @triton.jit
-def delta_of(partial_PD, bias_D, text_D, column_D, inside_D, settings_M8, slot, HIDDEN: tl.constexpr, PARTS: tl.constexpr):
+def delta_of(
+    partial_PD, bias_D, text_D, column_D, inside_D, settings_M8, slot, HIDDEN: tl.constexpr, PARTS: tl.constexpr
+):
     """scale (the weighted rows + (1 - subtract) (bias - t))."""
     absolute = 1.0 - read_setting(settings_M8, slot, SUBTRACT)
     delta_D = absolute * (tl.load(bias_D + column_D, mask=inside_D, other=0.0) - text_D)

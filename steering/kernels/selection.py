@@ -1,6 +1,7 @@
 """From the products with all concepts to the coefficients of the few that move a position.
 
-Shapes: E entries, S shared width, K concepts, k active concepts, M slots, C concepts of one chunk.
+Shapes: E entries, S shared width, K concepts, k active concepts, M slots, C concepts of one chunk, W concepts of
+both supports (at most 2k).
 
 One program per entry. The keys of all K products stay in registers while their k-th largest is found; what follows
 reads the products again chunk by chunk, which costs less than keeping them.
@@ -41,7 +42,7 @@ def sort_key(value):
 @triton.jit
 def cosine_to_activation(cosine):
     """a = 2 - |x - w|, as in `steering.sparse_autoencoder`."""
-    return 2.0 - tl.sqrt_rn(tl.maximum(2.0 - 2.0 * cosine, 1e-8))
+    return 2.0 - tl.sqrt(tl.maximum(2.0 - 2.0 * cosine, 1e-8))
 
 
 @triton.jit
@@ -82,15 +83,41 @@ def inverse_norm(shared_S, SHARED: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def coefficients_of(text_C, image_C, in_text_C, in_image_C, settings_M8, slot):
-    """What one unit of the table's rows is worth for each concept; 0 off the support."""
+def list_supports(
+    products_K,
+    active_K,
+    ids_2k,
+    threshold,
+    end,
+    CONCEPTS: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Writes the concepts of either support in rising order, and says how many they are."""
+    total = tl.full((), 0, tl.int32)
+    for start in range(0, BLOCK_K, BLOCK_C):
+        id_C = start + tl.arange(0, BLOCK_C)
+        key_C = sort_key(tl.load(products_K + id_C, mask=id_C < CONCEPTS, other=0.0))
+        in_image_C = tl.load(active_K + id_C, mask=id_C < CONCEPTS, other=0) != 0
+        in_text_C = (key_C > threshold) | ((key_C == threshold) & (id_C < end))
+        either_C = (in_text_C | in_image_C) & (id_C < CONCEPTS)
+        place_C = total + tl.cumsum(either_C.to(tl.int32), axis=0) - 1
+        tl.store(ids_2k + place_C, id_C, mask=either_C & (place_C < 2 * ACTIVE))
+        total += tl.sum(either_C.to(tl.int32), axis=0)
+    return tl.minimum(total, 2 * ACTIVE)
+
+
+@triton.jit
+def coefficients_of(text_W, image_W, in_text_W, in_image_W, settings_M8, slot):
+    """What each listed concept's row of the table is multiplied with, before the scale."""
     dense = read_setting(settings_M8, slot, DENSE)
-    text_C = cosine_to_activation(text_C) * tl.maximum(in_text_C.to(tl.float32), dense)
-    image_C = cosine_to_activation(image_C) * tl.maximum(in_image_C.to(tl.float32), dense)
-    gap_C = image_C - text_C
-    up_C = read_setting(settings_M8, slot, BETA_UP) * tl.maximum(gap_C, 0.0)
-    down_C = read_setting(settings_M8, slot, BETA_DOWN) * tl.maximum(-gap_C, 0.0)
-    return text_C * (1.0 - read_setting(settings_M8, slot, SUBTRACT)) + (up_C - down_C)
+    text_W = cosine_to_activation(text_W) * tl.maximum(in_text_W.to(tl.float32), dense)
+    image_W = cosine_to_activation(image_W) * tl.maximum(in_image_W.to(tl.float32), dense)
+    gap_W = image_W - text_W
+    up_W = read_setting(settings_M8, slot, BETA_UP) * tl.maximum(gap_W, 0.0)
+    down_W = read_setting(settings_M8, slot, BETA_DOWN) * tl.maximum(-gap_W, 0.0)
+    return text_W * (1.0 - read_setting(settings_M8, slot, SUBTRACT)) + (up_W - down_W)
 
 
 @triton.jit(do_not_specialize=["first", "bound"])
@@ -112,33 +139,31 @@ def select_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """Ids and coefficients of the concepts in either support, in rising order; grid (entries,)."""
+    """Ids and coefficients of the concepts in either support, and how many they are; grid (entries,)."""
     entry = tl.program_id(0)
     if entry >= entries_here(plan, first, bound):
         return
     slot = read_plan(plan, first + entry, SLOT).to(tl.int64)
     products_K = products_EK + entry.to(tl.int64) * CONCEPTS
+    cosines_K, active_K = cosines_MK + slot * CONCEPTS, active_MK + slot * CONCEPTS
+    ids_2k = ids_E2k + entry * 2 * ACTIVE
+
     id_K = tl.arange(0, BLOCK_K)
     product_K = tl.load(products_K + id_K, mask=id_K < CONCEPTS, other=0.0)
     key_K = tl.where(id_K < CONCEPTS, sort_key(product_K), LOWEST_KEY)
     threshold, end = separate_largest(key_K, id_K, ACTIVE, BLOCK_K)
-    to_cosine = inverse_norm(shared_ES + entry * SHARED, SHARED, BLOCK_S)
+    count = list_supports(products_K, active_K, ids_2k, threshold, end, CONCEPTS, ACTIVE, BLOCK_K, BLOCK_C)
+    tl.debug_barrier()  # what follows reads ids that other threads of this program wrote
 
-    total = tl.full((), 0, tl.int32)
-    for start in range(0, BLOCK_K, BLOCK_C):
-        id_C = start + tl.arange(0, BLOCK_C)
-        valid_C = id_C < CONCEPTS
-        product_C = tl.load(products_K + id_C, mask=valid_C, other=0.0)
-        image_C = tl.load(cosines_MK + slot * CONCEPTS + id_C, mask=valid_C, other=0.0)
-        in_image_C = tl.load(active_MK + slot * CONCEPTS + id_C, mask=valid_C, other=0) != 0
-        key_C = sort_key(product_C)
-        in_text_C = valid_C & ((key_C > threshold) | ((key_C == threshold) & (id_C < end)))
-        value_C = coefficients_of(product_C * to_cosine, image_C, in_text_C, in_image_C, settings_M8, slot)
-        either_C = in_text_C | in_image_C
-        place_C = total + tl.cumsum(either_C.to(tl.int32), axis=0) - 1
-        kept_C = either_C & (place_C < 2 * ACTIVE)
-        tl.store(ids_E2k + entry * 2 * ACTIVE + place_C, id_C, mask=kept_C)
-        tl.store(coefficients_E2k + entry * 2 * ACTIVE + place_C, value_C, mask=kept_C)
-        total += tl.sum(either_C.to(tl.int32), axis=0)
-    tl.store(count_E + entry, tl.minimum(total, 2 * ACTIVE))
+    place_W = tl.arange(0, BLOCK_W)
+    id_W = tl.load(ids_2k + place_W, mask=place_W < count, other=0)
+    product_W = tl.load(products_K + id_W)
+    key_W = sort_key(product_W)
+    in_text_W = (key_W > threshold) | ((key_W == threshold) & (id_W < end))
+    text_W = product_W * inverse_norm(shared_ES + entry * SHARED, SHARED, BLOCK_S)
+    in_image_W = tl.load(active_K + id_W) != 0
+    value_W = coefficients_of(text_W, tl.load(cosines_K + id_W), in_text_W, in_image_W, settings_M8, slot)
+    tl.store(coefficients_E2k + entry * 2 * ACTIVE + place_W, value_W, mask=place_W < count)
+    tl.store(count_E + entry, count)

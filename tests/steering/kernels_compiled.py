@@ -1,6 +1,6 @@
 """Compiles the kernels of realignment at LLaVA-1.5-7B's shape without a GPU; `test_kernels.py` runs this.
 
-    python tests/steering/kernels_compiled.py 90      # sm_90; prints one line per kernel
+python tests/steering/kernels_compiled.py 90      # sm_90; prints one line per kernel
 """
 
 from __future__ import annotations

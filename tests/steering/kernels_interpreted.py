@@ -1,4 +1,4 @@
-"""The kernels of realignment against torch in float64, interpreted: `test_kernels.py` runs this in a process of its own.
+"""The kernels of realignment against torch in float64, interpreted; `test_kernels.py` runs this.
 
 Triton decides at import whether it interprets, hence TRITON_INTERPRET=1 must stand before Python starts.
 """
