@@ -46,6 +46,12 @@ class StepSettings(Protocol):
 BETA_UP, BETA_DOWN, SCALE, DENSE, SUBTRACT, RANDOM, GAMMA, LOG_PLAUSIBILITY = range(8)
 """Columns of `SlotTables.settings_M8`."""
 
+CLASS, TWIN_SLOT, ROW, SLOT, TALLY, FLAGS = PLAN_COLUMNS = range(6)
+"""Columns of a step's plan where it lies on the device: the first two are of token rows, the others of entries, the
+list of the rows that are steered. Row 0 begins with their number; token row i and entry i stand in row 1 + i."""
+COUNTED, IN_TWIN = 1, 2
+"""Flags of an entry: it is tallied; it is steered in its sequence's own branch."""
+
 
 class SteeredRows(NamedTuple):
     """The rows of a step that are steered, [R] int64 each unless noted."""
@@ -54,6 +60,13 @@ class SteeredRows(NamedTuple):
     tally_R: Tensor
     counts_R: Tensor
     """[R] bool: False for a position that was counted before."""
+
+
+class Stream(NamedTuple):
+    """A residual stream, which is the sum of two tensors [N, D]."""
+
+    hidden: Tensor
+    residual: Tensor
 
 
 class SlotTables:

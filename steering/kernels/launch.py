@@ -4,8 +4,8 @@ Tensors and launch sizes only: no engine, no requests. The equations are those o
 the reference; every number of a step (who is steered, how) is read from device memory, nothing is read back, and
 nothing is allocated after `__init__`.
 
-Shapes: E entries (steered rows), N token rows, D hidden size, S shared width, K concepts, k active concepts, M slots,
-T tallies, P parts of a sum.
+Shapes: E entries (steered rows), N token rows, D hidden size, S shared width, K concepts, k active concepts, P parts
+of a sum.
 """
 
 from __future__ import annotations
@@ -19,26 +19,13 @@ from torch import Tensor
 from steering.kernels.movement import accumulate_kernel, finish_kernel
 from steering.kernels.plan import PLAN_COLUMNS
 from steering.kernels.product import product_kernel
-from steering.kernels.selection import SETTINGS, select_kernel
-from steering.realignment import Realignment
+from steering.kernels.selection import select_kernel
+from steering.slot_tables import SlotTables, Stream
 
 PARTS = 8
 """Shares of a sum over the table's rows: one entry alone fills the machine."""
 LANES = 16
 """Entries that are accumulated side by side; more take turns, which keeps the idle launch small."""
-
-
-class SlotTables(NamedTuple):
-    """What is known of each steered sequence; float32 but for `active_MK`, contiguous."""
-
-    cosines_MK: Tensor
-    """Cosine of the image with every concept."""
-    active_MK: Tensor
-    """Bool: support of the image's code; at most k a row."""
-    settings_M8: Tensor
-    """beta_up, beta_down, signed scale, dense (form union), subtract (0 for published, else 1), random; two unused."""
-    direction_MD: Tensor
-    """What replaces the delta's direction where `random` is set."""
 
 
 class Streams(NamedTuple):
@@ -62,8 +49,12 @@ class RealignKernels:
     The forms differ per slot, in one formula (`selection.coefficients_of`, `movement.delta_of`).
     """
 
-    def __init__(self, realignment: Realignment, *, capacity: int, precision: str = "tf32x3") -> None:
-        """`capacity`: entries of one launch. `precision`: of the two products, as `tl.dot` names it (or "ieee")."""
+    def __init__(self, tables: SlotTables, *, capacity: int, precision: str = "tf32x3") -> None:
+        """`tables` must not grow any more. `capacity`: entries of one launch.
+
+        `precision`: of the two products, as `tl.dot` names it (or "ieee").
+        """
+        self.tables, realignment = tables, tables.realignment
         self.weight_SD, self.bias_S = realignment.text_projection.weight.detach(), realignment.text_projection.bias
         self.directions_KS, self.table_KD = realignment.directions_KS, realignment.table_KD
         self.bias_D = realignment.bias_D
@@ -77,7 +68,8 @@ class RealignKernels:
         self.coefficients_E2k = torch.empty(capacity, width, device=device)
         self.count_E = torch.empty(capacity, dtype=torch.int32, device=device)
         self.partial_EPD = torch.empty(capacity, PARTS, hidden, device=device)
-        for weight in (self.weight_SD, self.bias_S, self.directions_KS, self.table_KD, self.bias_D):
+        gathered = (tables.code.cosines, tables.settings_M8, tables.direction_MD, tables.tally_T2)
+        for weight in (self.weight_SD, self.bias_S, self.directions_KS, self.table_KD, self.bias_D, *gathered):
             assert weight.is_contiguous()
             assert weight.dtype == torch.float32
 
@@ -92,9 +84,12 @@ class RealignKernels:
         scratch = (self.shared_ES, self.products_EK, self.ids_E2k, self.coefficients_E2k, self.count_E)
         return sum(tensor.nbytes for tensor in (*scratch, self.partial_EPD))
 
-    def __call__(
-        self, plan: Tensor, bound: int, streams: Streams, tables: SlotTables, tallies_T2: Tensor, *, first: int = 0
-    ) -> None:
+    def __call__(self, plan: Tensor, bound: int, mean_ND: Tensor, base: Stream, twin: Stream) -> None:
+        """Steers all entries of a plan, at most `bound`, each in the stream that its flag names."""
+        for first in range(0, bound, self.capacity):
+            self.launch(plan, min(bound - first, self.capacity), Streams(mean_ND, *base, *twin), first=first)
+
+    def launch(self, plan: Tensor, bound: int, streams: Streams, *, first: int = 0) -> None:
         """Steers the plan's entries first .. first + bound - 1 in place; a row stands in one entry at most.
 
         `bound` [1, capacity] is the most entries that there can be, not their number: that is the plan's. A step with
@@ -105,11 +100,9 @@ class RealignKernels:
         assert plan.is_contiguous()
         assert plan.shape[1] == PLAN_COLUMNS.value
         assert all(rows.dtype == streams.mean_ND.dtype and rows.stride(1) == 1 for rows in streams)
-        assert all(table.is_contiguous() for table in (*tables, tallies_T2))
-        assert tables.settings_M8.shape[1] == SETTINGS.value
         self._encode(plan, bound, streams.mean_ND, first)
-        self._select(plan, bound, tables, first)
-        self._move(plan, bound, streams, tables, tallies_T2, first)
+        self._select(plan, bound, first)
+        self._move(plan, bound, streams, first)
 
     def _encode(self, plan: Tensor, bound: int, mean_ND: Tensor, first: int) -> None:
         """Text means to the shared space, and to their products with every concept."""
@@ -123,25 +116,23 @@ class RealignKernels:
             plan, self.shared_ES, self.directions_KS, self.bias_S, self.products_EK, first, bound, shared, **compare
         )
 
-    def _select(self, plan: Tensor, bound: int, tables: SlotTables, first: int) -> None:
+    def _select(self, plan: Tensor, bound: int, first: int) -> None:
         concepts, shared, _ = self.sizes
         chosen = (self.ids_E2k, self.coefficients_E2k, self.count_E)
         select_kernel[(bound,)](
             plan,
             self.shared_ES,
             self.products_EK,
-            tables.cosines_MK,
-            tables.active_MK,
-            tables.settings_M8,
+            self.tables.code.cosines,
+            self.tables.code.active,
+            self.tables.settings_M8,
             *chosen,
             first,
             bound,
             **selection_options(shared, concepts, self.active_concepts),
         )
 
-    def _move(
-        self, plan: Tensor, bound: int, streams: Streams, tables: SlotTables, tallies_T2: Tensor, first: int
-    ) -> None:
+    def _move(self, plan: Tensor, bound: int, streams: Streams, first: int) -> None:
         _, _, hidden = self.sizes
         chosen = (self.ids_E2k, self.coefficients_E2k, self.count_E)
         sums = accumulation_options(hidden, self.active_concepts)
@@ -154,9 +145,9 @@ class RealignKernels:
             self.partial_EPD,
             self.bias_D,
             *streams,
-            tables.settings_M8,
-            tables.direction_MD,
-            tallies_T2,
+            self.tables.settings_M8,
+            self.tables.direction_MD,
+            self.tables.tally_T2,
             first,
             bound,
             *strides,

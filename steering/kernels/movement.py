@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steering.kernels.plan import COUNTED, FLAGS, ROW, SLOT, TALLY, TWIN, entries_here, read_plan
+from steering.kernels.plan import COUNTED, FLAGS, IN_TWIN, ROW, SLOT, TALLY, entries_here, read_plan
 from steering.kernels.selection import RANDOM, SCALE, SUBTRACT, read_setting
 
 
@@ -115,8 +115,8 @@ def finish_kernel(
     residual_D = tl.load(residual_ND + row * residual_stride + column_D, mask=inside_D, other=0.0)
     stream_D = (hidden_D.to(tl.float32) + residual_D.to(tl.float32)).to(residual_D.dtype).to(tl.float32)
     moved_D = (stream_D + delta_D).to(residual_D.dtype)
-    base_D = column_D < tl.where((flags & TWIN) == 0, HIDDEN, 0)
-    twin_D = column_D < tl.where((flags & TWIN) == 0, 0, HIDDEN)
+    base_D = column_D < tl.where((flags & IN_TWIN) == 0, HIDDEN, 0)
+    twin_D = column_D < tl.where((flags & IN_TWIN) == 0, 0, HIDDEN)
     zero_D = tl.zeros([BLOCK_D], residual_D.dtype)
     tl.store(hidden_ND + row * hidden_stride + column_D, zero_D, mask=base_D)
     tl.store(residual_ND + row * residual_stride + column_D, moved_D, mask=base_D)

@@ -1,6 +1,6 @@
 """Who is steered in this step, as the kernels read it from the device. Knows columns, no mathematics.
 
-The plan is int32 [1 + capacity, PLAN_COLUMNS]: its first number is n, entry i stands in row 1 + i. Nothing of it is
+The plan is int32 [1 + capacity, 6], see `steering.slot_tables`. Nothing of it is
 read on the host, so that one captured graph serves every step; with n = 0 every kernel returns at once.
 """
 
@@ -9,18 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PLAN_COLUMNS = tl.constexpr(6)
-ROW = tl.constexpr(2)
-"""Row of the entry in the token batch."""
-SLOT = tl.constexpr(3)
-"""Row of the slot tables."""
-TALLY = tl.constexpr(4)
-"""Row of the tallies."""
-FLAGS = tl.constexpr(5)
-COUNTED = tl.constexpr(1)
-"""Flag: the entry is tallied."""
-TWIN = tl.constexpr(2)
-"""Flag: the entry is written to the twin's rows."""
+from steering import slot_tables
+
+PLAN_COLUMNS = tl.constexpr(len(slot_tables.PLAN_COLUMNS))
+ROW, SLOT, TALLY, FLAGS, COUNTED, IN_TWIN = (
+    tl.constexpr(number)
+    for number in (
+        slot_tables.ROW, slot_tables.SLOT, slot_tables.TALLY, slot_tables.FLAGS, slot_tables.COUNTED,
+        slot_tables.IN_TWIN,
+    )
+)  # fmt: skip
 
 
 @triton.jit

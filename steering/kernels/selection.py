@@ -12,14 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from steering import slot_tables
 from steering.kernels.plan import SLOT, entries_here, read_plan
 
-BETA_UP = tl.constexpr(0)
-BETA_DOWN = tl.constexpr(1)
-SCALE = tl.constexpr(2)
-DENSE = tl.constexpr(3)
-SUBTRACT = tl.constexpr(4)
-RANDOM = tl.constexpr(5)
+BETA_UP, BETA_DOWN, SCALE, DENSE, SUBTRACT, RANDOM = (
+    tl.constexpr(number)
+    for number in (
+        slot_tables.BETA_UP, slot_tables.BETA_DOWN, slot_tables.SCALE, slot_tables.DENSE, slot_tables.SUBTRACT,
+        slot_tables.RANDOM,
+    )
+)  # fmt: skip
 SETTINGS = tl.constexpr(8)
 """Columns of a slot's settings; the others are not ours."""
 LOWEST_KEY = tl.constexpr(-(2**31))

@@ -5,14 +5,16 @@ Triton decides at import whether it interprets, hence TRITON_INTERPRET=1 must st
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
-from steering.kernels.launch import RealignKernels, SlotTables, Streams
+from steering.kernels.launch import RealignKernels, Streams
 from steering.realignment import Realignment
+from steering.slot_tables import SlotTables
 from steering.sparse_autoencoder import VisionLanguageSAE
 
 COUNTED, TWIN = 1, 2
@@ -33,32 +35,38 @@ class Entry(NamedTuple):
 class Case(NamedTuple):
     """One realignment with everything that its kernels read and write."""
 
-    realignment: Realignment
     tables: SlotTables
     streams: Streams
-    tallies: torch.Tensor
+
+    @property
+    def realignment(self) -> Realignment:
+        return self.tables.realignment
 
     def copy(self) -> Case:
         copies = {id(rows): rows.clone() for rows in self.streams}
-        return self._replace(
-            streams=Streams(*(copies[id(rows)] for rows in self.streams)), tallies=self.tallies.clone()
-        )
+        tables = copy.copy(self.tables)
+        tables.tally_T2 = self.tables.tally_T2.clone()
+        return Case(tables, Streams(*(copies[id(rows)] for rows in self.streams)))
 
 
 @torch.no_grad()
 def make_case(hidden=24, shared=20, concepts=40, active=5, dtype=torch.float32, twin=True, seed=0) -> Case:
     torch.manual_seed(seed)
     realignment = Realignment(AuxiliaryAutoencoder(hidden, shared), VisionLanguageSAE(shared, concepts, active))
-    code = realignment.encode_image(torch.randn(SLOTS, hidden))
-    settings = torch.full((SLOTS, 8), 7.0)
+    tables = SlotTables(
+        realignment, torch.zeros(0, hidden), slots=SLOTS, tallies=TALLIES, device=torch.device("cpu")
+    )  # fmt: skip
+    tables.code = realignment.encode_image(torch.randn(SLOTS, hidden))
+    tables.tally_T2 = torch.rand(TALLIES, 2)
+    tables.direction_MD = torch.nn.functional.normalize(torch.randn(SLOTS, hidden), dim=-1)
+    tables.settings_M8.fill_(7.0)
     forms = (DIFFERENCE, PUBLISHED, DIFFERENCE, UNION, UNION, PUBLISHED)
     for slot, form in enumerate(forms):
-        settings[slot, :6] = torch.tensor([0.3 + 0.1 * slot, 0.8 - 0.1 * slot, 1.5 - slot, *form, slot in (2, 5)])
-    direction = torch.nn.functional.normalize(torch.randn(SLOTS, hidden), dim=-1)
+        row = [0.3 + 0.1 * slot, 0.8 - 0.1 * slot, 1.5 - slot, *form, slot in (2, 5)]
+        tables.settings_M8[slot, :6] = torch.tensor(row)
     streams = [torch.randn(ROWS, hidden).to(dtype) for _ in range(3)]
     streams += [rows.clone() for rows in streams[1:]] if twin else streams[1:]
-    tables = SlotTables(code.cosines, code.active, settings, direction)
-    return Case(realignment, tables, Streams(*streams), torch.rand(TALLIES, 2))
+    return Case(tables, Streams(*streams))
 
 
 def make_plan(entries: list[Entry], capacity: int) -> torch.Tensor:
@@ -71,8 +79,8 @@ def make_plan(entries: list[Entry], capacity: int) -> torch.Tensor:
 
 
 def run(case: Case, entries: list[Entry], *, bound=16, capacity=16, first=0) -> None:
-    kernels = RealignKernels(case.realignment, capacity=capacity)
-    kernels(make_plan(entries, 20), bound, case.streams, case.tables, case.tallies, first=first)
+    kernels = RealignKernels(case.tables, capacity=capacity)
+    kernels.launch(make_plan(entries, 20), bound, case.streams, first=first)
 
 
 def largest(value_K: torch.Tensor, k: int) -> torch.Tensor:
@@ -92,8 +100,8 @@ def expected_delta(case: Case, entry: Entry) -> torch.Tensor:
     t = case.streams.mean_ND[entry.row].double()
     x = realignment.text_projection.weight.double() @ t + realignment.text_projection.bias.double()
     cosine = (realignment.directions_KS.double() @ x) / x.norm().clamp(min=1e-12)
-    in_text, in_image = largest(cosine, realignment.active_concepts), tables.active_MK[entry.slot]
-    a_t, a_v = activation(cosine), activation(tables.cosines_MK[entry.slot].double())
+    in_text, in_image = largest(cosine, realignment.active_concepts), tables.code.active[entry.slot]
+    a_t, a_v = activation(cosine), activation(tables.code.cosines[entry.slot].double())
     if not dense:
         a_t, a_v = a_t * in_text, a_v * in_image
     gap = a_v - a_t
@@ -117,7 +125,7 @@ def expected(case: Case, entries: list[Entry]) -> Case:
         residual[entry.row] = (h.double() + delta).to(h.dtype)
         if entry.flags & COUNTED:
             shift = delta.norm() / h.double().norm()
-            after.tallies[entry.tally] += torch.stack([(shift > 0).float(), shift.float()])
+            after.tables.tally_T2[entry.tally] += torch.stack([(shift > 0).float(), shift.float()])
     return after
 
 
@@ -127,7 +135,7 @@ def check(case: Case, entries: list[Entry], **how) -> None:
     near, tally = TOLERANCES[case.streams.mean_ND.dtype]
     for got_ND, want_ND in zip(got.streams, want.streams, strict=True):
         torch.testing.assert_close(got_ND, want_ND, atol=near, rtol=10 * near)
-    torch.testing.assert_close(got.tallies, want.tallies, atol=tally, rtol=tally)
+    torch.testing.assert_close(got.tables.tally_T2, want.tables.tally_T2, atol=tally, rtol=tally)
     untouched = [row for row in range(ROWS) if row not in {entry.row for entry in entries}]
     for got_ND, before_ND in zip(got.streams, case.streams, strict=True):
         assert torch.equal(got_ND[untouched], before_ND[untouched])
@@ -168,13 +176,12 @@ def test_sizes_that_are_no_powers_of_two(hidden, shared, concepts, active):
 
 def test_more_entries_than_a_tile_and_than_lanes():
     case = make_case()
-    many = Case(case.realignment, case.tables, Streams(*(rows.repeat(4, 1) for rows in case.streams)), case.tallies)
+    many = Case(case.tables, Streams(*(rows.repeat(4, 1) for rows in case.streams)))
     entries = [Entry(43 - row, row % SLOTS, row % TALLIES, COUNTED) for row in range(40)]
     want, got = expected(many, entries), many.copy()
-    kernels = RealignKernels(case.realignment, capacity=44)
-    kernels(make_plan(entries, 44), 44, got.streams, got.tables, got.tallies)
+    RealignKernels(got.tables, capacity=44).launch(make_plan(entries, 44), 44, got.streams)
     torch.testing.assert_close(got.streams.residual_ND, want.streams.residual_ND, atol=2e-5, rtol=2e-4)
-    torch.testing.assert_close(got.tallies, want.tallies, atol=1e-4, rtol=2e-4)
+    torch.testing.assert_close(got.tables.tally_T2, want.tables.tally_T2, atol=1e-4, rtol=2e-4)
 
 
 @torch.no_grad()
@@ -200,18 +207,18 @@ def test_nobody_steered_touches_nothing():
     run(got, MIXED, first=12)
     for got_ND, before_ND in zip(got.streams, case.streams, strict=True):
         assert torch.equal(got_ND.view(torch.int16), before_ND.view(torch.int16))
-    assert torch.equal(got.tallies, case.tallies)
+    assert torch.equal(got.tables.tally_T2, case.tables.tally_T2)
 
 
 def test_a_step_larger_than_the_capacity_takes_several_launches():
     check(make_case(), MIXED, first=4, bound=3, capacity=3)
     case = make_case()
     want, got = expected(case, MIXED), case.copy()
-    kernels = RealignKernels(case.realignment, capacity=3)
+    kernels = RealignKernels(got.tables, capacity=3)
     for first in (0, 3, 6):
-        kernels(make_plan(MIXED, 20), 3, got.streams, got.tables, got.tallies, first=first)
+        kernels.launch(make_plan(MIXED, 20), 3, got.streams, first=first)
     torch.testing.assert_close(got.streams.residual_ND, want.streams.residual_ND, atol=2e-5, rtol=2e-4)
-    torch.testing.assert_close(got.tallies, want.tallies, atol=1e-5, rtol=2e-4)
+    torch.testing.assert_close(got.tables.tally_T2, want.tables.tally_T2, atol=1e-5, rtol=2e-4)
 
 
 def test_rows_of_a_wider_buffer():
@@ -220,9 +227,9 @@ def test_rows_of_a_wider_buffer():
     for buffer, rows in zip(wide, case.streams, strict=True):
         buffer[:, 8:32] = rows
     want = expected(case, MIXED)
-    kernels = RealignKernels(case.realignment, capacity=16)
+    kernels = RealignKernels(case.tables, capacity=16)
     outside = [torch.cat([buffer[:, :8], buffer[:, 32:]], dim=1) for buffer in wide]
-    kernels(make_plan(MIXED, 20), 9, Streams(*(buffer[:, 8:32] for buffer in wide)), case.tables, case.tallies)
+    kernels.launch(make_plan(MIXED, 20), 9, Streams(*(buffer[:, 8:32] for buffer in wide)))
     for buffer, want_ND, before in zip(wide, want.streams, outside, strict=True):
         torch.testing.assert_close(buffer[:, 8:32], want_ND, atol=2e-5, rtol=2e-4)
         assert torch.equal(torch.cat([buffer[:, :8], buffer[:, 32:]], dim=1), before)

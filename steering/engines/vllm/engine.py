@@ -70,7 +70,7 @@ class VllmEngine:
         compile: bool = False,
         vllm_arguments: dict[str, Any] | None = None,
     ) -> None:
-        """`branches` 1 (default on a GPU) builds no second tail and refuses requests that need one; 2 serves both kinds.
+        """`branches` 1 (default on a GPU) builds no second tail and refuses what needs one; 2 serves both kinds.
 
         `cuda_graphs`, on a GPU: 'full' captures decode steps whole, steering included; 'piecewise' leaves it outside.
         `kv_cache_gib` is memory for keys and values on a CPU, `gpu_memory_share` vLLM's share of a GPU (0..1),

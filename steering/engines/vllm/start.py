@@ -92,10 +92,10 @@ def fall_back_to_piecewise(config: VllmConfig) -> None:
     from vllm.config import CUDAGraphMode
 
     compilation = config.compilation_config
-    if compilation.cudagraph_mode and compilation.cudagraph_mode.has_full_cudagraphs():
-        if not config.use_v2_model_runner:
-            log.warning("vLLM takes its first model runner for this model: steering costs piecewise CUDA graphs there")
-            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    full = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs()
+    if full and not config.use_v2_model_runner:
+        log.warning("vLLM takes its first model runner for this model: steering needs piecewise CUDA graphs there")
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def check_version() -> None:

@@ -113,9 +113,9 @@ def _make_layer(
     )  # fmt: skip
     kernels = None
     if triton_runs(device):
-        from steering.kernels import RealignKernels
+        from steering.kernels.launch import RealignKernels
 
-        kernels = RealignKernels(realignment, capacity=max(MIN_KERNEL_ROWS, scheduler.max_num_seqs))
+        kernels = RealignKernels(tables, capacity=max(MIN_KERNEL_ROWS, scheduler.max_num_seqs))
     return SteeringLayer(
         batch, tables, pool, twin, kernels=kernels, max_token_rows=scheduler.max_num_batched_tokens
     )  # fmt: skip

@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 
 from steering.engines.vllm.plugin.batch import Step
-from steering.slot_tables import SteeredRows
-
-CLASS, TWIN_SLOT, ROW, SLOT, TALLY, FLAGS = range(6)
-"""Columns: the first two of token rows, the others of entries, the list of the rows that are steered."""
-COUNTS, IN_TWIN = 1, 2
-"""Flags of an entry: it is tallied; it is steered in its sequence's own branch."""
+from steering.slot_tables import CLASS, COUNTED, FLAGS, IN_TWIN, PLAN_COLUMNS, ROW, SLOT, TALLY, TWIN_SLOT, SteeredRows
 
 
 class Plan:
-    """Token row i and entry i stand in row 1 + i of the table; row 0 begins with the number of entries."""
+    """The table of `steering.slot_tables`, and how much of it a step has filled."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         """`capacity`: most token rows of a step."""
-        self.table = torch.zeros(1 + capacity, 6, dtype=torch.int32, device=device)
+        self.table = torch.zeros(1 + capacity, len(PLAN_COLUMNS), dtype=torch.int32, device=device)
         self._filled = 0
 
     def fill(self, step: Step | None, token_rows: int) -> None:
@@ -32,14 +27,14 @@ class Plan:
         if step is None and not self._filled:
             return
         entries = 0 if step is None else len(step.row_R)
-        rows = np.zeros((1 + max(token_rows, self._filled, entries), 6), np.int32)
+        rows = np.zeros((1 + max(token_rows, self._filled, entries), len(PLAN_COLUMNS)), np.int32)
         self._filled = 0 if step is None else max(len(step.class_N), entries)
         if step is not None:
             rows[0, 0] = entries
             tokens, own = rows[1 : 1 + len(step.class_N)], rows[1 : 1 + entries]
             tokens[:, CLASS], tokens[:, TWIN_SLOT] = step.class_N, step.twin_N
             own[:, ROW], own[:, SLOT], own[:, TALLY] = step.row_R, step.slot_R, step.tally_R
-            own[:, FLAGS] = COUNTS * step.counts_R + IN_TWIN * step.twin_R
+            own[:, FLAGS] = COUNTED * step.counts_R + IN_TWIN * step.twin_R
         made = torch.from_numpy(rows)
         if self.table.device.type == "cuda":
             made = made.pin_memory()
@@ -57,5 +52,5 @@ class Plan:
         """The first entries: rows [R] int64, their sequences' places, and [R, 1] bool: in the twin."""
         listed_R6 = self.table[1 : 1 + number].long()
         row_R, slot_R, tally_R, flags_R = listed_R6[:, ROW:].unbind(1)
-        rows = SteeredRows(slot_R, tally_R, (flags_R & COUNTS) > 0)
+        rows = SteeredRows(slot_R, tally_R, (flags_R & COUNTED) > 0)
         return row_R, rows, ((flags_R & IN_TWIN) > 0)[:, None]

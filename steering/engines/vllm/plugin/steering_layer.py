@@ -8,7 +8,7 @@ Shapes: N rows of this step (padding included), R steered rows, D hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,20 +20,13 @@ from steering.engines.vllm.plugin.configuration import OPERATOR
 from steering.engines.vllm.plugin.plan import Plan
 from steering.engines.vllm.plugin.pooling import PoolingAttention
 from steering.engines.vllm.plugin.twin import TwinTail
-from steering.slot_tables import GAMMA, SlotTables
+from steering.slot_tables import GAMMA, SlotTables, Stream
 
 if TYPE_CHECKING:
-    from steering.kernels import RealignKernels
+    from steering.kernels.launch import RealignKernels
 
 STEERING_LAYER = "vl_sae_steering"
 """Our key among the engine's layers; by it the operator, the logits processor and the worker find this object."""
-
-
-class Stream(NamedTuple):
-    """A residual stream, which is the sum of two tensors [N, D]."""
-
-    hidden: Tensor
-    residual: Tensor
 
 
 class SteeringLayer:
@@ -172,9 +165,7 @@ class SteeringLayer:
     def _steer_rows(self, bound: int, stream_ND: Tensor, mean_ND: Tensor, base: Stream, twin: Stream | None) -> None:
         """Steer the plan's entries, at most `bound`, each in the branch that its flag names."""
         if self._kernels is not None:
-            outputs = (*base, *(twin or base))
-            for first in range(0, bound, self._kernels.capacity):
-                self._kernels(self._plan.table, bound, mean_ND, *outputs, self.tables, first=first)
+            self._kernels(self._plan.table, bound, mean_ND, base, twin or base)
             return
         row_R, rows, in_twin_R1 = self._plan.entries(bound)
         moved_RD = self.tables.step(rows, stream_ND[row_R], mean_ND[row_R])
