@@ -190,7 +190,7 @@ def selection_options(shared: int, concepts: int, active: int) -> dict[str, Any]
         "ACTIVE": active,
         "BLOCK_S": triton.next_power_of_2(shared),
         "BLOCK_K": block,
-        "BLOCK_C": min(block, 8192),
+        "BLOCK_L": min(block, 4096),
         "BLOCK_W": triton.next_power_of_2(2 * active),
         "num_warps": min(32, max(4, block // 512)),
     }

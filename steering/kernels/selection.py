@@ -1,10 +1,10 @@
 """From the products with all concepts to the coefficients of the few that move a position.
 
-Shapes: E entries, S shared width, K concepts, k active concepts, M slots, C concepts of one chunk, W concepts of
-both supports (at most 2k).
+Shapes: E entries, S shared width, K concepts, k active concepts, M slots, L lanes (lane l has concepts l, l + L, ...),
+W concepts of both supports (at most 2k).
 
 One program per entry. The keys of all K products stay in registers while their k-th largest is found; what follows
-reads the products again chunk by chunk, which costs less than keeping them.
+reads the products again, which costs less than keeping them.
 """
 
 from __future__ import annotations
@@ -85,6 +85,15 @@ def inverse_norm(shared_S, SHARED: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
+def in_support(products_K, active_K, id_L, threshold, end, CONCEPTS: tl.constexpr):
+    """Whether concepts are in the text's support or the image's."""
+    key_L = sort_key(tl.load(products_K + id_L, mask=id_L < CONCEPTS, other=0.0))
+    in_image_L = tl.load(active_K + id_L, mask=id_L < CONCEPTS, other=0) != 0
+    in_text_L = (key_L > threshold) | ((key_L == threshold) & (id_L < end))
+    return (in_text_L | in_image_L) & (id_L < CONCEPTS)
+
+
+@triton.jit
 def list_supports(
     products_K,
     active_K,
@@ -94,20 +103,22 @@ def list_supports(
     CONCEPTS: tl.constexpr,
     ACTIVE: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
-    """Writes the concepts of either support in rising order, and says how many they are."""
-    total = tl.full((), 0, tl.int32)
-    for start in range(0, BLOCK_K, BLOCK_C):
-        id_C = start + tl.arange(0, BLOCK_C)
-        key_C = sort_key(tl.load(products_K + id_C, mask=id_C < CONCEPTS, other=0.0))
-        in_image_C = tl.load(active_K + id_C, mask=id_C < CONCEPTS, other=0) != 0
-        in_text_C = (key_C > threshold) | ((key_C == threshold) & (id_C < end))
-        either_C = (in_text_C | in_image_C) & (id_C < CONCEPTS)
-        place_C = total + tl.cumsum(either_C.to(tl.int32), axis=0) - 1
-        tl.store(ids_2k + place_C, id_C, mask=either_C & (place_C < 2 * ACTIVE))
-        total += tl.sum(either_C.to(tl.int32), axis=0)
-    return tl.minimum(total, 2 * ACTIVE)
+    """Writes the concepts of either support, lane after lane, and says how many they are.
+
+    Every lane first counts its own, so that one running sum over the lanes places them all.
+    """
+    lane_L = tl.arange(0, BLOCK_L)
+    count_L = tl.zeros([BLOCK_L], tl.int32)
+    for start in range(0, BLOCK_K, BLOCK_L):
+        count_L += in_support(products_K, active_K, start + lane_L, threshold, end, CONCEPTS).to(tl.int32)
+    place_L = tl.cumsum(count_L, axis=0) - count_L
+    for start in range(0, BLOCK_K, BLOCK_L):
+        either_L = in_support(products_K, active_K, start + lane_L, threshold, end, CONCEPTS)
+        tl.store(ids_2k + place_L, start + lane_L, mask=either_L & (place_L < 2 * ACTIVE))
+        place_L += either_L.to(tl.int32)
+    return tl.minimum(tl.sum(count_L, axis=0), 2 * ACTIVE)
 
 
 @triton.jit
@@ -140,7 +151,7 @@ def select_kernel(
     ACTIVE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """Ids and coefficients of the concepts in either support, and how many they are; grid (entries,)."""
@@ -156,7 +167,7 @@ def select_kernel(
     product_K = tl.load(products_K + id_K, mask=id_K < CONCEPTS, other=0.0)
     key_K = tl.where(id_K < CONCEPTS, sort_key(product_K), LOWEST_KEY)
     threshold, end = separate_largest(key_K, id_K, ACTIVE, BLOCK_K)
-    count = list_supports(products_K, active_K, ids_2k, threshold, end, CONCEPTS, ACTIVE, BLOCK_K, BLOCK_C)
+    count = list_supports(products_K, active_K, ids_2k, threshold, end, CONCEPTS, ACTIVE, BLOCK_K, BLOCK_L)
     tl.debug_barrier()  # what follows reads ids that other threads of this program wrote
 
     place_W = tl.arange(0, BLOCK_W)
