@@ -19,7 +19,8 @@ from steering.engines.vllm.plugin.wire import WireSteering
 
 log = logging.getLogger(__name__)
 OTHER, IMAGE, TEXT = 0, 1, 2
-"""Token classes: before or between images and of requests that are off; image; text after the last image."""
+"""Token classes: before or between images and of requests that are off; image; text after the last image. A row asks
+for the mean over its own class; one of class OTHER for the image's, that of `IMAGE`, the lowest with a mean."""
 MAX_FORGOTTEN = 4096
 """Tallies kept of sequences that have left and whose receipt nobody has asked for."""
 _BOOK = np.dtype(

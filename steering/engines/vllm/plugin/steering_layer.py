@@ -129,7 +129,7 @@ class SteeringLayer:
         """`step` is None while a graph is captured: then all is done that any step may need, as the plan says."""
         count = len(stream.hidden)
         class_N = self._plan.class_of(count)
-        asked_N = torch.where(class_N == TEXT, TEXT, IMAGE)
+        asked_N = class_N.clamp(min=IMAGE)
         stream_ND = stream.hidden + stream.residual
         mean_ND = self.pool(stream_ND, class_N, asked_N)
         if step is not None:
