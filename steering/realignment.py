@@ -8,7 +8,6 @@ whatever the model's dtype, because top-k is discontinuous (design, section 1).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -106,8 +105,8 @@ class Realignment(nn.Module):
         """Folds W on `device`, where everything then lies. The autoencoders stay as and where they are."""
         super().__init__()
         self.active_concepts = sae.active_concepts
-        self.vision_projection = copy.deepcopy(auxiliary.vision_projection).to(device).float()
-        self.text_projection = copy.deepcopy(auxiliary.text_projection).to(device).float()
+        self.vision_projection = _copied(auxiliary.vision_projection, device)
+        self.text_projection = _copied(auxiliary.text_projection, device)
         outer, inner = auxiliary.text_decoder, sae.text_decoder
         with torch.no_grad(), exact_float32():
             outer_DS, inner_SK, inner_bias_S, outer_bias_D, encoder_KS = (
@@ -168,6 +167,12 @@ class Realignment(nn.Module):
 
         delta_ND = F.embedding_bag(ids_N2k, self.table_KD, per_sample_weights=coefficients_N2k, mode="sum")
         return mix.scale * torch.where(mix.subtract > 0, delta_ND, delta_ND + self.bias_D - text_ND)
+
+
+def _copied(linear: nn.Linear, device: torch.device | str) -> nn.Linear:
+    made = nn.Linear(linear.in_features, linear.out_features, device=device, dtype=torch.float32)
+    made.load_state_dict(linear.state_dict())
+    return made
 
 
 def _mix(image_N2k: Tensor, text_N2k: Tensor, mix: Mix) -> Tensor:
