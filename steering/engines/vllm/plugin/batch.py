@@ -79,6 +79,11 @@ class Step:
     """Likewise, but all tokens of the class lie in the cache: the row must be asked for it beforehand."""
 
     @property
+    def recalls(self) -> bool:
+        """Something must be learned from the cache before the pass."""
+        return bool(self.image_cached or self.text_cached)
+
+    @property
     def two_branches(self) -> bool:
         """Some sequence has a branch of its own."""
         return bool(self.twin_N.any())
@@ -177,6 +182,9 @@ class Batch:
         image, prompt_end = known["last_image"], known["prompt_end"]
         wants_image = ~known["encoded"] & (last_s >= image)
         wants_text = known["probe"] & ~known["pooled"] & (last_s >= prompt_end)
+
+        if not (wants_image.any() or wants_text.any()):
+            return {key: [] for key in ("image_complete", "image_cached", "text_complete", "text_cached")}
 
         def those(wanted: np.ndarray, row_s: np.ndarray) -> list[tuple[SequenceState, int]]:
             return [(self._by_tally[int(tally_s[one])], int(row_s[one])) for one in np.flatnonzero(wanted)]

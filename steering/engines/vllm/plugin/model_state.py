@@ -82,6 +82,6 @@ class SteeringModelState(DefaultModelState):
 
     def _recall(self, step: Step, padded: int) -> None:
         """Before a full graph replays there is no other place to learn an image from the cache."""
-        if step.image_cached or step.text_cached:
+        if step.recalls:
             with set_forward_context(vllm_config=self.vllm_config, num_tokens=padded, **self._attention):
                 self._steering.recall(step, padded)

@@ -25,8 +25,8 @@ from steering.realignment import Realignment
 from steering.slot_tables import SlotTables
 
 Made = TypeVar("Made")
-MIN_KERNEL_ROWS = 64
-"""Rows that a launch of the kernels takes at least: a prefill has more than a small batch."""
+MIN_KERNEL_ROWS = 256
+"""Rows that a launch of the kernels takes at least: the texts of several prompts that are prefilled together."""
 IMPLAUSIBLE = 1e5
 """Taken off an implausible token's logit. Its probability is then 0 in float32, yet a grammar that allows only
 implausible tokens still has one to choose, which with -inf it had not."""

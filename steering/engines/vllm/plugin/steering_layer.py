@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
@@ -70,16 +71,15 @@ class SteeringLayer:
 
         The current rows take part as tokens of no class; the pass itself writes them anew.
         """
-        wanted = [*((IMAGE, row) for _, row in step.image_cached), *((TEXT, row) for _, row in step.text_cached)]
-        if not wanted:
+        if not step.recalls:
             return
-        device, weight = self.tables.device, self.pool.dtype
+        asked_N = np.full(token_rows, IMAGE, np.int32)
+        asked_N[[row for _, row in step.text_cached]] = TEXT
+        hidden_size, device = self.tables.realignment.hidden_size, self.tables.device
+        nothing_ND = torch.zeros(token_rows, hidden_size, dtype=self.pool.dtype, device=device)
         class_N = torch.zeros(token_rows, dtype=torch.int32, device=device)
-        asked_N = torch.full_like(class_N, IMAGE)
-        for asked, row in wanted:
-            asked_N[row] = asked
-        nothing_ND = torch.zeros(token_rows, self.tables.realignment.hidden_size, dtype=weight, device=device)
-        self._learn(step.image_cached, step.text_cached, self.pool(nothing_ND, class_N, asked_N))
+        mean_ND = self.pool(nothing_ND, class_N, self.tables.send(torch.from_numpy(asked_N)))
+        self._learn(step.image_cached, step.text_cached, mean_ND)
 
     # -- in the forward pass --------------------------------------------------------------------------------------
 
@@ -100,9 +100,14 @@ class SteeringLayer:
             self._change(stream, positions, None if self.capturing else self._step)
 
     def join(self, hidden_ND: Tensor) -> Tensor:
-        """After the tail: [N, D], or with the steered branch and its settings beside, if this step has one."""
+        """After the tail: [N, D], or with the steered branch and its settings beside, if this step has one.
+
+        Where steps may be captured, an engine for two branches always makes the wide one: its graphs share a buffer.
+        """
         if self._twin_ND is None or self._blend_N2 is None:
-            return hidden_ND
+            settings = torch.float32.itemsize // hidden_ND.dtype.itemsize * 2
+            wide = self.twin is not None and self.announced
+            return F.pad(hidden_ND, (0, hidden_ND.shape[1] + settings)) if wide else hidden_ND
         return torch.cat([hidden_ND, self._twin_ND, self._blend_N2.view(hidden_ND.dtype)], dim=1)
 
     def split(self, joined_MW: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:

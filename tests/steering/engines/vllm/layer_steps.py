@@ -122,6 +122,8 @@ def test_one_graph_replays_every_batch(branches):
         assert all(torch.equal(*pair) for pair in zip(replayed, before, strict=True))
         torch.testing.assert_close(counted, layer.tables.tally_T2)
         if seen is not None and step is not None and step.two_branches:
+            assert layer._twin_ND is not None
+            assert layer._blend_N2 is not None
             assert torch.equal(seen[0], layer._twin_ND)
             assert torch.equal(seen[1], layer._blend_N2)
 
