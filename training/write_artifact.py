@@ -21,7 +21,8 @@ from typing import Any, cast
 from pydantic import Field
 from transformers import AutoProcessor
 
-from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, Pooling, check_replaceable, save_artifact
+from steering.artifact import Artifact, Canary, check_replaceable, save_artifact
+from steering.artifact_config import ArtifactConfig, BaseModelInfo, Pooling
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from steering.artifact import load_artifact, read_config, save_artifact, write_config
+from steering.artifact import load_artifact, save_artifact
+from steering.artifact_config import read_config, write_config
 from steering.errors import BadArtifact
 
 
