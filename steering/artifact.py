@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from steering.artifact_config import (
     CANARY_FOLDER,
-    CONCEPTS_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     ArtifactConfig,
@@ -30,6 +29,7 @@ from steering.artifact_config import (
     write_config,
 )
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
+from steering.concepts import Concept, StoredConcepts, write_concepts
 from steering.errors import BadArtifact
 from steering.sparse_autoencoder import VisionLanguageSAE
 
@@ -68,8 +68,8 @@ class Artifact:
     canary: Canary
     control_image_MD: Tensor
     """Pooled image states [M, D] of scenes foreign to any request, for the `other_image` control."""
-    concepts: tuple[dict[str, Any], ...] = field(default=())
-    """Per concept: id, label, mean_activation, texts, images."""
+    concepts: Iterable[Concept] = ()
+    """In order. Those of a folder are read anew each time they are gone through; no engine does."""
 
 
 def load_artifact(path: str | Path) -> Artifact:
@@ -95,7 +95,7 @@ def load_artifact(path: str | Path) -> Artifact:
         sae=sae.eval(),
         canary=_read_canary(folder / CANARY_FOLDER),
         control_image_MD=control_MD,
-        concepts=_read_concepts(folder / CONCEPTS_FILE),
+        concepts=StoredConcepts(folder),
     )
 
 
@@ -153,8 +153,7 @@ def _write_files(folder: Path, artifact: Artifact, dtype: torch.dtype) -> Artifa
     tensors[CONTROL_KEY] = artifact.control_image_MD
     save_file({name: value.to(dtype).contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE)
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that nobody else may read
-    lines = [json.dumps(concept, ensure_ascii=False) for concept in artifact.concepts]
-    (folder / CONCEPTS_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_concepts(folder, artifact.concepts)
     _write_canary(folder / CANARY_FOLDER, artifact.canary)
     return write_config(folder, artifact.config)
 
@@ -172,14 +171,6 @@ def _load_into(module: torch.nn.Module, tensors: dict[str, Tensor], prefix: str,
         module.load_state_dict(state)
     except RuntimeError as error:
         raise BadArtifact(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}", field="artifact") from error
-
-
-def _read_concepts(file: Path) -> tuple[dict[str, Any], ...]:
-    try:
-        with file.open(encoding="utf-8", newline="\n") as lines:
-            return tuple(json.loads(line) for line in lines if line.strip())
-    except (ValueError, OSError) as error:
-        raise BadArtifact(f"{file} is not readable JSON lines: {error}", field="artifact") from error
 
 
 def _write_canary(folder: Path, canary: Canary) -> None:

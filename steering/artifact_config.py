@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from steering.concepts import CONCEPTS_FILE
 from steering.errors import BadArtifact
 from steering.settings import Preset
 
 FORMAT_VERSION = 1
 Pooling = Literal["text_after_last_image", "non_special_text"]
 """How text tokens become one state; an engine refuses one that it lacks."""
-CONFIG_FILE, WEIGHTS_FILE, CONCEPTS_FILE, CANARY_FOLDER = "config.json", "model.safetensors", "concepts.jsonl", "canary"
+CONFIG_FILE, WEIGHTS_FILE, CANARY_FOLDER = "config.json", "model.safetensors", "canary"
 INFERENCE_KEYS = (
     "format_version", "hook_layer", "intervention_point", "pooling", "hidden_size", "num_layers", "family",
     "shared_size", "num_concepts", "active_concepts", "min_text_tokens", "default_preset", "presets",
