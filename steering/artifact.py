@@ -119,21 +119,51 @@ def check_fits(artifact: Artifact, *, family: str, hidden_size: int, num_layers:
 def save_artifact(path: str | Path, artifact: Artifact, *, dtype: torch.dtype = torch.float32) -> ArtifactConfig:
     """Write an artifact folder, replacing one that is there once the new one is whole.
 
+    Whoever reads meanwhile finds the old folder, the new one or, for the instant between two renames, none; never half
+    of one. What a killed process leaves: before that instant the old folder and an unfinished `.NAME.XXXXXXXX.part`; in
+    it the new one as `.part` and the old one as `.NAME.XXXXXXXX.old`, both whole, to be renamed by hand; after it the
+    new folder and remains of `.old`.
+
     Returns the config with its fingerprint. Raises BadArtifact where the folder is something else, or the disk refuses.
     """
-    folder = Path(path)
+    folder = Path(path).resolve()  # of a link, what it points to is replaced
     check_replaceable(folder)
     made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
         config = _write_files(made, artifact, dtype)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
+        _put_in_place(made, folder)
     except (OSError, SafetensorError) as error:
-        raise BadArtifact(f"{folder} cannot be written: {error}; make room and try again", field="artifact") from error
+        raise BadArtifact(
+            f"{folder} cannot be written: {error}; make room or give another folder, and try again", field="artifact"
+        ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return config
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
+    """The old folder is there until the new one is, or again if that one cannot come."""
+    aside = made.with_suffix(".old")
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        made.rename(folder)
+    except BaseException:
+        if aside.exists():
+            _move_back(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_back(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        raise BadArtifact(
+            f"{folder} could neither be replaced nor put back: {error}; the one that was there is now {aside}, whole: "
+            "move it where you want it",
+            field="artifact",
+        ) from error
 
 
 def check_replaceable(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,9 +101,21 @@ def read_config(folder: Path) -> ArtifactConfig:
 
 
 def write_config(folder: Path, config: ArtifactConfig) -> ArtifactConfig:
-    """Write `config.json` with the fingerprint that the folder's files and this config now have."""
+    """Write `config.json` with the fingerprint that the folder's files and this config now have.
+
+    The old one is there until the new one is whole. Raises BadArtifact where the disk refuses.
+    """
     config = config.model_copy(update={"fingerprint": compute_fingerprint(folder, config)})
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    made = folder / f".{CONFIG_FILE}.{secrets.token_hex(4)}.part"
+    try:
+        made.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        made.replace(folder / CONFIG_FILE)
+    except OSError as error:
+        raise BadArtifact(
+            f"{folder / CONFIG_FILE} cannot be written: {error}; make room and try again", field="artifact"
+        ) from error
+    finally:
+        made.unlink(missing_ok=True)
     return config
 
 
