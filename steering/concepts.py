@@ -1,7 +1,7 @@
 """What an artifact says of its concepts, for whoever shows them: `concepts.jsonl` and the thumbnails beside it.
 
-    {"id", "label", "mean_activation", "texts", "images": [{"reference"}], "thumbnails": {"file", "sha256"}}
-    thumbnails/17.json                      of concept 17: for each of its images, in order, a data URL or null
+    {"id", "label", "mean_activation", "texts", "images": [{"reference"}], "thumbnails": "thumbnails/17-DIGEST.json"}
+    thumbnails/17-DIGEST.json                   of concept 17: for each of its images, in order, a data URL or null
 
 One file per concept: whoever shows one opens one, and 32,768 files are copied sooner than a file for each of 327,680
 pictures. The fingerprint covers lines and so digests, not the thumbnails themselves: an engine never opens them and
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from steering.errors import BadArtifact
 
@@ -27,16 +27,8 @@ CONCEPTS_FILE, THUMBNAIL_FOLDER = "concepts.jsonl", "thumbnails"
 Concept = dict[str, Any]
 """id, label, mean_activation, texts, images: [{reference, thumbnail: data URL or None}]."""
 Thumbnail = Annotated[str, Field(pattern="^data:image/")] | None
-
-
-class _ThumbnailFile(BaseModel):
-    """Where the thumbnails of a line are."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    file: str = Field(pattern=rf"^{THUMBNAIL_FOLDER}/[0-9]+\.json$")
-    """Relative to the artifact; no path leads out of the folder."""
-    sha256: str
+_DIGEST_DIGITS = 32
+"""Of a thumbnail file's sha256, in its name."""
 
 
 class _Image(BaseModel):
@@ -51,7 +43,10 @@ class _Line(BaseModel):
 
     id: int = Field(strict=True)
     images: list[_Image] = Field(default_factory=list)
-    thumbnails: _ThumbnailFile | None = None
+    thumbnails: str | None = Field(
+        default=None, pattern=rf"^{THUMBNAIL_FOLDER}/[0-9]+-[0-9a-f]{{{_DIGEST_DIGITS}}}\.json$"
+    )
+    """Relative to the artifact; no path leads out of its folder."""
 
 
 _THUMBNAILS = TypeAdapter(list[Thumbnail])
@@ -114,13 +109,13 @@ def _with_images(concept: Concept, images: list[dict[str, Any]]) -> Concept:
     return concept | {"images": images} if images else concept
 
 
-def _read_thumbnails(folder: Path, place: _ThumbnailFile, count: int) -> list[str | None]:
+def _read_thumbnails(folder: Path, path: str, count: int) -> list[str | None]:
     if not (folder / THUMBNAIL_FOLDER).is_dir():
         return [None] * count
-    file = folder / place.file
+    file = folder / path
     try:
         content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != place.sha256:
+        if not file.stem.endswith(f"-{_digest(content)}"):
             raise ValueError(f"it is not the file that {CONCEPTS_FILE} was written with")
         found = _THUMBNAILS.validate_json(content)
         if len(found) != count:
@@ -145,14 +140,15 @@ def _put_thumbnails_aside(folder: Path, number: int, concept: Concept) -> Concep
     found = [image.get("thumbnail") for image in images]
     if not any(found):
         return concept
-    content = (json.dumps(found, separators=(",\n", ":")) + "\n").encode()
-    file = folder / THUMBNAIL_FOLDER / f"{number}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(content)
-    place = _ThumbnailFile(
-        file=file.relative_to(folder).as_posix(), sha256=hashlib.sha256(content).hexdigest()
-    ).model_dump()
-    return concept | {"images": [_without_thumbnail(image) for image in images], "thumbnails": place}
+    content = json.dumps(found, separators=(",", ":")).encode()
+    path = f"{THUMBNAIL_FOLDER}/{number}-{_digest(content)}.json"
+    (folder / THUMBNAIL_FOLDER).mkdir(exist_ok=True)
+    (folder / path).write_bytes(content)
+    return concept | {"images": [_without_thumbnail(image) for image in images], "thumbnails": path}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:_DIGEST_DIGITS]
 
 
 def _without_thumbnail(image: dict[str, Any]) -> dict[str, Any]:

@@ -55,9 +55,8 @@ def write_lines(folder: Path, *concepts: object) -> None:
 def test_thumbnails_lie_beside_the_lines_and_are_read_back_in_their_place(folder: Path) -> None:
     assert tuple(load_artifact(folder).concepts) == (*CONCEPTS, WITHOUT_IMAGES)
     assert "base64" not in (folder / "concepts.jsonl").read_text()
-    assert sorted(path.name for path in (folder / "thumbnails").iterdir()) == ["1.json", "3.json"]
-    assert json.loads((folder / "thumbnails/1.json").read_text()) == [PICTURE, None]
-    assert lines_of(folder)[1]["thumbnails"]["file"] == "thumbnails/1.json"
+    assert sorted(path.name.split("-")[0] for path in (folder / "thumbnails").iterdir()) == ["1", "3"]
+    assert json.loads((folder / lines_of(folder)[1]["thumbnails"]).read_text()) == [PICTURE, None]
 
 
 def test_a_concept_without_thumbnails_has_the_line_it_always_had(folder: Path) -> None:
@@ -116,36 +115,42 @@ def test_concepts_of_an_artifact_that_has_since_been_replaced_are_not_taken_for_
         iter(loaded.concepts)
 
 
-def exchange(folder: Path, content: str) -> None:
-    """Another thumbnail file, with a line that says so."""
-    line = lines_of(folder)[1]
-    (folder / "thumbnails/1.json").write_text(content)
-    line["thumbnails"]["sha256"] = hashlib.sha256(content.encode()).hexdigest()
-    write_lines(folder, line)
+def first_file(folder: Path) -> Path:
+    """The thumbnails of concept 1."""
+    (file,) = (folder / "thumbnails").glob("1-*.json")
+    return file
 
 
-def refer_to(folder: Path, file: str) -> None:
-    """A line that names a file, which is there and has the right digest."""
-    line = lines_of(folder)[1]
-    (folder / file).resolve().parent.mkdir(exist_ok=True)
-    if (folder / file).resolve() != (folder / "thumbnails/1.json").resolve():
-        shutil.copy(folder / "thumbnails/1.json", folder / file)
-    write_lines(folder, line | {"thumbnails": line["thumbnails"] | {"file": file}})
+def refer_to(folder: Path, path: str, content: str) -> None:
+    """A line that names another file, which is there and has the digest that its name says."""
+    path = path.replace("DIGEST", hashlib.sha256(content.encode()).hexdigest()[:32])
+    (folder / path).write_text(content)
+    write_lines(folder, lines_of(folder)[1] | {"thumbnails": path})
 
 
+GOOD = json.dumps([PICTURE, None])
 BAD = {
-    "another picture": (lambda f: (f / "thumbnails/1.json").write_text(f'["{OTHER}", null]'), "1.json: it is not the"),
-    "a file less": (lambda f: (f / "thumbnails/1.json").unlink(), r"1.json: .* copy thumbnails/ again"),
-    "pictures for other images": (lambda f: exchange(f, f'["{PICTURE}"]'), "1 thumbnails for 2 images"),
-    "a thumbnail that is none": (
-        lambda f: exchange(f, '["data:text/html,x", null]'),
-        "1.json: 1 validation",
+    "another picture": (lambda f: first_file(f).write_text(f'["{OTHER}", null]'), r"1-\w+\.json: it is not the file"),
+    "a file less": (lambda f: first_file(f).unlink(), r"1-\w+\.json: .* copy thumbnails/ again"),
+    "pictures for other images": (
+        lambda f: refer_to(f, "thumbnails/1-DIGEST.json", f'["{PICTURE}"]'),
+        "1 thumbnails for 2 images",
     ),
-    "a thumbnail file that is no JSON": (lambda f: exchange(f, "["), "1.json: 1 validation"),
-    "a path outside": (lambda f: refer_to(f, "../1.json"), "line 1: .*thumbnails.file"),
-    "a path outside by way of the folder": (lambda f: refer_to(f, "thumbnails/../../1.json"), "thumbnails.file"),
-    "an absolute path": (lambda f: refer_to(f, str(f.parent / "1.json")), "thumbnails.file"),
-    "a line end behind the path": (lambda f: refer_to(f, "thumbnails/1.json\n"), "thumbnails.file"),
+    "a thumbnail that is none": (
+        lambda f: refer_to(f, "thumbnails/1-DIGEST.json", '["data:text/html,x", null]'),
+        "1-.*json: 1 validation error",
+    ),
+    "a thumbnail file that is no JSON": (
+        lambda f: refer_to(f, "thumbnails/1-DIGEST.json", "["),
+        "1-.*json: 1 validation error",
+    ),
+    "a path outside": (lambda f: refer_to(f, "../1-DIGEST.json", GOOD), "line 1: .*thumbnails"),
+    "a path outside by way of the folder": (
+        lambda f: refer_to(f, "thumbnails/../../1-DIGEST.json", GOOD),
+        "line 1: .*thumbnails",
+    ),
+    "an absolute path": (lambda f: refer_to(f, f"{f.parent}/1-DIGEST.json", GOOD), "line 1: .*thumbnails"),
+    "a line end behind the path": (lambda f: refer_to(f, "thumbnails/1-DIGEST.json\n", GOOD), "line 1: .*thumbnails"),
     "an inline thumbnail that is none": (
         lambda f: write_lines(f, concept(0), concept(1, {"reference": "a", "thumbnail": "javascript:x"})),
         "line 2: .*images.0.thumbnail",
@@ -171,4 +176,5 @@ def test_what_is_wrong_with_a_concept_is_named(folder: Path, broken: str) -> Non
 def test_no_name_in_a_concept_decides_where_a_file_is_written(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_concepts(tmp_path / "in", [CONCEPTS[1] | {"id": "../../out"}])
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")] == ["in/thumbnails/0.json"]
+    (written,) = tmp_path.rglob("*.json")
+    assert written.relative_to(tmp_path).as_posix().startswith("in/thumbnails/0-")
