@@ -58,7 +58,7 @@ def example_answer(model: str) -> dict:
         "object": "chat.completion",
         "created": 1795204306,
         "model": model,
-        "system_fingerprint": "fp_08ab6c69aa11",
+        "system_fingerprint": "fp_25d608234658",
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 20, "completion_tokens": 18, "total_tokens": 38},
         "steering": dict(EXAMPLE_RECEIPT),
@@ -68,7 +68,7 @@ def example_answer(model: str) -> dict:
 EXAMPLE_RECEIPT = {
     "applied": True,
     "reason": None,
-    "artifact": "28cb1526b2e2202e74cfe6c53e30f8cd4e256fb60258b39bc9d7f27c143597d2",
+    "artifact": "57b6afc649646957306c7127e80894c878b0e87dbcb5a2811817973ad79246b2",
     "canary": "verified",
     "layer": 3,
     "preset": "captions",

@@ -1,110 +1,47 @@
-"""The folder that training hands to serving: its schema, its fingerprint, reading and writing (design, section 3).
+"""The folder that training hands to serving: reading and writing it (design, section 3).
 
 Knows files, not engines: whether the canary agrees with the model is for the engine to find out (`canary.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steering.artifact_config import (
+    CANARY_FOLDER,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ArtifactConfig,
+    compute_fingerprint,
+    read_config,
+    write_config,
+)
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
+from steering.concepts import Concept, StoredConcepts, write_concepts
 from steering.errors import BadArtifact
-from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 
-FORMAT_VERSION = 1
-Pooling = Literal["text_after_last_image", "non_special_text"]
-"""How text tokens become one state; an engine refuses one that it lacks."""
-CONFIG_FILE, WEIGHTS_FILE, CONCEPTS_FILE, CANARY_FOLDER = "config.json", "model.safetensors", "concepts.jsonl", "canary"
 CONTROL_KEY = "control.image_representations"
-INFERENCE_KEYS = (
-    "format_version", "hook_layer", "intervention_point", "pooling", "hidden_size", "num_layers", "family",
-    "shared_size", "num_concepts", "active_concepts", "min_text_tokens", "default_preset", "presets",
-    "canary_synthetic",
-)  # fmt: skip
-"""Keys of config.json that change what comes out of an engine, and so enter the fingerprint."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class BaseModelInfo(_Strict):
-    """Which LVLM the artifact was trained on."""
-
-    name: str
-    revision: str | None = None
-
-
-class _Prompts(_Strict):
+class _Prompts(BaseModel):
     """`canary/prompts.json`."""
 
+    model_config = ConfigDict(extra="forbid")
+
     token_ids: tuple[tuple[NonNegativeInt, ...], ...] = Field(min_length=1)
-
-
-class ArtifactConfig(_Strict):
-    """`config.json` of an artifact."""
-
-    format_version: Literal[1] = FORMAT_VERSION
-    fingerprint: str = ""
-    """sha256 over weights, concepts and the inference-relevant keys; written by `save_artifact`."""
-    base_model: BaseModelInfo
-    family: str
-    """`model_type` of the LVLM ('llava')."""
-    hidden_size: int = Field(gt=0)
-    """D of the LVLM's language model."""
-    num_layers: int = Field(gt=0)
-    """Decoder layers of the LVLM."""
-    hook_layer: int = Field(ge=0)
-    """Zero-based decoder layer whose output is read and changed."""
-    collection_point: Literal["output", "input"] = "output"
-    """Side of the hook layer the training representations were read at; a record."""
-    intervention_point: Literal["output"] = "output"
-    pooling: Pooling = "text_after_last_image"
-    shared_size: int = Field(gt=0)
-    """S."""
-    num_concepts: int = Field(gt=0)
-    """K."""
-    active_concepts: int = Field(gt=0)
-    """k."""
-    similarity: Literal["cosine", "dot"] = "cosine"
-    """What the contrastive loss compared with; matters in training only."""
-    min_text_tokens: int = Field(default=1, ge=1)
-    """Positions are steered once this many text tokens are in the mean."""
-    default_preset: str = "captions"
-    """Preset of a request that names none."""
-    presets: dict[str, Preset] = Field(default_factory=dict)
-    form_presets: dict[str, Preset] = Field(default_factory=dict)
-    """The best setting of each form on dev scenes, for comparisons; not served by name."""
-    training: dict[str, Any] = Field(default_factory=dict)
-    """Data, number of pairs, metrics, versions."""
-    alignment: dict[str, float] = Field(default_factory=dict)
-    """Alignment gate: paired_overlap, shuffled_overlap, recall_at_1 (cross-modal)."""
-    card: dict[str, Any] = Field(default_factory=dict)
-    """Data, language, licence, where it hurts, memory price."""
-    canary_synthetic: bool = False
-    """True where the canary was not read from the model (imported weights)."""
-
-    @model_validator(mode="after")
-    def _fields_fit_together(self) -> ArtifactConfig:
-        if self.active_concepts > self.num_concepts:
-            raise ValueError(f"active_concepts {self.active_concepts} is more than num_concepts {self.num_concepts}")
-        if self.default_preset not in self.presets:
-            raise ValueError(f"default_preset {self.default_preset!r} is not among the presets {sorted(self.presets)}")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +68,8 @@ class Artifact:
     canary: Canary
     control_image_MD: Tensor
     """Pooled image states [M, D] of scenes foreign to any request, for the `other_image` control."""
-    concepts: tuple[dict[str, Any], ...] = field(default=())
-    """Per concept: id, label, mean_activation, texts, images."""
+    concepts: Iterable[Concept] = ()
+    """In order. Those of a folder are read anew each time they are gone through; no engine does."""
 
 
 def load_artifact(path: str | Path) -> Artifact:
@@ -158,7 +95,7 @@ def load_artifact(path: str | Path) -> Artifact:
         sae=sae.eval(),
         canary=_read_canary(folder / CANARY_FOLDER),
         control_image_MD=control_MD,
-        concepts=_read_concepts(folder / CONCEPTS_FILE),
+        concepts=StoredConcepts(folder),
     )
 
 
@@ -182,21 +119,51 @@ def check_fits(artifact: Artifact, *, family: str, hidden_size: int, num_layers:
 def save_artifact(path: str | Path, artifact: Artifact, *, dtype: torch.dtype = torch.float32) -> ArtifactConfig:
     """Write an artifact folder, replacing one that is there once the new one is whole.
 
+    Whoever reads meanwhile finds the old folder, the new one or, for the instant between two renames, none; never half
+    of one. What a killed process leaves: before that instant the old folder and an unfinished `.NAME.XXXXXXXX.part`; in
+    it the new one as `.part` and the old one as `.NAME.XXXXXXXX.old`, both whole, to be renamed by hand; after it the
+    new folder and remains of `.old`.
+
     Returns the config with its fingerprint. Raises BadArtifact where the folder is something else, or the disk refuses.
     """
-    folder = Path(path)
+    folder = Path(path).resolve()  # of a link, what it points to is replaced
     check_replaceable(folder)
     made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
         config = _write_files(made, artifact, dtype)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
+        _put_in_place(made, folder)
     except (OSError, SafetensorError) as error:
-        raise BadArtifact(f"{folder} cannot be written: {error}; make room and try again", field="artifact") from error
+        raise BadArtifact(
+            f"{folder} cannot be written: {error}; make room or give another folder, and try again", field="artifact"
+        ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return config
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
+    """The old folder is there until the new one is, or again if that one cannot come."""
+    aside = made.with_suffix(".old")
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        made.rename(folder)
+    except BaseException:
+        if aside.exists():
+            _move_back(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_back(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        raise BadArtifact(
+            f"{folder} could neither be replaced nor put back: {error}; the one that was there is now {aside}, whole: "
+            "move it where you want it",
+            field="artifact",
+        ) from error
 
 
 def check_replaceable(folder: Path) -> None:
@@ -216,44 +183,9 @@ def _write_files(folder: Path, artifact: Artifact, dtype: torch.dtype) -> Artifa
     tensors[CONTROL_KEY] = artifact.control_image_MD
     save_file({name: value.to(dtype).contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE)
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that nobody else may read
-    lines = [json.dumps(concept, ensure_ascii=False) for concept in artifact.concepts]
-    (folder / CONCEPTS_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_concepts(folder, artifact.concepts)
     _write_canary(folder / CANARY_FOLDER, artifact.canary)
     return write_config(folder, artifact.config)
-
-
-def read_config(folder: Path) -> ArtifactConfig:
-    """`config.json` alone. Raises BadArtifact."""
-    file = folder / CONFIG_FILE
-    try:
-        return ArtifactConfig.model_validate_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadArtifact(f"{file} does not exist; an artifact has one", field="artifact") from None
-    except (ValidationError, UnicodeDecodeError, OSError) as error:
-        raise BadArtifact(f"{file} is not a valid artifact configuration: {error}", field="artifact") from error
-
-
-def write_config(folder: Path, config: ArtifactConfig) -> ArtifactConfig:
-    """Write `config.json` with the fingerprint that the folder's files and this config now have."""
-    config = config.model_copy(update={"fingerprint": compute_fingerprint(folder, config)})
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return config
-
-
-def compute_fingerprint(folder: Path, config: ArtifactConfig) -> str:
-    """sha256 (hex) over the bytes of weights, concepts and canary and the inference-relevant keys as canonical JSON."""
-    relevant = config.model_dump(include=set(INFERENCE_KEYS))
-    for preset in relevant["presets"].values():
-        preset.pop("dev_scores")
-    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, separators=(",", ":")).encode())
-    canary = [path.relative_to(folder).as_posix() for path in sorted((folder / CANARY_FOLDER).glob("*"))]
-    for name in (WEIGHTS_FILE, CONCEPTS_FILE, *canary):
-        try:
-            with (folder / name).open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        except OSError as error:
-            raise BadArtifact(f"{folder / name} cannot be read: {error.strerror}", field="artifact") from error
-    return digest.hexdigest()
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -269,14 +201,6 @@ def _load_into(module: torch.nn.Module, tensors: dict[str, Tensor], prefix: str,
         module.load_state_dict(state)
     except RuntimeError as error:
         raise BadArtifact(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}", field="artifact") from error
-
-
-def _read_concepts(file: Path) -> tuple[dict[str, Any], ...]:
-    try:
-        with file.open(encoding="utf-8", newline="\n") as lines:
-            return tuple(json.loads(line) for line in lines if line.strip())
-    except (ValueError, OSError) as error:
-        raise BadArtifact(f"{file} is not readable JSON lines: {error}", field="artifact") from error
 
 
 def _write_canary(folder: Path, canary: Canary) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from steering.artifact import load_artifact, save_artifact
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(
@@ -76,6 +78,15 @@ def test_the_bundle_is_small_and_of_safe_formats():
     files = [path for path in BUNDLE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 16 * 1024 * 1024
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".jinja", ".png"}
+
+
+def test_the_bundled_artifact_is_as_artifacts_are_written(tmp_path):
+    save_artifact(tmp_path / "artifact", load_artifact(BUNDLE / "artifact"))
+    bundled, written = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (BUNDLE / "artifact", tmp_path / "artifact")
+    )
+    assert written == bundled
 
 
 def test_the_bundled_artifact_passes_its_alignment_gate_and_names_its_presets():

@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, save_artifact
+from steering.artifact import Artifact, Canary, save_artifact
+from steering.artifact_config import ArtifactConfig, BaseModelInfo
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.engines.huggingface.canary import pool_prompt
 from steering.lvlm.decoder_layers import find_decoder

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
-from steering.artifact import read_config
+from steering.artifact_config import read_config
 from steering.request import Mode
 from training.command_line import Settings, parse_settings, run_stage
 from training.durable_files import write_json

@@ -12,7 +12,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from steering.artifact import Artifact, ArtifactConfig, load_artifact
+from steering.artifact import Artifact, load_artifact
+from steering.artifact_config import ArtifactConfig
 from training.command_line import Settings, parse_settings, run_stage
 from training.published_files import (
     AUXILIARY_FILE,

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, save_artifact
+from steering.artifact import Artifact, Canary, save_artifact
+from steering.artifact_config import ArtifactConfig, BaseModelInfo
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.lvlm.families import FAMILIES
 from steering.settings import Preset

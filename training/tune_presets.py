@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steering.artifact import ArtifactConfig, read_config, write_config
+from steering.artifact_config import ArtifactConfig, read_config, write_config
 from steering.request import Control, Form
 from steering.settings import Preset
 from training.command_line import parse_settings, run_stage

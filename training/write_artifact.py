@@ -21,8 +21,11 @@ from typing import Any, cast
 from pydantic import Field
 from transformers import AutoProcessor
 
-from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, Pooling, check_replaceable, save_artifact
+from steering.artifact import Artifact, Canary, check_replaceable, save_artifact
+from steering.artifact_config import ArtifactConfig, BaseModelInfo, Pooling
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
+from steering.concepts import StoredConcepts, read_concepts
+from steering.errors import BadArtifact
 from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 from training.alignment import Alignment, measure_alignment
@@ -31,7 +34,7 @@ from training.collection.representer import ModelDtype, Prepared
 from training.command_line import Settings, parse_settings, run_stage
 from training.errors import InvalidTraining
 from training.evaluation.preset_rules import alignment_gate
-from training.interpret_concepts import CONCEPTS_FILE, read_encoder
+from training.interpret_concepts import read_encoder
 from training.pairs import Pair, PairSource, open_pairs
 from training.run_folder import CONFIG_FILE, fold_centre, read_run_config
 from training.store.reader import RepresentationStore, open_store, require_model
@@ -99,7 +102,7 @@ def write_artifact(settings: ArtifactSettings) -> ArtifactConfig:
         sae=sae,
         canary=make_canary(model, _source(settings, store)),
         control_image_MD=held_out.image_ND[-settings.control_images :],
-        concepts=read_concepts(settings.concepts, len(sae.encoder)),
+        concepts=stored_concepts(settings.concepts, len(sae.encoder)),
     )
     return save_artifact(settings.output, artifact)
 
@@ -199,18 +202,18 @@ def _usable(representer: LvlmRepresenter, source: PairSource) -> Iterator[tuple[
                     yield small, prepared
 
 
-def read_concepts(folder: Path, num_concepts: int) -> tuple[dict[str, Any], ...]:
-    """Raises InvalidTraining unless there is one record per concept, in order."""
-    file = folder / CONCEPTS_FILE
+def stored_concepts(folder: Path, num_concepts: int) -> StoredConcepts:
+    """What interpret_concepts left. Raises InvalidTraining unless there is one record per concept, in order."""
     try:
-        records = tuple(json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
-    except OSError as error:
-        raise InvalidTraining(f"{file} cannot be read: {error.strerror}; run interpret_concepts") from error
-    except ValueError as error:
-        raise InvalidTraining(f"{file} is not JSON lines: {error}; run interpret_concepts again") from error
-    if [record.get("id") for record in records] != list(range(num_concepts)):
-        raise InvalidTraining(f"{file} has not one record for each of the {num_concepts} concepts: another --sparse's?")
-    return records
+        concepts = StoredConcepts(folder)
+        ids = [concept["id"] for concept in read_concepts(folder, thumbnails=False)]
+    except BadArtifact as error:
+        raise InvalidTraining(f"--concepts: {error.message}; or run interpret_concepts again") from error
+    if ids != list(range(num_concepts)):
+        raise InvalidTraining(
+            f"--concepts {folder} has not one record for each of the {num_concepts} concepts: another --sparse's?"
+        )
+    return concepts
 
 
 def _source(settings: ArtifactSettings, store: RepresentationStore) -> PairSource:

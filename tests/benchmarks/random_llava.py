@@ -30,7 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steering.artifact import Artifact, ArtifactConfig, BaseModelInfo, Canary, save_artifact
+from steering.artifact import Artifact, Canary, save_artifact
+from steering.artifact_config import ArtifactConfig, BaseModelInfo
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE

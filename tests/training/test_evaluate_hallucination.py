@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steering.artifact import read_config
+from steering.artifact_config import read_config
 from steering.request import SteeringRequest
 from steering.settings import Preset
 from training.evaluate_hallucination import EvaluationSettings, evaluate, make_report

@@ -119,7 +119,7 @@ def test_the_defaults_are_the_published_llava_run(files):
 
 
 def test_concepts_come_with_labels_of_their_texts_and_urls_that_stay_urls(imported):
-    concepts = load_artifact(imported).concepts
+    concepts = tuple(load_artifact(imported).concepts)
     assert [concept["id"] for concept in concepts] == list(range(K))
     assert "harbour" in concepts[3]["label"]
     assert "bicycle" in concepts[17]["label"]

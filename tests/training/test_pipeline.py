@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from steering.artifact import load_artifact, read_config
+from steering.artifact import load_artifact
+from steering.artifact_config import read_config
 from training.miniature.label_quality import label_quality
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from steering.artifact import load_artifact, read_config, write_config
+from steering.artifact import load_artifact
+from steering.artifact_config import read_config, write_config
 from steering.request import SteeringRequest
 from steering.settings import Preset
 from training.evaluation.asking import Question, Reply

@@ -197,4 +197,4 @@ def test_line_ends_that_only_unicode_knows_are_no_line_ends(made: Made, tmp_path
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (tmp_path / "concepts.jsonl").write_text(lines, encoding="utf-8")
     write_artifact(made.settings(concepts=tmp_path, output=tmp_path / "artifact"))
-    assert load_artifact(tmp_path / "artifact").concepts[0]["texts"] == ["a\u2028b\u0085c"]
+    assert next(iter(load_artifact(tmp_path / "artifact").concepts))["texts"] == ["a\u2028b\u0085c"]

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from steering.artifact import ArtifactConfig
+from steering.artifact_config import ArtifactConfig
 from steering.request import Control, Form, Mode, SteeringRequest
 from steering.settings import Preset
 from training.errors import InvalidTraining

@@ -31,7 +31,7 @@ from typing import Any
 from openai import OpenAI
 from pydantic import Field
 
-from steering.artifact import read_config
+from steering.artifact_config import read_config
 from training.command_line import Settings, parse_settings
 from training.evaluation.conditions import TASKS, Task, TunedPresets, as_request, tuned_presets
 from training.miniature.drawing import draw_scene

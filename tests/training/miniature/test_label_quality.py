@@ -31,7 +31,7 @@ def test_true_labels_score_one_and_wrong_ones_do_not():
 
 
 def test_labels_of_the_bundle_beat_shuffled_ones():
-    found = label_quality(load_artifact(ARTIFACT).concepts)
+    found = label_quality(tuple(load_artifact(ARTIFACT).concepts))
     assert found["concepts"] > 500
     assert found["difference"]["shown"].above(0.2)
     assert found["difference"]["told"].above(0.2)
