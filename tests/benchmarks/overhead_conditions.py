@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ PROMPT = f"USER: {IMAGE_MARK}\nWhat do you see? ASSISTANT:"
 LOOP = "loop"
 """In the place of an engine: `two_full_passes.TwoFullPasses`."""
 GIB = 1024**3
+START_APART_S = 10
+"""An engine's start waits for its own processes most of the time; the ports they take are taken by then."""
 BLOCK_TOKENS = 128
 """vLLM's block of keys and values on a CPU, the largest that a benchmark meets."""
 
@@ -43,6 +46,7 @@ CONDITIONS = {
         "one_branch": Condition("one", (ONE,)),
         "two_branches": Condition("two", (TWO,)),
         "mixed": Condition("one", (ONE, OFF)),
+        "off_beside_twin": Condition("two", (OFF,)),
         "one_branch_beside_twin": Condition("two", (ONE,)),
         "mixed_two_branches": Condition("two", (TWO, OFF)),
     },
@@ -104,7 +108,7 @@ class Contestants:
 
     model: Path
     artifact: Path
-    engines: dict[str, Engine]
+    engines: Mapping[str, Engine]
 
 
 @asynccontextmanager
@@ -115,16 +119,22 @@ async def running_engines(setup: Setup, names: set[str], folder: Path) -> AsyncI
     )
     artifact = save_random_artifact(folder / "artifact", setup.shape, device=setup.device)
     async with AsyncExitStack() as stack:
-        engines: dict[str, Engine] = {}
+        engines: dict[str, HuggingFaceEngine | VllmEngine] = {}
         for name in sorted(names - {LOOP}):
             if setup.kind == "huggingface" and {"one", "two"} & set(engines) and name != "plain":
                 engines[name] = next(engine for other, engine in engines.items() if other != "plain")
                 continue
-            engine = _make_engine(setup, model, None if name == "plain" else artifact, 2 if name == "two" else 1)
-            await engine.start()
+            engines[name] = _make_engine(setup, model, None if name == "plain" else artifact, 2 if name == "two" else 1)
+        different = {id(engine): engine for engine in engines.values()}.values()
+        for engine in different:
             stack.push_async_callback(engine.stop)
-            engines[name] = engine
+        await asyncio.gather(*(_start(engine, place * START_APART_S) for place, engine in enumerate(different)))
         yield Contestants(model=model, artifact=artifact, engines=engines)
+
+
+async def _start(engine: Engine, delay_s: float) -> None:
+    await asyncio.sleep(delay_s)
+    await engine.start()
 
 
 def make_requests(

@@ -1,7 +1,9 @@
-"""What does steering cost? A random LLaVA, plain and steered, on one machine in one run.
+r"""What does steering cost? A random LLaVA, plain and steered, on one machine in one run.
 
     python tests/benchmarks/steering_overhead.py --json FILE --plot FILE.png
     python tests/benchmarks/steering_overhead.py --shape gqa
+    python tests/benchmarks/steering_overhead.py --shape 7b --device cuda --dtype bfloat16 --batches 1 8 32 \
+        --new-tokens 64 --conditions plain off one_branch mixed off_beside_twin two_branches
     python tests/benchmarks/steering_overhead.py --engine huggingface
 
 Measured: generated tokens a second over whole requests (prefill, decoding, receipts), the same while decoding, time to
@@ -61,9 +63,14 @@ SHAPES = {
         layers=28, hidden=896, head_size=32, kv_heads=4, intermediate=4736, vocabulary=7168, concepts=7168,
         active_concepts=56, image_size=112,
     ),
+    "7b": LlavaShape(
+        layers=32, hidden=4096, head_size=128, kv_heads=32, intermediate=11008, vocabulary=32064, concepts=32768,
+        active_concepts=256, image_size=336,
+    ),
 }  # fmt: skip
 """'default': LLaVA-1.5's proportions (MLP 2.7 D, K = 8 D, k = K / 128) at a quarter of 7B's width and fewer layers.
-'gqa': Qwen2.5-7B's counts (28 layers, 28 heads, 4 kv heads: D takes seven pooling layers) at a quarter of its width."""
+'gqa': Qwen2.5-7B's counts (28 layers, 28 heads, 4 kv heads: D takes seven pooling layers) at a quarter of its width.
+'7b': LLaVA-1.5-7B itself, for a GPU (three engines of it take 100 GB)."""
 MIN_ROUNDS = 7
 
 
