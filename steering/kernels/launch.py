@@ -84,6 +84,11 @@ class RealignKernels:
         scratch = (self.shared_ES, self.products_EK, self.ids_E2k, self.coefficients_E2k, self.count_E)
         return sum(tensor.nbytes for tensor in (*scratch, self.partial_EPD))
 
+    @property
+    def variants(self) -> tuple[int, ...]:
+        """Bounds of launches that are compiled differently."""
+        return tuple(dict.fromkeys((1, self.capacity)))
+
     def __call__(self, plan: Tensor, bound: int, mean_ND: Tensor, base: Stream, twin: Stream) -> None:
         """Steers all entries of a plan, at most `bound`, each in the stream that its flag names."""
         for first in range(0, bound, self.capacity):

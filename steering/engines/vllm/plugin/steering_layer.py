@@ -187,9 +187,12 @@ class SteeringLayer:
     def _rehearse(self, stream: Stream, positions: Tensor) -> None:
         """A pass without requests, in which vLLM measures memory: do all that a real one may do, and change nothing."""
         class_N = torch.full((len(stream.hidden),), IMAGE, dtype=torch.int32, device=stream.hidden.device)
-        mean_ND = self.pool(stream.hidden + stream.residual, class_N, class_N)
+        stream_ND = stream.hidden + stream.residual
+        mean_ND = self.pool(stream_ND, class_N, class_N)
         if self._kernels is None:
             self.tables.delta(mean_ND.float(), torch.zeros_like(class_N, dtype=torch.int64))
+        for bound in self._kernels.variants if self._kernels else ():
+            self._steer_rows(bound, stream_ND, mean_ND, stream, None)  # compiles them; the plan lists nobody
         if self.twin is not None:
             self._run_twin(Stream(stream.hidden.clone(), stream.residual.clone()), positions, torch.zeros_like(class_N))
             self.blends = True
