@@ -34,6 +34,12 @@ class Sequence:
     _unsent_tokens: list[int] = field(default_factory=list)
     _unsent_logprobs: list[SampledToken] = field(default_factory=list)
 
+    def begin_again(self) -> None:
+        """Forget a run of the prompt that failed half way: nothing was steered, nothing counted."""
+        assert not self.completion_tokens, "only a prompt can be run again"
+        self.steering = SequenceSteering(settings=self.steering.settings)
+        self.position_shift = 0
+
     def append(self, token: int, logprobs: SampledToken | None, end_tokens: frozenset[int]) -> None:
         """Take the token just sampled, send the text it completes, and finish where it ends the choice."""
         self.completion_tokens += 1
