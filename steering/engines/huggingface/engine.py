@@ -23,7 +23,7 @@ from steering.engines.huggingface.loaded_model import load_model, make_intervent
 from steering.engines.preparation import expand_prompt, prepare_with_pixels
 from steering.engines.sequence import RunningRequest
 from steering.engines.text_stream import TokenBytes
-from steering.errors import EngineUnavailable
+from steering.errors import EngineUnavailable, InvalidSteering
 from steering.hooks import output_hook
 
 
@@ -115,7 +115,10 @@ class HuggingFaceEngine:
         if self._loop is None:
             raise EngineUnavailable("the engine has not been started; try again later")
         asked = _Asked()
-        self._asked[request.request_id] = asked
+        if self._asked.setdefault(request.request_id, asked) is not asked:
+            raise InvalidSteering(
+                f"request_id {request.request_id!r} is running already; use another one", field="request_id"
+            )
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception] = asyncio.Queue()
         emit = partial(_hand_over, asyncio.get_running_loop(), events)
         try:
@@ -129,7 +132,7 @@ class HuggingFaceEngine:
                 yield event
             yield event
         finally:
-            self._asked.pop(request.request_id, None)
+            del self._asked[request.request_id]
             if asked.prepared is not None:
                 self._loop.cancel(asked.prepared)
 
