@@ -113,6 +113,14 @@ def resolve(
     return resolved
 
 
+def check_control(settings: ResolvedSteering, *, control_images: int) -> None:
+    """Raises InvalidSteering for a control that draws from foreign images where the artifact carries none."""
+    if settings.active and settings.control == "other_image" and control_images == 0:
+        raise InvalidSteering(
+            "the artifact has no images for control 'other_image'; use 'random' or 'reversed'", field="steering.control"
+        )
+
+
 def _switched_off(
     requested: RequestedSteering, preset: Preset, resolved: ResolvedSteering
 ) -> tuple[Reason, str] | None:
