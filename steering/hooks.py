@@ -18,7 +18,7 @@ from steering.intervention import Intervention, Pass, SequenceSteering
 from steering.lvlm.decoder_layers import find_decoder
 from steering.lvlm.token_spans import find_spans
 from steering.request import SteeringRequest, merge_sources
-from steering.settings import ResolvedSteering, resolve
+from steering.settings import ResolvedSteering, check_control, resolve
 from steering.tally import Tally
 
 
@@ -89,7 +89,7 @@ def steer(model: Any, artifact: Artifact, request: SteeringRequest | None = None
     """Steer a transformers LVLM inside the `with`; `model.generate(**inputs)` as usual, without beam search.
 
     One branch, mode 'causal'. Raises BadArtifact if the artifact is another model's, InvalidSteering for settings
-    that need an engine (two branches, mode 'exact').
+    that need an engine (two branches, mode 'exact') or images that the artifact lacks (control 'other_image').
     """
     decoder = find_decoder(model)
     check_fits(artifact, family=decoder.family, hidden_size=decoder.hidden_size, num_layers=len(decoder.layers))
@@ -99,6 +99,7 @@ def steer(model: Any, artifact: Artifact, request: SteeringRequest | None = None
         default_preset=artifact.config.default_preset,
         has_image=True,
     )
+    check_control(settings, control_images=len(artifact.control_image_MD))
     if settings.mode == "exact" or settings.branches == 2:
         raise InvalidSteering(
             "steer() runs one branch in mode 'causal'; use an engine for mode 'exact', gamma below 1 or plausibility",

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from steering.errors import InvalidSteering
-from steering.request import Control, Form, Mode, RequestedSteering, SteeringRequest
+from steering.request import Control, Form, Mode, RequestedSteering
 
 Reason = Literal[
     "disabled",
@@ -104,16 +104,11 @@ def resolve(
     settings = preset.model_dump(exclude={"dev_scores"})
     settings |= asked.model_dump(exclude_none=True, exclude={"enabled", "preset", "concepts", "explain"})
     resolved = ResolvedSteering(reason=None, preset=name, arm=requested.arm, **settings)
-    off = _switched_off(asked, preset)
+    off = _switched_off(requested, preset, resolved)
     if off is not None:
         reason, field = off
-        if requested.explicit and field not in requested.caller_fields:
-            raise InvalidSteering(
-                f"steering was asked for, but the server's default {field} is off; set steering.{field} as well "
-                f"(presets: {sorted(presets)})",
-                field=f"steering.{field}",
-            )
-        return replace(resolved, reason=reason, strength=0.0)
+        _check_nobody_insists(requested, field, presets)
+        return replace(resolved, reason=reason, strength=resolved.strength if reason == "delta_0" else 0.0)
     if resolved.gamma == 0 and resolved.plausibility == 0:
         return replace(resolved, reason="gamma_0")
     if not has_image:
@@ -123,13 +118,47 @@ def resolve(
     return resolved
 
 
-def _switched_off(asked: SteeringRequest, preset: Preset) -> tuple[Reason, str] | None:
-    """Why nothing is to be done although all is there, and the field that says so; None where something is."""
+def check_control(settings: ResolvedSteering, *, control_images: int) -> None:
+    """Raises InvalidSteering for a control that draws from foreign images where the artifact carries none."""
+    if settings.active and settings.control == "other_image" and control_images == 0:
+        raise InvalidSteering(
+            "the artifact has no images for control 'other_image'; use 'random' or 'reversed'", field="steering.control"
+        )
+
+
+def _switched_off(
+    requested: RequestedSteering, preset: Preset, resolved: ResolvedSteering
+) -> tuple[Reason, str] | None:
+    """Why nothing is to be done although all is there, and the field that says so; None where something is.
+
+    A preset that is off has no numbers worth having: it is only overruled by a strength and an alpha, and where the
+    caller named it, by the caller's.
+    """
+    asked = requested.settings
     if asked.strength == 0:
         return "strength_0", "strength"
-    if preset.strength == 0 and asked.alpha is None:
+    named = requested.caller_fields if "preset" in requested.caller_fields else asked.model_dump(exclude_none=True)
+    if preset.strength == 0 and not {"strength", "alpha"} <= set(named):
         return "preset_off", "preset"
+    if resolved.alpha == 0:
+        return "delta_0", "alpha"
     return None
+
+
+def _check_nobody_insists(requested: RequestedSteering, field: str, presets: Mapping[str, Preset]) -> None:
+    """Raises InvalidSteering where the caller wants an answer steered that `field` leaves plain.
+
+    A caller's own strength or alpha of 0 is its last word; `enabled` makes its own choice of a preset an error, too.
+    """
+    own = field in requested.caller_fields
+    if not requested.explicit or (own and not (field == "preset" and "enabled" in requested.caller_fields)):
+        return
+    whose = "its own" if own else "the server's default"
+    raise InvalidSteering(
+        f"steering was asked for, but {whose} {field} is off; set another steering.{field} "
+        f"(presets: {sorted(presets)})",
+        field=f"steering.{field}",
+    )
 
 
 def _impossible(requested: RequestedSteering, reason: Reason, message: str) -> ResolvedSteering:

@@ -28,6 +28,8 @@ FOREIGN_VARIABLES = (
 )
 """What could make us join somebody else's cluster, or take somebody else's token."""
 PR_SET_CHILD_SUBREAPER = 36
+END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""What a service manager or a closing terminal sends to every process of ours; Ray itself sees to Ctrl-C."""
 MAX_FOLDER_LENGTH = 28
 """107 less our folder's name and Ray's /session_DATE_TIME_PID/sockets/plasma_store."""
 
@@ -45,17 +47,18 @@ def private_ray(*, cpus: int, gpus: int | None = None, object_store_bytes: int =
 
     folder = tempfile.mkdtemp(prefix="vlsae-", dir=short_folder())
     try:
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            include_dashboard=False,
-            num_cpus=cpus,
-            num_gpus=gpus,
-            object_store_memory=object_store_bytes,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _temp_dir=folder,
-        )
+        with end_signals_held_back():
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                num_cpus=cpus,
+                num_gpus=gpus,
+                object_store_memory=object_store_bytes,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _temp_dir=folder,
+            )
         yield
     finally:
         ray.shutdown()
@@ -88,6 +91,24 @@ def prepare_environment() -> None:
         TOKENIZERS_PARALLELISM="false",
         PYTHONPATH=f"{REPOSITORY}{os.pathsep}{path}" if path else str(REPOSITORY),
     )
+
+
+@contextmanager
+def end_signals_held_back() -> Iterator[None]:
+    """Processes started inside never see END_SIGNALS, only SIGKILL: this process alone decides when they go.
+
+    Without it a signal to all of us takes Ray from under the process that is to stop it in order. One that comes
+    meanwhile is delivered at the end, to the handler that was there before, if the caller had set one.
+    """
+    handlers = {number: signal.getsignal(number) for number in END_SIGNALS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def adopt_orphans() -> None:

@@ -15,7 +15,7 @@ from steering.engines.text_stream import TextStream
 from steering.errors import InvalidSteering
 from steering.lvlm.families import find_family, tokens_per_image
 from steering.lvlm.token_spans import expand_image_tokens, find_spans
-from steering.settings import ResolvedSteering, resolve
+from steering.settings import ResolvedSteering, check_control, resolve
 
 
 def prepare(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> RunningRequest:
@@ -96,6 +96,5 @@ def _resolve(checkpoint: Checkpoint, request: GenerationRequest, *, has_image: b
         default_preset=artifact.config.default_preset if artifact else "",
         has_image=has_image,
     )
-    if settings.active and settings.control == "other_image" and artifact and not len(artifact.control_image_MD):
-        raise InvalidSteering("the artifact has no images for control 'other_image'", field="steering.control")
+    check_control(settings, control_images=len(artifact.control_image_MD) if artifact else 0)
     return settings

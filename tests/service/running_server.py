@@ -117,9 +117,16 @@ def run_command(*arguments: str) -> list[str]:
 
 
 def start_server(
-    *arguments: str, engine: str = "huggingface", home: Path, environment: dict[str, str] | None = None
+    *arguments: str,
+    engine: str = "huggingface",
+    home: Path,
+    environment: dict[str, str] | None = None,
+    own_group: bool = False,
 ) -> RunningServer:
-    """Start one and wait until it says that it is ready. Its temporary files lie in `home`."""
+    """Start one and wait until it says that it is ready. Its temporary files lie in `home`.
+
+    `own_group`: lead a process group, which a test may then signal as a whole.
+    """
     port, log = free_port(), home / "log.txt"
     name = Path(arguments[arguments.index("--model") + 1]).name
     with log.open("w") as sink:
@@ -129,6 +136,7 @@ def start_server(
             stdout=sink,
             stderr=subprocess.STDOUT,
             env={**os.environ, "TMPDIR": str(home), **(environment or {})},
+            process_group=0 if own_group else None,
         )
     server = RunningServer(process, port, name, engine, log)
     deadline = time.monotonic() + START_TIMEOUT_S

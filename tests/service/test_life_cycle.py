@@ -62,7 +62,8 @@ def own(checkpoint: tuple[Path, Path]) -> Iterator[RunningServer]:
     model, artifact = checkpoint
     limits = ("--served-model-name", NAME, "--max-choices", str(MAX_CHOICES), "--drain-timeout-s", "30")
     with tempfile.TemporaryDirectory(prefix="srv") as home:
-        server = start_server("--model", str(model), "--artifact", str(artifact), *limits, home=Path(home))
+        paths = ("--model", str(model), "--artifact", str(artifact))
+        server = start_server(*paths, *limits, home=Path(home), own_group=True)
         try:
             yield server
         finally:
@@ -156,7 +157,7 @@ def test_a_lost_controller_comes_back_with_all_settings(own: RunningServer) -> N
 
 
 def test_at_the_end_who_runs_may_finish_and_who_takes_too_long_is_told(own: RunningServer, endless: dict, pool) -> None:
-    """The last test of this server."""
+    """The last test of this server. Every process is asked to end, as a service manager does, and then its group."""
     model, family = own.pid_of(":Model"), own.family()
     long = Conversation(own, pool, **endless, stream=True)
     long.began.wait(PATIENCE_S)
@@ -164,7 +165,9 @@ def test_at_the_end_who_runs_may_finish_and_who_takes_too_long_is_told(own: Runn
     short.began.wait(PATIENCE_S)
     os.kill(model, signal.SIGSTOP)
     assert not short.status.done(), "it ended before the end had begun"
-    own.process.send_signal(signal.SIGTERM)
+    for pid in family:
+        os.kill(pid, signal.SIGTERM)
+    os.killpg(own.process.pid, signal.SIGTERM)
     wait_for(lambda: "stopping" in own.log(), "it does not stop")
     refused = httpx.post(own.url + "/v1/chat/completions", json=endless, timeout=PATIENCE_S)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
@@ -177,3 +180,5 @@ def test_at_the_end_who_runs_may_finish_and_who_takes_too_long_is_told(own: Runn
     os.kill(model, signal.SIGCONT)
     assert own.process.wait(PATIENCE_S) == 0
     assert own.alive(family) == []
+    assert own.log().endswith("\nstopped\n")
+    assert "Traceback" not in own.log()

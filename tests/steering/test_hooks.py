@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from steering.artifact import load_artifact
+from steering.engines.checkpoint import read_checkpoint
+from steering.engines.preparation import prepare
 from steering.errors import BadArtifact, InvalidSteering
 from steering.hooks import steer
 from steering.intervention import Intervention, Pass, SequenceSteering
 from steering.request import SteeringRequest, merge_sources
 from steering.settings import resolve
-from tests.steering.engines.driving import ask
+from tests.steering.engines.driving import ask, make_request
 from tests.tiny_models import drawn_image, save_tiny_artifact, save_tiny_llava, tiny_presets
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
@@ -73,6 +76,20 @@ def test_the_hook_goes_away_when_generation_fails(own_model, tiny_artifact):
 def test_what_needs_an_engine_is_refused(own_model, tiny_artifact, asked):
     with pytest.raises(InvalidSteering), steer(own_model[0], load_artifact(tiny_artifact), SteeringRequest(**asked)):
         pass
+
+
+def test_foreign_images_that_the_artifact_lacks_are_named(own_model, tiny_artifact):
+    artifact = load_artifact(tiny_artifact)
+    without = replace(artifact, control_image_MD=artifact.control_image_MD[:0])
+    asked = {"strength": 1.0, "control": "other_image"}
+    steering = steer(own_model[0], without, SteeringRequest.model_validate(asked))
+    with pytest.raises(InvalidSteering, match="no images for control") as caught, steering:
+        generate(own_model)
+    assert caught.value.field == "steering.control"
+    checkpoint = read_checkpoint(own_model[0].name_or_path, tiny_artifact, None)
+    with pytest.raises(InvalidSteering, match="no images for control") as caught:
+        prepare(replace(checkpoint, artifact=without), make_request(checkpoint, steering=asked), lambda _event: None)
+    assert caught.value.field == "steering.control"
 
 
 def test_beam_search_is_refused(own_model, tiny_artifact):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from steering.errors import InvalidSteering
@@ -40,6 +42,10 @@ def test_fields_left_out_come_from_the_preset():
         (SteeringRequest(strength=0.0, enabled=True), "strength_0"),
         (SteeringRequest(preset="off"), "preset_off"),
         (SteeringRequest(preset="off", strength=0.5), "preset_off"),
+        (SteeringRequest(preset="off", alpha=1.0), "preset_off"),
+        (SteeringRequest(preset="off", strength=0.0, alpha=1.0), "strength_0"),
+        (SteeringRequest(alpha=0.0), "delta_0"),
+        (SteeringRequest(strength=0.5, alpha=0.0, enabled=True), "delta_0"),
         (SteeringRequest(strength=1.0, gamma=0.0), "gamma_0"),
     ],
 )
@@ -60,6 +66,63 @@ def test_asking_for_steering_where_the_default_preset_is_off_is_refused():
     assert decide(server=(SteeringRequest(preset="off"),)).reason == "preset_off"
     spelled = merge_sources(SteeringRequest(strength=0.5, alpha=1.0))
     assert resolve(spelled, presets=PRESETS, default_preset="off", has_image=True).active
+
+
+@pytest.mark.parametrize(
+    ("asked", "server", "field"),
+    [
+        (SteeringRequest(enabled=True, preset="off", alpha=1.0), SteeringRequest(), "preset"),
+        (SteeringRequest(enabled=True, preset="off"), SteeringRequest(), "preset"),
+        (SteeringRequest(enabled=True, alpha=1.0), SteeringRequest(preset="off"), "preset"),
+        (SteeringRequest(enabled=True, alpha=1.0), SteeringRequest(strength=0.0), "strength"),
+        (SteeringRequest(strength=0.5), SteeringRequest(alpha=0.0), "alpha"),
+    ],
+)
+def test_asking_for_steering_that_another_field_switches_off_is_refused(asked, server, field):
+    with pytest.raises(InvalidSteering, match="is off; set another") as caught:
+        decide(asked, server=(server,))
+    assert caught.value.field == f"steering.{field}"
+
+
+def test_who_chose_the_preset_off_is_not_steered_by_the_server_s_numbers():
+    arm = SteeringRequest(strength=0.8, alpha=1.0)
+    assert decide(SteeringRequest(preset="off"), server=(arm,)).reason == "preset_off"
+    assert decide(SteeringRequest(), server=(SteeringRequest(preset="off"), arm)).active
+
+
+NUMBERS = st.sampled_from([None, 0.0, 0.5, 1.0])
+REQUESTS = st.builds(
+    SteeringRequest,
+    enabled=st.sampled_from([None, True, False]),
+    preset=st.sampled_from([None, "captions", "off"]),
+    strength=NUMBERS,
+    alpha=NUMBERS,
+    gamma=NUMBERS,
+    plausibility=NUMBERS,
+)
+
+
+@given(
+    caller=st.lists(REQUESTS, max_size=3),
+    server=st.lists(REQUESTS, max_size=2),
+    default_preset=st.sampled_from(["captions", "off", "no step"]),
+)
+def test_what_is_active_has_a_strength_and_what_was_asked_for_and_is_not_active_was_the_caller_s_choice(
+    caller, server, default_preset
+):
+    requested = merge_sources(*caller, server=tuple(server))
+    presets = PRESETS | {"no step": Preset(alpha=0.0)}
+    try:
+        settings = resolve(requested, presets=presets, default_preset=default_preset, has_image=True)
+    except InvalidSteering:
+        settings = None
+    if settings is None:
+        assert requested.explicit
+        return
+    assert not settings.active or settings.strength * settings.alpha > 0
+    if requested.explicit and settings.reason in ("strength_0", "preset_off", "delta_0"):
+        chosen = {"strength_0": "strength", "preset_off": "preset", "delta_0": "alpha"}[settings.reason]
+        assert chosen in requested.caller_fields
 
 
 def test_strength_in_a_higher_source_overrides_off_in_a_lower():

@@ -89,6 +89,11 @@ class BatchRunner:
         self._cache.move(source, target)
         self._base_cache.move(source, target)
 
+    def shrink(self, *, slots: int, tokens: int) -> None:
+        """Give back what sequences 0..slots-1 with at most so many tokens do not need."""
+        self._cache.shrink(slots, tokens)
+        self._base_cache.shrink(slots, tokens)
+
     def clear(self) -> None:
         """Give the caches' memory back; only when nothing runs."""
         self._cache.clear()

@@ -54,6 +54,20 @@ class SlotCache:
             for key, value in self._layers.values():
                 key[target], value[target] = key[source], value[source]
 
+    def shrink(self, slots: int, capacity: int) -> None:
+        """Give back the memory of all but the first slots and positions, in powers of two as it grew."""
+        if slots == 0:
+            self.clear()
+            return
+        slots, capacity = _rounded_up(slots, capacity)
+        slots, capacity = min(self._slots, slots), min(self._capacity, capacity)
+        if (slots, capacity) == (self._slots, self._capacity):
+            return
+        for layer, stored in self._layers.items():
+            key, value = (store[:slots, :, :capacity].clone() for store in stored)
+            self._layers[layer] = (key, value)
+        self._slots, self._capacity = slots, capacity
+
     def clear(self) -> None:
         """Give all memory back."""
         self._layers.clear()
@@ -62,13 +76,18 @@ class SlotCache:
     def _grow(self, slots: int, capacity: int) -> None:
         if slots <= self._slots and capacity <= self._capacity:
             return
-        slots = max(self._slots, 1 << (slots - 1).bit_length())
-        capacity = max(self._capacity, MIN_CAPACITY_TOKENS, 1 << (capacity - 1).bit_length())
+        slots, capacity = _rounded_up(slots, capacity)
+        slots, capacity = max(self._slots, slots), max(self._capacity, capacity)
         self._layers = {
             layer: (_enlarged(key, slots, capacity), _enlarged(value, slots, capacity))
             for layer, (key, value) in self._layers.items()
         }
         self._slots, self._capacity = slots, capacity
+
+
+def _rounded_up(slots: int, capacity: int) -> tuple[int, int]:
+    """To powers of two, so that memory moves seldom."""
+    return 1 << (slots - 1).bit_length(), max(MIN_CAPACITY_TOKENS, 1 << (capacity - 1).bit_length())
 
 
 def _enlarged(old_RHCE: Tensor, slots: int, capacity: int) -> Tensor:

@@ -182,7 +182,9 @@ class VllmEngine:
         """See `Engine`. Closing the iterator cancels the request."""
         vllm = self.vllm
         if request.request_id in self._running:
-            raise InvalidSteering(f"request_id {request.request_id!r} is running already", field="request_id")
+            raise InvalidSteering(
+                f"request_id {request.request_id!r} is running already; use another one", field="request_id"
+            )
         running = self._running[request.request_id] = _Running()
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception | None] = asyncio.Queue()
         report: asyncio.Task[None] | None = None

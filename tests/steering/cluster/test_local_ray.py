@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,14 @@ import time
 
 import pytest
 
-from steering.cluster.local_ray import REPOSITORY, descendants, prepare_environment, short_folder
+from steering.cluster.local_ray import (
+    END_SIGNALS,
+    REPOSITORY,
+    descendants,
+    end_signals_held_back,
+    prepare_environment,
+    short_folder,
+)
 
 
 @pytest.fixture
@@ -45,6 +53,30 @@ def test_our_modules_come_first_for_workers(environment: dict[str, str]) -> None
     environment["PYTHONPATH"] = "/theirs"
     prepare_environment()
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), "/theirs"]
+
+
+def test_who_is_started_while_end_signals_are_held_back_does_not_end_by_them() -> None:
+    with end_signals_held_back():
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        for number in END_SIGNALS:
+            child.send_signal(number)
+    finally:
+        child.communicate(b"\n")
+    assert child.returncode == 0
+
+
+def test_an_end_signal_that_was_held_back_reaches_the_caller_s_handler() -> None:
+    got: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append("the caller"))
+    try:
+        with end_signals_held_back():
+            signal.signal(signal.SIGTERM, lambda *_: got.append("Ray"))
+            signal.raise_signal(signal.SIGTERM)  # in this thread; another one of the process would not hold it back
+            assert got == []
+        assert got == ["the caller"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_sockets_get_a_short_folder(monkeypatch: pytest.MonkeyPatch) -> None:

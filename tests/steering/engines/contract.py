@@ -6,9 +6,11 @@ The fixture is any engine on a tiny LLaVA of `tests/tiny_models.py` with its art
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from steering.engines.base import Sampling
 from steering.errors import EngineUnavailable, InvalidSteering
 from tests.steering.engines.driving import ask, make_request, send
 from tests.tiny_models import drawn_image
@@ -95,6 +97,24 @@ async def test_cancel_wakes_who_still_listens(engine):
     engine.cancel(request.request_id)
     with pytest.raises(EngineUnavailable, match="cancelled"):
         await asyncio.wait_for(listening, timeout=10)
+
+
+async def test_a_second_request_under_the_id_of_one_that_is_not_over_is_refused(engine):
+    request = make_request(engine, max_tokens=100, logit_bias={257: -100.0})
+
+    async def assert_refused() -> None:
+        with pytest.raises(InvalidSteering, match="running already; use another one") as caught:
+            await send(engine, request)
+        assert caught.value.field == "request_id"
+
+    stream = engine.generate(request)
+    first = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    await assert_refused()  # the first is being prepared
+    await first
+    await assert_refused()  # the first is running
+    await stream.aclose()
+    assert (await send(engine, replace(request, sampling=Sampling(max_tokens=2)))).finish_reasons() == {0: "length"}
 
 
 async def test_text_only_by_default_is_served_plain_and_says_so(engine):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from steering.engines.base import ResponseFormat, Sampling
+from steering.engines.base import ResponseFormat
 from steering.engines.vllm import start
 from steering.engines.vllm.engine import VllmEngine
 from steering.engines.vllm.plugin.configuration import OPERATOR, graph_refusals
@@ -83,17 +83,6 @@ async def test_choices_share_a_request_and_each_has_its_receipt(engine, referenc
     assert answer.end.receipt.positions[0] > 6
     for choice in range(3):
         compare(answer, expected, choice)
-
-
-async def test_a_second_request_under_a_running_one_s_id_is_refused(engine):
-    request = make_request(engine, max_tokens=100, logit_bias={257: -100.0})
-    stream = engine.generate(request)
-    await anext(stream)
-    with pytest.raises(InvalidSteering, match="running already") as caught:
-        await send(engine, request)
-    assert caught.value.field == "request_id"
-    await stream.aclose()
-    assert (await send(engine, replace(request, sampling=Sampling(max_tokens=2)))).finish_reasons() == {0: "length"}
 
 
 async def test_cancelled_before_its_first_step(engine):
