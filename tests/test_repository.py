@@ -12,7 +12,8 @@ import pytest
 from steering.artifact import load_artifact, save_artifact
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "steering/README.md")
+README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 MODULES = sorted(
     path.relative_to(ROOT).as_posix()
     for package in ("steering", "service", "training")

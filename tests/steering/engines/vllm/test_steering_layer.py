@@ -20,8 +20,17 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from steering.engines.vllm.plugin.wire import WireSteering
 from steering.slot_tables import Stream
-from tests.steering.engines.vllm.layer_world import make_layer
+from tests.steering.engines.vllm.layer_world import (
+    PROMPT,
+    SETTINGS,
+    TEXT_TOKENS,
+    announce,
+    copied,
+    make_layer,
+    random_stream,
+)
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[3]
@@ -148,3 +157,22 @@ def test_one_captured_step_serves_every_batch(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
+
+
+@torch.inference_mode()
+def test_4096_sequences_that_never_ask_for_their_receipt_take_no_more_memory():
+    layer = make_layer(device=torch.device("cpu"), dtype=torch.float32, with_kernels=False, max_sequences=2)
+    tables = [*layer.tables.code, layer.tables.settings_M8, layer.tables.direction_MD, layer.tables.tally_T2]
+    places = [(table.data_ptr(), table.nbytes) for table in tables]
+    stream = random_stream(len(PROMPT), layer, 1, torch.float32)
+    for number in range(4200):
+        layer.batch.enter(number % 2, WireSteering(id=str(number), **SETTINGS[0]), PROMPT)
+        step = announce(layer, [number % 2], [0], [len(PROMPT)])
+        layer._change(copied(stream), torch.zeros(len(PROMPT)), step)
+    now = [*layer.tables.code, layer.tables.settings_M8, layer.tables.direction_MD, layer.tables.tally_T2]
+    assert [(table.data_ptr(), table.nbytes) for table in now] == places
+    assert layer.batch.sequences < layer.batch.tallies <= 4096 + 2 * 2 + 1
+    oldest, latest = layer.finish(["0", "4199"])
+    assert oldest is None
+    assert latest is not None
+    assert latest["positions"] == TEXT_TOKENS - 1
