@@ -80,7 +80,7 @@ class Step:
 
     @property
     def recalls(self) -> bool:
-        """Something must be learned from the cache before the pass."""
+        """Something must be learned from the cache."""
         return bool(self.image_cached or self.text_cached)
 
     @property
@@ -231,8 +231,8 @@ class Batch:
     def _take_slot(self) -> int:
         """A free slot, else that of the first who came among those who have left: its code can be made again."""
         if not self._free_slots:
-            outside = (one.tally for one in self._by_id.values() if one.tally not in self.inside)
-            self._give_up_slot(next(tally for tally in outside if self.book["slot"][tally]))
+            outside = set(np.flatnonzero(self.book["slot"]).tolist()) - set(self.inside.tolist())
+            self._give_up_slot(next(one.tally for one in self._by_id.values() if one.tally in outside))
         return self._free_slots.pop()
 
     def _give_up_slot(self, tally: int) -> None:

@@ -72,7 +72,7 @@ class SteeringModelState(DefaultModelState):
             step = self._steering.describe(tally_B, starts, firsts)
         padded = input_batch.num_tokens_after_padding
         self._steering.announce(step, padded)
-        if step is not None:
+        if step is not None and step.recalls and input_batch.num_tokens == input_batch.num_reqs:
             self._recall(step, padded)
         return super().prepare_inputs(input_batch, req_states)
 
@@ -81,7 +81,6 @@ class SteeringModelState(DefaultModelState):
         return super().prepare_dummy_inputs(num_reqs, num_tokens)
 
     def _recall(self, step: Step, padded: int) -> None:
-        """Before a full graph replays there is no other place to learn an image from the cache."""
-        if step.recalls:
-            with set_forward_context(vllm_config=self.vllm_config, num_tokens=padded, **self._attention):
-                self._steering.recall(step, padded)
+        """A step of one token each may be a full graph, in which nothing is learned: so before it."""
+        with set_forward_context(vllm_config=self.vllm_config, num_tokens=padded, **self._attention):
+            self._steering.recall(step, padded)

@@ -8,6 +8,7 @@ Shapes: N rows of this step (padding included), R steered rows, D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,19 +68,14 @@ class SteeringLayer:
         return self.batch.step(tally_B, starts, firsts) if self.attached else None
 
     def recall(self, step: Step, token_rows: int) -> None:
-        """Learn what only cached tokens tell, through the pooling layers, inside a forward context.
+        """Before the announced pass: learn what only cached tokens tell, inside a forward context.
 
         The current rows take part as tokens of no class; the pass itself writes them anew.
         """
-        if not step.recalls:
-            return
-        asked_N = np.full(token_rows, IMAGE, np.int32)
-        asked_N[[row for _, row in step.text_cached]] = TEXT
         hidden_size, device = self.tables.realignment.hidden_size, self.tables.device
         nothing_ND = torch.zeros(token_rows, hidden_size, dtype=self.pool.dtype, device=device)
-        class_N = torch.zeros(token_rows, dtype=torch.int32, device=device)
-        mean_ND = self.pool(nothing_ND, class_N, self.tables.send(torch.from_numpy(asked_N)))
-        self._learn(step.image_cached, step.text_cached, mean_ND)
+        self._learn_cached(step, nothing_ND, torch.zeros(token_rows, dtype=torch.int32, device=device))
+        self._step = replace(step, image_cached=[], text_cached=[])
 
     # -- in the forward pass --------------------------------------------------------------------------------------
 
@@ -127,8 +123,6 @@ class SteeringLayer:
             firsts = of_pool.seq_lens[:rows].cpu().numpy() - (starts[1:] - starts[:-1])
             step = self.describe(tally_B[:rows], starts, firsts)
         self.announce(step, token_rows)
-        if step is not None:
-            self.recall(step, token_rows)
 
     def _change(self, stream: Stream, positions: Tensor, step: Step | None) -> None:
         """`step` is None while a graph is captured: then all is done that any step may need, as the plan says."""
@@ -139,12 +133,21 @@ class SteeringLayer:
         mean_ND = self.pool(stream_ND, class_N, asked_N)
         if step is not None:
             self._learn(step.image_complete, step.text_complete, mean_ND)
+            if step.recalls:  # now that this pass has written its own tokens: they may be another sequence's cache
+                self._learn_cached(step, stream_ND, class_N)
         twin = None
         if self.twin is not None and (step is None or step.two_branches):
             twin = Stream(stream.hidden.clone(), stream.residual.clone())
         self._steer_rows(count if step is None else len(step.row_R), stream_ND, mean_ND, stream, twin)
         if twin is not None:
             self._run_twin(twin, positions, self._plan.twin_slot_of(count))
+
+    def _learn_cached(self, step: Step, stream_ND: Tensor, class_N: Tensor) -> None:
+        """As `_learn`, where the tokens themselves are no rows of this step."""
+        asked_N = np.full(len(stream_ND), IMAGE, np.int32)
+        asked_N[[row for _, row in step.text_cached]] = TEXT
+        mean_ND = self.pool(stream_ND, class_N, self.tables.send(torch.from_numpy(asked_N)))
+        self._learn(step.image_cached, step.text_cached, mean_ND)
 
     def _learn(
         self, images: list[tuple[SequenceState, int]], texts: list[tuple[SequenceState, int]], mean_ND: Tensor

@@ -1,11 +1,12 @@
 """Real vLLM engines on the CPU, and the Hugging Face engine to compare them with.
 
-All tests here share one event loop, since a vLLM engine belongs to the loop that started it.
+All tests here share one event loop, since a vLLM engine belongs to the loop that started it. Nothing here imports an
+engine before a test asks for one.
 """
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
 from pathlib import Path
@@ -13,9 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from steering.engines.huggingface.engine import HuggingFaceEngine
-from steering.engines.vllm.engine import VllmEngine
-from tests.tiny_models import save_tiny_artifact, save_tiny_llava
+from tests.steering.engines.vllm import processes
 
 BLOCK_TOKENS = 32
 """The smallest block of vLLM's CPU attention: the tests' prompts fill several, so caching has something to do."""
@@ -40,6 +39,8 @@ class TinyModel:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, TinyModel]:
+    from tests.tiny_models import save_tiny_artifact, save_tiny_llava
+
     made = {}
     for name, num_kv_heads in (("mha", 4), ("gqa", 2)):
         folder = tmp_path_factory.mktemp(name)
@@ -49,22 +50,30 @@ def tiny_models(tmp_path_factory) -> dict[str, TinyModel]:
 
 
 @asynccontextmanager
-async def running_engine(tiny: TinyModel, *, steered: bool = True, **options):
-    """A started vLLM engine, stopped at the end."""
+async def running_engine(
+    tiny: TinyModel, *, steered: bool = True, second_runner: bool = False, spawned: bool = False, **options
+):
+    """A started vLLM engine, stopped at the end. `spawned`: its processes are started as a user's are."""
+    from steering.engines.vllm.engine import VllmEngine
+
     arguments = {"block_size": BLOCK_TOKENS} | options.pop("vllm_arguments", {})
     engine = VllmEngine(
         tiny.model, tiny.artifact if steered else None, kv_cache_gib=0.05, vllm_arguments=arguments, **options
     )
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop()
+    with processes.second_runner() if second_runner else nullcontext():
+        with nullcontext() if spawned else processes.forked_processes():
+            await engine.start()
+        try:
+            yield engine
+        finally:
+            await engine.stop()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def references(tiny_models):
     """Hugging Face engines, by model: their mode 'causal' is what vLLM must do."""
+    from steering.engines.huggingface.engine import HuggingFaceEngine
+
     engines = {name: HuggingFaceEngine(tiny.model, tiny.artifact) for name, tiny in tiny_models.items()}
     for engine in engines.values():
         await engine.start()

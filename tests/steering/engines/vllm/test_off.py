@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 import pytest_asyncio
 
-from tests.steering.engines.driving import Answer, make_request, send
+from tests.steering.engines.driving import Answer, make_request
 from tests.steering.engines.vllm.agreement import VOCABULARY
 from tests.steering.engines.vllm.conftest import running_engine
+from tests.steering.engines.vllm.conversations import in_one_step
 
 OFF = {"enabled": False}
 NEIGHBOURS = [{"strength": 1.0}, {"strength": 0.5, "form": "union"}, {"gamma": 0.5}, {"plausibility": 0.3}]
@@ -31,13 +30,7 @@ async def in_one_batch(engine, settings: list[dict]) -> list[Answer]:
         )
         for index, chosen in enumerate(settings)
     ]  # fmt: skip
-    await engine.vllm.pause_generation(mode="keep")
-    pending = [asyncio.create_task(send(engine, request)) for request in requests]
-    while engine.vllm.get_num_unfinished_requests() < len(requests):
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.2)
-    await engine.vllm.resume_generation()
-    return await asyncio.gather(*pending)
+    return await in_one_step(engine, requests)
 
 
 @pytest.mark.parametrize("neighbours", [[OFF] * 4, NEIGHBOURS], ids=["off neighbours", "steered neighbours"])

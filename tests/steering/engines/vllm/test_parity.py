@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from steering.errors import EngineUnavailable
 from tests.steering.engines.driving import make_request, send
 from tests.steering.engines.vllm.agreement import VOCABULARY, assert_agree
 from tests.steering.engines.vllm.conftest import running_engine
-from tests.steering.engines.vllm.conversations import conversation
+from tests.steering.engines.vllm.conversations import SHORT, conversation, image_end, in_turn
 
 FORMS = ("published", "difference", "union")
 BRANCHES = ({"gamma": 1.0, "plausibility": 0.0}, {"gamma": 0.6, "plausibility": 0.3})
@@ -29,69 +31,91 @@ MIXED = [
     {"control": "other_image", "control_seed": 2},
     {"gamma": 1.0, "plausibility": 0.5},
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """How vLLM runs the tiny LLaVA, and what that must bring about."""
+
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """For `running_engine`."""
+    preempts: bool = False
+    caches: bool = True
+    letters: int = 7
+    """By which each request is longer than the one before it; fewer where kernels are interpreted, row by row."""
+    max_tokens: int = 30
+    """Of the requests in one batch; the blocks of one that preempts must not hold them all."""
+
+    @property
+    def runner(self) -> str:
+        """Module of the runner that it must take."""
+        return f"vllm.v1.worker.{'cpu.' if self.options.get('second_runner') else 'cpu_'}model_runner"
+
+
 CONFIGURATIONS = {
-    "mha": None,
-    "gqa, chunked prefill": ("gqa", {"vllm_arguments": {"max_num_batched_tokens": 17, "max_num_seqs": 16}}),
-    "preempted, no prefix cache": (
-        "mha",
-        {"vllm_arguments": {"num_gpu_blocks_override": 14, "enable_prefix_caching": False}},
+    "chunked prefill, preempted, no prefix cache": Configuration(
+        model="gqa",
+        options={
+            "vllm_arguments": {
+                "max_num_batched_tokens": 17,
+                "max_num_seqs": 16,
+                "num_gpu_blocks_override": 14,
+                "enable_prefix_caching": False,
+            }
+        },
+        preempts=True,
+        caches=False,
     ),
-    "compiled": ("gqa", {"compile": True}),
-    "two ranks": ("mha", {"tensor_parallel_size": 2}),
-    "second runner": ("gqa", {"vllm_arguments": {"max_num_batched_tokens": 64, "max_num_seqs": 16}}),
+    "compiled, spawned": Configuration(model="gqa", options={"compile": True, "spawned": True}),
+    "two ranks, chunked prefill": Configuration(
+        model="mha", options={"tensor_parallel_size": 2, "vllm_arguments": {"max_num_batched_tokens": 40}}
+    ),
+    "second runner, chunked prefill, preempted": Configuration(
+        model="gqa",
+        options={
+            "second_runner": True,
+            "vllm_arguments": {"max_num_batched_tokens": 64, "max_num_seqs": 16, "num_gpu_blocks_override": 14},
+        },
+        preempts=True,
+        letters=3,
+        max_tokens=12,
+    ),
+    "default": Configuration(model="mha"),
 }
-"""How vLLM runs it: None is the default engine; else a model and options. Starting one takes half a minute."""
-SECOND_RUNNER = {
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "TRITON_INTERPRET": "1",
-    "PYTHONPATH": str(Path(__file__).parent / "second_runner"),
-}
-"""vLLM's second model runner, the default on GPUs; see second_runner/sitecustomize.py."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session", params=list(CONFIGURATIONS))
 async def pair(request, engine, tiny_models, references):
-    """Name, engine and the engine to compare it with."""
+    """Configuration, engine and the engine to compare it with."""
     configuration = CONFIGURATIONS[request.param]
-    if configuration is None:
-        yield request.param, engine, references["mha"]
+    if request.param == "default":
+        yield configuration, engine, references["mha"]
         return
-    model, options = configuration
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "second runner":
-            patch.setattr("vllm.config.vllm.HAS_TRITON", True)
-            for name, value in SECOND_RUNNER.items():
-                patch.setenv(name, value)
-        async with running_engine(tiny_models[model], **options) as configured:
-            yield request.param, configured, references[model]
+    async with running_engine(tiny_models[configuration.model], **configuration.options) as configured:
+        yield configuration, configured, references[configuration.model]
 
 
-def requests_with(engine, settings: list[dict], letter: str, max_tokens: int = 8):
+def requests_with(engine, letters: str, max_tokens: int = 8):
     """One request per setting: other texts, one or two images, full logprobs."""
     return [
         make_request(
-            engine, letter * (7 * index), (index, index + 1)[: 1 + index % 2], chosen,
+            engine, letters * index, (index, index + 1)[: 1 + index % 2], chosen,
             max_tokens=max_tokens + index % 3, top_logprobs=VOCABULARY,
         )
-        for index, chosen in enumerate(settings)
+        for index, chosen in enumerate(MIXED)
     ]  # fmt: skip
 
 
-async def answers_alone(engine, requests):
-    return [await send(engine, request) for request in requests]
-
-
 async def test_the_runner_is_the_one_meant(pair):
-    name, engine, _ = pair
-    runners = await engine.vllm.collective_rpc("model_runner_name")
-    assert set(runners) == {f"vllm.v1.worker.{'cpu.' if name == 'second runner' else 'cpu_'}model_runner"}
+    configuration, engine, _ = pair
+    assert set(await engine.vllm.collective_rpc("model_runner_name")) == {configuration.runner}
 
 
 async def test_alone(pair):
-    _, engine, reference = pair
-    requests = requests_with(engine, MIXED, "x")
-    answers = await answers_alone(engine, requests)
-    expected = await answers_alone(reference, requests)
+    configuration, engine, reference = pair
+    requests = requests_with(engine, "x" * configuration.letters)
+    answers, expected = await in_turn(engine, requests), await in_turn(reference, requests)
     assert_agree(answers, expected)
     for ours, theirs in zip(answers, expected, strict=True):
         assert ours.end.receipt.applied == theirs.end.receipt.applied
@@ -101,20 +125,50 @@ async def test_alone(pair):
 
 
 async def test_batched_with_different_settings_and_off(pair):
-    name, engine, reference = pair
-    requests = requests_with(engine, MIXED, "y", max_tokens=30)
-    expected = await answers_alone(reference, requests)
+    configuration, engine, reference = pair
+    requests = requests_with(engine, "y" * configuration.letters, configuration.max_tokens)
+    expected = await in_turn(reference, requests)
     preempted_before = engine.progress.preempted
     answers = await asyncio.gather(*(send(engine, request) for request in requests))
     assert_agree(answers, expected)
     assert [one.end.receipt.positions for one in answers] == [one.end.receipt.positions for one in expected]
-    assert (engine.progress.preempted > preempted_before) == ("preempted" in name)
+    assert (engine.progress.preempted > preempted_before) == configuration.preempts
 
 
 @pytest.mark.parametrize("steering", [{"strength": 1.0}, {"strength": 1.0, "gamma": 0.5}], ids=["one", "two"])
 async def test_an_image_added_in_a_later_turn(pair, steering):
     """What was text after the last image becomes text before it: cached as steered, it must not be reused."""
     _, engine, reference = pair
-    for images in ((3,), (3, 5)):
-        answer = await send(engine, conversation(engine, images, steering=steering))
-        assert_agree([answer], [await send(reference, conversation(reference, images, steering=steering))])
+    requests = [conversation(engine, images, steering=steering, text=SHORT) for images in ((3,), (3, 5))]
+    answers, expected = await in_turn(engine, requests), await in_turn(reference, requests)
+    for ours, theirs in zip(answers, expected, strict=True):
+        assert_agree([ours], [theirs])
+
+
+@pytest.mark.parametrize("steering", [{"strength": 1.0}, {"strength": 1.0, "gamma": 0.5}], ids=["one", "two"])
+async def test_an_image_whose_tokens_are_all_in_the_prefix_cache(pair, steering):
+    """It is pooled and encoded again from there: the place of its code has been another image's meanwhile."""
+    configuration, engine, reference = pair
+    requests = [
+        make_request(engine, SHORT, (image,), steering, max_tokens=4, top_logprobs=VOCABULARY) for image in (4, 9, 4)
+    ]
+    first = await in_turn(engine, requests[:2])
+    cached_before = engine.progress.cached_tokens
+    answers = [*first, *await in_turn(engine, requests[2:])]
+    assert_agree(answers, await in_turn(reference, requests))
+    cached = engine.progress.cached_tokens - cached_before
+    assert cached >= image_end(engine, requests[2], answers[2]) if configuration.caches else cached == 0
+    assert answers[2].end.receipt.positions == answers[0].end.receipt.positions
+    assert answers[2].end.receipt.applied
+
+
+@pytest.mark.parametrize("pair", [name for name in CONFIGURATIONS if name != "default"], indirect=True)
+async def test_stopping_fails_what_runs(pair):
+    """The last test of each engine but the one that others use, too."""
+    _, engine, _ = pair
+    listening = asyncio.create_task(send(engine, make_request(engine, max_tokens=200, logit_bias={257: -100.0})))
+    while not engine.health().running:
+        await asyncio.sleep(0.01)
+    await engine.stop()
+    with pytest.raises(EngineUnavailable):
+        await asyncio.wait_for(listening, timeout=10)

@@ -7,17 +7,20 @@ import pytest
 from steering.engines.vllm import choice as choice_module
 from tests.steering.engines.driving import Answer, make_request, send
 from tests.steering.engines.vllm.agreement import VOCABULARY, Disagreement, assert_agree
-from tests.steering.engines.vllm.conversations import LONG, conversation
+from tests.steering.engines.vllm.conversations import LONG, conversation, in_turn
 
 FULL, HALF, OFF = {"strength": 1.0}, {"strength": 0.5}, {"enabled": False}
 TWO = {"strength": 1.0, "gamma": 0.6, "plausibility": 0.2}
 
 
 async def ask_in_turn(engine, text: str, settings: list[dict]) -> list[Answer]:
-    return [
-        await send(engine, make_request(engine, f"{text}: {LONG}", steering=one, max_tokens=6, top_logprobs=VOCABULARY))
-        for one in settings
-    ]
+    return await in_turn(
+        engine,
+        [
+            make_request(engine, f"{text}: {LONG}", steering=one, max_tokens=6, top_logprobs=VOCABULARY)
+            for one in settings
+        ],
+    )
 
 
 @pytest.mark.parametrize(
