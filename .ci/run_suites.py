@@ -17,9 +17,9 @@ from pathlib import Path
 
 BUDGETS_S = {
     "tests/service": 900,
-    "tests/steering/engines/vllm": 720,
     "tests/training": 600,
     "tests/training/test_pipeline.py": 480,
+    "tests/steering/engines/vllm": 440,
     "tests/steering": 240,
     "tests/test_repository.py": 30,
     "tests/test_deploy.py": 30,
