@@ -93,3 +93,16 @@ async def engine(tiny_models):
     """The default one: MHA, two branches, prefix caching."""
     async with running_engine(tiny_models["mha"]) as engine:
         yield engine
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def second_runner_engine(tiny_models):
+    """As the default one, on vLLM's second model runner with its Triton kernels and ours interpreted."""
+    async with running_engine(tiny_models["mha"], second_runner=True) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["first runner", "second runner"])
+def either_engine(request):
+    """The default one, and the same on the second runner."""
+    return request.getfixturevalue("engine" if request.param == "first runner" else "second_runner_engine")

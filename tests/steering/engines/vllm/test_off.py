@@ -14,11 +14,13 @@ OFF = {"enabled": False}
 NEIGHBOURS = [{"strength": 1.0}, {"strength": 0.5, "form": "union"}, {"gamma": 0.5}, {"plausibility": 0.3}]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def plain(tiny_models):
-    """vLLM without our model class."""
-    async with running_engine(tiny_models["mha"], steered=False) as engine:
-        yield engine
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=["first runner", "second runner"])
+async def pair(request, tiny_models):
+    """A steered engine, and vLLM without our model class on the same runner."""
+    second = request.param == "second runner"
+    steered = request.getfixturevalue("second_runner_engine" if second else "engine")
+    async with running_engine(tiny_models["mha"], steered=False, second_runner=second) as plain:
+        yield steered, plain
 
 
 async def in_one_batch(engine, settings: list[dict]) -> list[Answer]:
@@ -34,7 +36,8 @@ async def in_one_batch(engine, settings: list[dict]) -> list[Answer]:
 
 
 @pytest.mark.parametrize("neighbours", [[OFF] * 4, NEIGHBOURS], ids=["off neighbours", "steered neighbours"])
-async def test_an_off_row_has_plain_vllm_s_bits(engine, plain, neighbours):
+async def test_an_off_row_has_plain_vllm_s_bits(pair, neighbours):
+    engine, plain = pair
     expected = await in_one_batch(plain, [OFF] * 8)
     answers = await in_one_batch(engine, [OFF, *neighbours, OFF, {"strength": 0.0}, OFF])
     for index in (0, 5, 6, 7):

@@ -7,7 +7,7 @@ import pytest
 from steering.engines.vllm import choice as choice_module
 from tests.steering.engines.driving import Answer, make_request, send
 from tests.steering.engines.vllm.agreement import VOCABULARY, Disagreement, assert_agree
-from tests.steering.engines.vllm.conversations import LONG, conversation, in_turn
+from tests.steering.engines.vllm.conversations import LONG, SHORT, conversation, in_one_step, in_turn
 
 FULL, HALF, OFF = {"strength": 1.0}, {"strength": 0.5}, {"enabled": False}
 TWO = {"strength": 1.0, "gamma": 0.6, "plausibility": 0.2}
@@ -43,6 +43,14 @@ async def test_one_request_after_the_other(engine, reference, settings, request)
     assert [one.end.receipt.positions for one in answers] == [one.end.receipt.positions for one in expected]
     reused = engine.progress.cached_tokens - before
     assert (reused > 0) == ("twice" in name)
+
+
+async def test_a_prompt_that_is_cached_in_the_step_that_computes_it(either_engine, reference):
+    """The second of two equal prompts finds the first's blocks in the cache before anything is in them."""
+    engine, before = either_engine, either_engine.progress.cached_tokens
+    requests = [make_request(engine, SHORT, (12,), FULL, max_tokens=4, top_logprobs=VOCABULARY) for _ in range(2)]
+    assert_agree(await in_one_step(engine, requests), await in_turn(reference, requests))
+    assert engine.progress.cached_tokens > before
 
 
 async def test_gamma_and_plausibility_share_what_they_do_not_change(engine, reference):
