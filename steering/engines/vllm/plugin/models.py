@@ -116,8 +116,9 @@ def _make_layer(
         from steering.kernels.launch import RealignKernels
 
         kernels = RealignKernels(tables, capacity=max(MIN_KERNEL_ROWS, scheduler.max_num_seqs))
+    largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return SteeringLayer(
-        batch, tables, pool, twin, kernels=kernels, max_token_rows=scheduler.max_num_batched_tokens
+        batch, tables, pool, twin, kernels=kernels, max_token_rows=max(scheduler.max_num_batched_tokens, largest_graph)
     )  # fmt: skip
 
 

@@ -148,8 +148,8 @@ def test_the_trace_finds_a_look_at_the_host(monkeypatch, look):
 def test_one_captured_step_serves_every_batch(tmp_path):
     """Interpreted, in a process of its own: whether Triton interprets is decided once, when it is imported."""
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(HERE / "second_runner"), str(ROOT)]),
+        "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     pytest_alone = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     done = subprocess.run(
