@@ -41,6 +41,7 @@ def test_fields_left_out_come_from_the_preset():
         (SteeringRequest(strength=0.0), "strength_0"),
         (SteeringRequest(strength=0.0, enabled=True), "strength_0"),
         (SteeringRequest(preset="off"), "preset_off"),
+        (SteeringRequest(preset="off", enabled=True), "preset_off"),
         (SteeringRequest(preset="off", strength=0.5), "preset_off"),
         (SteeringRequest(preset="off", alpha=1.0), "preset_off"),
         (SteeringRequest(preset="off", strength=0.0, alpha=1.0), "strength_0"),
@@ -72,7 +73,6 @@ def test_asking_for_steering_where_the_default_preset_is_off_is_refused():
     ("asked", "server", "field"),
     [
         (SteeringRequest(enabled=True, preset="off", alpha=1.0), SteeringRequest(), "preset"),
-        (SteeringRequest(enabled=True, preset="off"), SteeringRequest(), "preset"),
         (SteeringRequest(enabled=True, alpha=1.0), SteeringRequest(preset="off"), "preset"),
         (SteeringRequest(enabled=True, alpha=1.0), SteeringRequest(strength=0.0), "strength"),
         (SteeringRequest(strength=0.5), SteeringRequest(alpha=0.0), "alpha"),
