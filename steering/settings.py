@@ -148,8 +148,8 @@ def _switched_off(
 def _check_nobody_insists(requested: RequestedSteering, field: str, presets: Mapping[str, Preset]) -> None:
     """Raises InvalidSteering where the caller wants an answer steered that `field` leaves plain.
 
-    A caller's own strength or alpha of 0, or preset that is off, is its last word; but `enabled` and an alpha beside such
-    a preset want something done.
+    A caller's own strength or alpha of 0, or preset that is off, is its last word; but `enabled` and an alpha beside
+    such a preset want something done.
     """
     own = field in requested.caller_fields
     contradicts_itself = field == "preset" and {"enabled", "alpha"} <= requested.caller_fields
