@@ -8,6 +8,7 @@ whatever the model's dtype, because top-k is discontinuous (design, section 1).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -65,19 +66,34 @@ class Mix(NamedTuple):
     """As in `FormTerms`."""
 
 
+_precision = threading.Lock()
+_inside = 0
+_set_by_process: list[str] = []
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """No TF32 and no bfloat16 inside float32 products, whatever the process has set; no autocast."""
+    """No TF32 and no bfloat16 inside float32 products, whatever the process has set; no autocast.
+
+    The setting is the process's: other threads' products are exact meanwhile, too.
+    """
+    global _inside
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
-    before = [backend.fp32_precision for backend in backends]
+    with _precision:
+        if _inside == 0:
+            _set_by_process[:] = [backend.fp32_precision for backend in backends]
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+        _inside += 1
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        with _precision:
+            _inside -= 1
+            if _inside == 0:
+                for backend, precision in zip(backends, _set_by_process, strict=True):
+                    backend.fp32_precision = precision
 
 
 class Realignment(nn.Module):

@@ -92,13 +92,16 @@ class SlotTables:
     def slots(self) -> int:
         return self.settings_M8.shape[0]
 
+    @torch.inference_mode(False)
     def enlarge(self, slots: int, tallies: int) -> None:
         """New, larger tensors with the old contents; a graph that was captured with the old ones must not run again."""
+        before = self.slots
         self.code = ImageCode(*(_longer(table, slots) for table in self.code))
         self.settings_M8, self.direction_MD = _longer(self.settings_M8, slots), _longer(self.direction_MD, slots)
-        self.settings_M8[0, LOG_PLAUSIBILITY] = -math.inf
+        self.settings_M8[before:, LOG_PLAUSIBILITY] = -math.inf
         self.tally_T2 = _longer(self.tally_T2, tallies)
 
+    @torch.no_grad()
     def set_images(
         self, slots: Sequence[int], settings: Sequence[StepSettings], pooled_nD: Tensor, new_tallies: Sequence[int] = ()
     ) -> None:
@@ -118,6 +121,7 @@ class SlotTables:
         if new_tallies:
             self.tally_T2.index_fill_(0, self.send(list(new_tallies), torch.int64), 0)
 
+    @torch.no_grad()
     def delta(self, mean_RD: Tensor, slot_R: Tensor) -> Tensor:
         """Changes [R, D] float32 of rows whose text means are `mean_RD` float32, controls applied."""
         settings_R8 = self.settings_M8[slot_R]
@@ -126,6 +130,7 @@ class SlotTables:
         random_RD = delta_RD.norm(dim=-1, keepdim=True) * self.direction_MD[slot_R]
         return torch.where(settings_R8[:, RANDOM, None] > 0, random_RD, delta_RD)
 
+    @torch.no_grad()
     def step(self, rows: SteeredRows, stream_RD: Tensor, mean_RD: Tensor) -> Tensor:
         """What the rows of the residual stream become, [R, D] in its dtype; tallies are kept."""
         hidden_RD = stream_RD.float()

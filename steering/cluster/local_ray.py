@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 FOREIGN_VARIABLES = (
     "RAY_ADDRESS",
     "RAY_AUTH_TOKEN_PATH",

@@ -80,11 +80,6 @@ class RealignKernels:
         return concepts, shared, self.table_KD.shape[1]
 
     @property
-    def scratch_bytes(self) -> int:
-        scratch = (self.shared_ES, self.products_EK, self.ids_E2k, self.coefficients_E2k, self.count_E)
-        return sum(tensor.nbytes for tensor in (*scratch, self.partial_EPD))
-
-    @property
     def variants(self) -> tuple[int, ...]:
         """Bounds of launches that are compiled differently."""
         return tuple(dict.fromkeys((1, self.capacity)))

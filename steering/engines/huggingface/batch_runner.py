@@ -90,7 +90,9 @@ class BatchRunner:
         self._base_cache.move(source, target)
 
     def shrink(self, *, slots: int, tokens: int) -> None:
-        """Give back what sequences 0..slots-1 with at most so many tokens do not need."""
+        """Give back what sequences 0..slots-1 with at most so many tokens do not need, and the latest pass's states."""
+        if self.intervention is not None:
+            self.intervention.base_BTD = None
         self._cache.shrink(slots, tokens)
         self._base_cache.shrink(slots, tokens)
 
@@ -142,9 +144,6 @@ class BatchRunner:
         So the tail sees the same batch whatever its rows' modes are: a row's logits do not depend on its neighbours'.
         """
         logits_BV = self._run_tail(self._cache, rows, hidden, places, last_B)
-        spans = {
-            row: _state(running[row]).exact_span() for row in rows if running[row].request.settings.mode == "exact"
-        }
         states = {row: _state(running[row]) for row in rows}
         spans = {row: state.exact_span() for row, state in states.items() if state.exact}
         spans = {row: span for row, span in spans.items() if span is not None}

@@ -187,7 +187,10 @@ class GenerationLoop:
             sequence.steering = None  # the next try makes a new one
         filled = [slot for slot, sequence in enumerate(self._running) if sequence.completion_tokens]
         longest = max((len(self._running[slot].tokens) for slot in filled), default=0)
-        self._runner.shrink(slots=max(filled, default=-1) + 1, tokens=longest)
+        try:
+            self._runner.shrink(slots=max(filled, default=-1) + 1, tokens=longest)
+        except torch.OutOfMemoryError:
+            log.warning("no memory to make the caches smaller: they stay as large as they are")
         return failure
 
     def _accept(self, sequences: list[Sequence], logits_BV: Tensor) -> None:
@@ -221,6 +224,7 @@ class GenerationLoop:
             self._runner.move(last, slot)
             self._running[slot] = self._running[last]
         self._running.pop()
+        sequence.steering = None  # whoever still holds the request must not hold its place in the tables
 
     def _logprobs(self, logits_V: Tensor, token: int, top: int) -> SampledToken:
         own, others = top_logprobs(logits_V, token, top)
@@ -235,6 +239,8 @@ class GenerationLoop:
     def _fail_all(self, message: str) -> None:
         with self._wake:
             requests = {id(one.request): one.request for one in (*self._running, *self._waiting)}
+            for sequence in self._running:
+                sequence.steering = None
             self._running.clear()
             self._waiting.clear()
         self._runner.clear()

@@ -63,9 +63,10 @@ class SlotCache:
         slots, capacity = min(self._slots, slots), min(self._capacity, capacity)
         if (slots, capacity) == (self._slots, self._capacity):
             return
-        for layer, stored in self._layers.items():
-            key, value = (store[:slots, :, :capacity].clone() for store in stored)
-            self._layers[layer] = (key, value)
+        self._layers = {
+            layer: (key[:slots, :, :capacity].clone(), value[:slots, :, :capacity].clone())
+            for layer, (key, value) in self._layers.items()
+        }
         self._slots, self._capacity = slots, capacity
 
     def clear(self) -> None:

@@ -1,6 +1,6 @@
 """A steered LVLM on vLLM: continuous batching, paged and prefix-cached keys, torch.compile; for production.
 
-vLLM's engine core runs in a process of its own; the steering happens in there (`vllm_plugin/`). This side prepares
+vLLM's engine core runs in a process of its own; the steering happens in there (`plugin/`). This side prepares
 requests, streams text, and asks the worker what was done to each sequence once it has ended.
 """
 
@@ -203,9 +203,9 @@ class VllmEngine:
                 yield event
             yield prepared.end()
         finally:
-            self._running.pop(request.request_id, None)
             running.cancel()
             await asyncio.gather(*running.choices, *([report] if report else []), return_exceptions=True)
+            self._running.pop(request.request_id, None)
 
     def _check(self, request: GenerationRequest, prepared: RunningRequest) -> None:
         """Refuse what this engine cannot do, or, where only the server's default asks for it, leave it out and say so.

@@ -64,15 +64,14 @@ class WorkerClient:
         ended, self._ended = self._ended, {}
         try:
             told = await self.ask("finish_steering", list(ended))
-        except EngineUnavailable as error:
-            told = [error] * len(ended)
-        for future, one in zip(ended.values(), told, strict=True):
-            if future.cancelled():
-                continue
-            if isinstance(one, EngineUnavailable):
-                future.set_exception(one)
-            else:
-                future.set_result(one)
+            for future, one in zip(ended.values(), told, strict=True):
+                if not future.cancelled():
+                    future.set_result(one)
+        except BaseException as error:
+            for future in ended.values():
+                if not future.done():
+                    future.set_exception(EngineUnavailable(f"the engine did not say what was done ({error!r})"))
+            raise
 
     def _keep(self, task: asyncio.Task) -> asyncio.Task:
         """Until it is done; and its failure has been looked at."""

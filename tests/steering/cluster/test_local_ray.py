@@ -53,6 +53,7 @@ def test_our_modules_come_first_for_workers(environment: dict[str, str]) -> None
     environment["PYTHONPATH"] = "/theirs"
     prepare_environment()
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), "/theirs"]
+    assert (REPOSITORY / "steering" / "cluster" / "local_ray.py").exists()
 
 
 def test_who_is_started_while_end_signals_are_held_back_does_not_end_by_them() -> None:

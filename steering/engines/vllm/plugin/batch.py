@@ -163,7 +163,9 @@ class Batch:
             is_image = self._by_tally[int(tally_s[place])].is_image[first_s[place] : last_s[place] + 1]
             class_N[start_s[place] : start_s[place] + len(is_image)][is_image] = IMAGE
         twin_N = np.zeros_like(class_N)
-        twin_N[row_P] = np.where(known["two"], known["slot"], 0)[of_P]
+        # an image that ends in a step of one token, perhaps a full graph, is learned in the next one only
+        blends_s = known["two"] & (known["encoded"] | (length_s > 1) | (last_s > known["last_image"]))
+        twin_N[row_P] = np.where(blends_s, known["slot"], 0)[of_P]
 
         steered_P = (position_P >= steer_from_s[of_P]) & ~known["probe"][of_P]
         of_R = of_P[steered_P]

@@ -48,6 +48,8 @@ class SteeringLayer:
         """The runner announces its steps (V2); the operator finds out by itself where it does not (V1)."""
         self.capturing = False
         """The passes to come are captured, or warm up for it: nothing is known of their rows."""
+        self._aside: torch.cuda.Stream | None = None
+        """On which tallies are read."""
         self._step: Step | None = None
         self.blends = True
         """The coming logits may belong to two branches; false lets them alone without a look at the device."""
@@ -216,11 +218,12 @@ class SteeringLayer:
         table_T2 = self.tables.tally_T2
         if table_T2.device.type != "cuda":
             return table_T2
-        aside = torch.cuda.Stream(table_T2.device)
-        with torch.cuda.stream(aside):
+        if self._aside is None:  # of another priority than vLLM's streams, so that it is none of theirs
+            self._aside = torch.cuda.Stream(table_T2.device, priority=-1)
+        with torch.cuda.stream(self._aside):
             read_T2 = torch.empty(table_T2.shape, pin_memory=True, device="cpu", dtype=table_T2.dtype)
             read_T2.copy_(table_T2, non_blocking=True)
-        aside.synchronize()
+        self._aside.synchronize()
         return read_T2
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -43,11 +42,6 @@ class WireSteering(BaseModel):
     def branches(self) -> int:
         """2 where the base branch has a say in the logits (design, section 1)."""
         return 1 if self.gamma == 1 and self.plausibility == 0 else 2
-
-    @property
-    def blend(self) -> tuple[float, float]:
-        """gamma and log(plausibility)."""
-        return self.gamma, math.log(self.plausibility) if self.plausibility > 0 else -math.inf
 
     def extra_args(self) -> dict[str, str]:
         """For `SamplingParams(extra_args=...)`."""

@@ -60,13 +60,13 @@ async def running_engine(
     engine = VllmEngine(
         tiny.model, tiny.artifact if steered else None, kv_cache_gib=0.05, vllm_arguments=arguments, **options
     )
-    with processes.second_runner() if second_runner else nullcontext():
-        with nullcontext() if spawned else processes.forked_processes():
-            await engine.start()
-        try:
-            yield engine
-        finally:
-            await engine.stop()
+    runner = processes.second_runner() if second_runner else nullcontext()
+    with runner, nullcontext() if spawned else processes.forked_processes():
+        await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -103,6 +103,6 @@ async def second_runner_engine(tiny_models):
 
 
 @pytest.fixture(params=["first runner", "second runner"])
-def either_engine(request):
+def either_engine(request, engine, second_runner_engine):
     """The default one, and the same on the second runner."""
-    return request.getfixturevalue("engine" if request.param == "first runner" else "second_runner_engine")
+    return engine if request.param == "first runner" else second_runner_engine

@@ -30,7 +30,7 @@ _servers: dict[tuple[str | None, ...], forkserver.ForkServer] = {}
 
 @contextmanager
 def second_runner() -> Iterator[None]:
-    """Engines that start and run in here take it."""
+    """Engines that start in here take it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.config.vllm.HAS_TRITON", True)
         for name, value in SECOND_RUNNER.items():

@@ -15,10 +15,10 @@ NEIGHBOURS = [{"strength": 1.0}, {"strength": 0.5, "form": "union"}, {"gamma": 0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session", params=["first runner", "second runner"])
-async def pair(request, tiny_models):
+async def pair(request, tiny_models, engine, second_runner_engine):
     """A steered engine, and vLLM without our model class on the same runner."""
     second = request.param == "second runner"
-    steered = request.getfixturevalue("second_runner_engine" if second else "engine")
+    steered = second_runner_engine if second else engine
     async with running_engine(tiny_models["mha"], steered=False, second_runner=second) as plain:
         yield steered, plain
 
