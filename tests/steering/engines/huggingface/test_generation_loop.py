@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 
@@ -167,3 +168,18 @@ async def test_a_failed_step_gives_all_memory_back_and_the_next_request_runs(eng
     assert engine._runner._cache._layers == {}
     monkeypatch.undo()
     assert (await ask(engine)).tokens() == expected.tokens()
+
+
+async def test_a_request_that_has_ended_leaves_the_tables_to_the_next(engine):
+    """Also while somebody holds it, and while no garbage is collected."""
+    tables = engine._runner.intervention.tables
+    await ask(engine, "first", max_tokens=2)
+    slots = tables.slots
+    held = [await ask(engine, f"number {number}", max_tokens=2) for number in range(2 * slots)]
+    gc.disable()
+    try:
+        held += [await ask(engine, f"uncollected {number}", max_tokens=2) for number in range(2 * slots)]
+    finally:
+        gc.enable()
+    assert all(answer.end.receipt.applied for answer in held)
+    assert tables.slots == slots

@@ -244,3 +244,15 @@ def test_many_sequences_are_what_each_is_alone():
             counts += alone.counts_R.tolist()
             places[index] = first + length
         assert (steered(whole), whole.counts_R.tolist()) == (rows, counts)
+
+
+def test_an_image_that_ends_in_a_step_of_one_token_blends_nothing_yet():
+    """A full graph learns nothing: at its slot may still stand what another sequence wanted blended."""
+    batch = batch_with("a", gamma=0.5)
+    alone = step(batch, [0, 1], [5])
+    assert alone is not None
+    assert alone.twin_N.tolist() == [0]
+    mark_encoded(batch)
+    following = step(batch, [0, 1], [6])
+    assert following is not None
+    assert following.twin_N.tolist() == [batch.book["slot"][batch.inside[0]]]
