@@ -226,8 +226,9 @@ def report(settings: Settings, seconds: float, *, keyed: bool) -> None:
     say(f"family    {able.model_family}, context {able.context_tokens} tokens")
     if able.artifact:
         say(f"artifact  {able.artifact[:16]}, presets {', '.join(able.presets)}")
-        gate = able.alignment or {}
-        say(f"alignment {', '.join(f'{name} {value:.3g}' for name, value in gate.items()) or 'not measured'}")
+        for title, measured in (("alignment ", able.alignment), ("faithful  ", able.faithfulness)):
+            figures = ", ".join(f"{name} {value:.3g}" for name, value in (measured or {}).items())
+            say(title + (figures or "not measured"))
     url = own_url(settings)
     say(f"ready after {seconds:.1f} s: {url}/v1   (Ctrl-C stops it)\n")
     say(curl_command(url, settings.model_name, keyed=keyed) + "\n")

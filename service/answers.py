@@ -70,7 +70,9 @@ class Version(Answer):
     """Fingerprint of the artifact, where one is loaded."""
     presets: list[str]
     alignment: dict[str, float] | None
-    """What the artifact's alignment gate measured."""
+    """How far image and text agree in pairs that the artifact was not trained on."""
+    faithfulness: dict[str, float] | None
+    """What its autoencoders lose while text is generated; empty where that was not measured."""
 
 
 class ErrorDetail(Answer):

@@ -158,6 +158,7 @@ def build_api(
                 "artifact": able.artifact,
                 "presets": list(able.presets),
                 "alignment": able.alignment,
+                "faithfulness": able.faithfulness,
             }
         )
 

@@ -73,8 +73,13 @@ class ArtifactConfig(_Strict):
     """The best setting of each form on dev scenes, for comparisons; not served by name."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Data, number of pairs, metrics, versions."""
+    text_in: Literal["answer", "user_turn"] = "user_turn"
+    """Where the training texts stood in the prompt: in the answer, as when served, or in the user's turn; a record."""
     alignment: dict[str, float] = Field(default_factory=dict)
-    """Alignment gate: paired_overlap, shuffled_overlap, recall_at_1 (cross-modal)."""
+    """On held-out pairs: how far the codes of a pair agree (paired_overlap, stranger_overlap, overlap_beyond_chance,
+    recall_at_1), and the share of the states' variance that is not explained."""
+    faithfulness: dict[str, float] = Field(default_factory=dict)
+    """While text is generated: what `training.measure_faithfulness` found."""
     card: dict[str, Any] = Field(default_factory=dict)
     """Data, language, licence, where it hurts, memory price."""
     canary_synthetic: bool = False

@@ -47,8 +47,10 @@ class VisionLanguageSAE(nn.Module):
                 f"active_concepts is {active_concepts}; it must be between 1 and num_concepts={num_concepts}"
             )
         self.active_concepts = active_concepts
-        self.encoder = nn.Parameter(torch.randn(num_concepts, shared_size) / shared_size**0.5)
-        """Concept vectors w [K, S]; only their directions matter."""
+        self.encoder = nn.Parameter(torch.empty(num_concepts, shared_size))
+        """Concept vectors w [K, S]; only their directions matter, but in training their length divides each step. They
+        begin as the authors' do: about .58 long."""
+        nn.init.kaiming_uniform_(self.encoder, a=5**0.5)
         self.vision_decoder = nn.Linear(num_concepts, shared_size)
         """G_v: [K] -> [S]."""
         self.text_decoder = nn.Linear(num_concepts, shared_size)

@@ -1,28 +1,33 @@
-"""Is there anything to realign to? How far the codes of an image and of its text agree, against strangers.
+"""Is there anything to realign to, and does the VL-SAE hold where it steers? The gate of an artifact.
 
-The gate: without alignment no preset but `off` may be written. Pure tensor maths: no models, no data.
+Without it no preset but `off` may be written. Pure tensor maths and plain numbers: no models, no data.
 Shapes: N pairs, S shared width, k active concepts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.sparse_autoencoder import VisionLanguageSAE
+from training.errors import InvalidTraining
 from training.fitting.quality import overlap_of_pairs, retrieval_of_vectors
 from training.losses import unexplained_variance
+from training.store.reader import PairBatch
 
 MIN_OVERLAP_RATIO = 1.5
-"""Paired codes must overlap at least so many times as much as shuffled ones."""
-
-
-def agrees(paired_overlap: float, shuffled_overlap: float) -> bool:
-    """Codes that have nothing in common with anything do not."""
-    return paired_overlap > shuffled_overlap and paired_overlap >= MIN_OVERLAP_RATIO * shuffled_overlap
+"""Codes of a pair must overlap at least so many times as much as those of strangers."""
+MIN_OVERLAP_BEYOND_CHANCE = 0.05
+"""And by at least so much more, what few pairs show by chance taken off: three of a thousand concepts in common where
+strangers have one are three times as much of nothing."""
+MAX_UNEXPLAINED = 0.5
+"""Share of the states' variance that may be lost while text is generated: beyond, what is added back to the stream is
+more the autoencoders' error than the model's own state."""
+FAITHFULNESS = ("image_unexplained", "text_unexplained", "text_unexplained_free")
+"""What of `training.measure_faithfulness` the gate looks at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +35,11 @@ class Alignment:
     """Measured on pairs that the autoencoders were not trained on."""
 
     paired_overlap: float
-    """Mean share of active concepts that an image has in common with its text; `quality.overlap`."""
-    shuffled_overlap: float
-    """The same with another image's text."""
+    """Mean share of active concepts that an image has in common with its text; `quality.overlaps`."""
+    stranger_overlap: float
+    """The same with another picture's text."""
+    overlap_beyond_chance: float
+    """Their difference, less two of its standard errors."""
     recall_at_1: float
     """Share of images and texts whose nearest neighbour (cosine, shared space) across the modality is their own.
     A stranger that is as near, for example by the same text, counts as nearer."""
@@ -41,12 +48,7 @@ class Alignment:
     image_unexplained: float
     """Share of the image states' variance lost on the way through the auxiliary autoencoder and the code."""
     text_unexplained: float
-    """The same for text."""
-
-    @property
-    def passes(self) -> bool:
-        """May a preset other than `off` be written?"""
-        return agrees(self.paired_overlap, self.shuffled_overlap)
+    """The same for text: prefixes and whole ones, where prefixes were collected."""
 
     def as_dict(self) -> dict[str, float]:
         """For the artifact's config."""
@@ -54,19 +56,53 @@ class Alignment:
 
 
 @torch.no_grad()
-def measure_alignment(
-    auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE, image_ND: Tensor, text_ND: Tensor
-) -> Alignment:
-    """Of pooled states; row i of both is one pair."""
-    image_NS, text_NS = auxiliary(image_ND, text_ND)
+def measure_alignment(auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE, pairs: PairBatch) -> Alignment:
+    """Of pooled states."""
+    image_NS, text_NS = auxiliary(pairs.image_ND, pairs.text_ND)
     image_code, text_code = sae.encode(image_NS), sae.encode(text_NS)
-    image_rebuilt, text_rebuilt = auxiliary.reconstruct(sae.decode(image_code, "image"), sae.decode(text_code, "text"))
-    overlaps = overlap_of_pairs(image_code, text_code)
-    return Alignment(
-        paired_overlap=overlaps["overlap/paired"],
-        shuffled_overlap=overlaps["overlap/shuffled"],
-        recall_at_1=retrieval_of_vectors("shared", image_NS, text_NS)["retrieval/shared_r1"],
-        pairs=float(len(image_ND)),
-        image_unexplained=unexplained_variance(image_rebuilt, image_ND),
-        text_unexplained=unexplained_variance(text_rebuilt, text_ND),
+    begun_code = sae.encode(auxiliary.text_projection(pairs.begun_ND))
+    image_rebuilt, begun_rebuilt = auxiliary.reconstruct(
+        sae.decode(image_code, "image"), sae.decode(begun_code, "text")
     )
+    overlap = overlap_of_pairs(image_code, text_code, pairs.image_ids_N)
+    return Alignment(
+        paired_overlap=overlap.paired,
+        stranger_overlap=overlap.strangers,
+        overlap_beyond_chance=overlap.beyond_chance,
+        recall_at_1=retrieval_of_vectors("shared", image_NS, text_NS, pairs.image_ids_N)["retrieval/shared_r1"],
+        pairs=float(len(image_NS)),
+        image_unexplained=unexplained_variance(image_rebuilt, pairs.image_ND),
+        text_unexplained=unexplained_variance(begun_rebuilt, pairs.begun_ND),
+    )
+
+
+def alignment_gate(alignment: Mapping[str, float], faithfulness: Mapping[str, float]) -> tuple[bool, str]:
+    """Whether an artifact's codes tell pairs from strangers and hold while text is generated, and why, in words.
+
+    Raises InvalidTraining where the artifact does not say.
+    """
+    if not {"paired_overlap", "stranger_overlap", "overlap_beyond_chance"} <= alignment.keys():
+        raise InvalidTraining(
+            "the artifact's config.json records no alignment with other pictures (imported weights have none, earlier "
+            "versions had another): presets can be tuned where training.write_artifact made the artifact"
+        )
+    if missing := set(FAITHFULNESS) - faithfulness.keys():
+        raise InvalidTraining(
+            f"the artifact's config.json records no faithfulness ({', '.join(sorted(missing))}): run "
+            "training.measure_faithfulness on it before training.tune_presets"
+        )
+    paired, strangers = alignment["paired_overlap"], alignment["stranger_overlap"]
+    beyond = alignment["overlap_beyond_chance"]
+    failures = {
+        f"at least {MIN_OVERLAP_RATIO} times as much is needed": paired < MIN_OVERLAP_RATIO * strangers,
+        f"at least {MIN_OVERLAP_BEYOND_CHANCE} beyond chance is needed": beyond < MIN_OVERLAP_BEYOND_CHANCE,
+        f"at most {MAX_UNEXPLAINED} may be unexplained": any(faithfulness[n] > MAX_UNEXPLAINED for n in FAITHFULNESS),
+    }
+    figures = (
+        f"codes of a pair overlap {paired:.3f}, of strangers {strangers:.3f}, {beyond:.3f} beyond chance; unexplained "
+        f"while generating: image {faithfulness['image_unexplained']:.3f}, text "
+        f"{faithfulness['text_unexplained']:.3f} (free-running {faithfulness['text_unexplained_free']:.3f}); "
+        f"cross-modal R@1 {alignment.get('recall_at_1', float('nan')):.3f}"
+    )
+    found = [reason for reason, holds in failures.items() if holds]
+    return not found, "; ".join([figures, *found])

@@ -10,12 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from training.collection.clip import CONFIG_FILE, ClipSettings
 from training.collection.lvlm import LvlmSettings, read_checkpoint
+from training.collection.placing import PROMPTS, TextPlace, read_prompts
 from training.collection.representer import ModelDtype, RepresenterSettings
 from training.collection.run import CollectionOptions, collect_store
 from training.command_line import parse_settings, run_stage
 from training.errors import InvalidTraining
+
+_FOR_LVLMS = ("layers", "point", "text_in", "prompts", "prefixes", "shortest_prefix")
 
 
 class CommandLine(CollectionOptions):
@@ -35,15 +40,38 @@ class CommandLine(CollectionOptions):
     dtype: ModelDtype = "float32"
     """Number format of the model; pooling is float32 whatever it is."""
 
+    text_in: TextPlace = "answer"
+    """Where an LVLM's texts stand: in the answer, as they are served, or in the user's turn, as the paper's authors
+    have it."""
+    prompts: Path | None = None
+    """What the texts answer: a file with one prompt a line, of which each pair draws one; by default a list of five
+    requests for a description."""
+    prefixes: int = Field(default=3, ge=0)
+    """Prefixes of each answer, of random length, that are pooled besides the whole; they cost next to nothing."""
+    shortest_prefix: int = Field(default=1, ge=1)
+    """Tokens of the answer in the shortest of them; a text that has fewer is skipped."""
+
     def representer(self) -> RepresenterSettings:
         """Of the model that is in the folder."""
         model = self.model.absolute()
-        if not (model / CONFIG_FILE).exists():
-            layers = self.layers or (read_checkpoint(model)[0].get_text_config().num_hidden_layers - 2,)
-            return LvlmSettings(model=model, layers=layers, point=self.point, dtype=self.dtype, device=self.device)
-        if self.layers is not None or self.point != "output":
-            raise InvalidTraining(f"--layers and --point are for LVLMs; {self.model} is an open_clip model")
-        return ClipSettings(model=model, dtype=self.dtype, device=self.device)
+        if (model / CONFIG_FILE).exists():
+            for name in _FOR_LVLMS:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    option = name.replace("_", "-")
+                    raise InvalidTraining(f"--{option} is for LVLMs; {self.model} is an open_clip model")
+            return ClipSettings(model=model, dtype=self.dtype, device=self.device)
+        layers = self.layers or (read_checkpoint(model)[0].get_text_config().num_hidden_layers - 2,)
+        return LvlmSettings(
+            model=model,
+            layers=layers,
+            point=self.point,
+            dtype=self.dtype,
+            device=self.device,
+            text_in=self.text_in,
+            prompts=PROMPTS if self.prompts is None else read_prompts(self.prompts),
+            prefixes=self.prefixes if self.text_in == "answer" else 0,
+            shortest_prefix=self.shortest_prefix,
+        )
 
 
 def main() -> None:

@@ -15,16 +15,22 @@ Similarity = Literal["cosine", "dot"]
 
 
 def info_nce(
-    image_NS: Tensor, text_NS: Tensor, text_ids_N: Tensor, *, temperature: float, similarity: Similarity
+    image_NS: Tensor,
+    text_NS: Tensor,
+    text_ids_N: Tensor,
+    image_ids_N: Tensor,
+    *,
+    temperature: float,
+    similarity: Similarity,
 ) -> Tensor:
-    """Mean of the two directions' InfoNCE; rows whose `text_ids_N` are equal have the same text and are all positives.
+    """Mean of the two directions' InfoNCE; rows of equal `text_ids_N` or equal `image_ids_N` are all positives.
 
     loss(i) = -log (sum of exp(s_ij / temperature) over positives j / sum over all j)
     """
     if similarity == "cosine":
         image_NS, text_NS = F.normalize(image_NS, dim=-1), F.normalize(text_NS, dim=-1)
     logits_NN = image_NS @ text_NS.T / temperature
-    positive_NN = text_ids_N[:, None] == text_ids_N[None, :]
+    positive_NN = (text_ids_N[:, None] == text_ids_N) | (image_ids_N[:, None] == image_ids_N)
     return (_to_positives(logits_NN, positive_NN) + _to_positives(logits_NN.T, positive_NN)) / 2
 
 

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.sparse_autoencoder import VisionLanguageSAE
 from training.baseline_autoencoders import SAED, SAEV, SparseAutoencoder
+from training.collection.placing import TextPlace
 from training.errors import InvalidTraining
 from training.store.layout import MANIFEST_FILE
-from training.store.reader import PairBatch, RepresentationStore
+from training.store.reader import RepresentationStore
 
 CONFIG_FILE, MODEL_FILE, CENTRE_FILE = "config.json", "model.safetensors", "centre.safetensors"
 METRICS_FILE, METRICS_LOG_FILE = "metrics.json", "metrics.jsonl"
@@ -61,6 +62,8 @@ class StoreIdentity(_Strict):
     point: str
     """Side of the layer that was read."""
     pooling: str
+    text_in: TextPlace | None = "user_turn"
+    """Where the texts stood; None for CLIP."""
     width: int
     """D."""
     pairs: int
@@ -105,6 +108,7 @@ def identify_store(store: RepresentationStore) -> StoreIdentity:
         name=store.name,
         point=collected.point,
         pooling=collected.pooling,
+        text_in=collected.text_in,
         width=store.width,
         pairs=len(store),
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
@@ -112,13 +116,13 @@ def identify_store(store: RepresentationStore) -> StoreIdentity:
 
 
 def require_states(store: RepresentationStore, folder: Path) -> None:
-    """Raises InvalidTraining unless the run in `folder` was trained on such states: model, layer, point, pooling."""
+    """Raises InvalidTraining unless the run in `folder` was trained on states of the same model, read the same way."""
     trained, found = read_run_config(folder).store, identify_store(store)
-    for field in ("model_sha256", "name", "point", "pooling", "width"):
+    for field in ("model_sha256", "name", "point", "pooling", "text_in", "width"):
         if getattr(trained, field) != getattr(found, field):
             raise InvalidTraining(
                 f"{store.folder / MANIFEST_FILE}: {field} is {getattr(found, field)!r}, but {folder / CONFIG_FILE} was "
-                f"trained on {getattr(trained, field)!r}; give a store and a run of the same model and layer"
+                f"trained on {getattr(trained, field)!r}; give a store and a run of the same model, layer and --text-in"
             )
 
 
@@ -162,10 +166,10 @@ def read_centre(folder: Path) -> Centre | None:
 
 @torch.no_grad()
 def shared_representations(
-    batch: PairBatch, auxiliary: AuxiliaryAutoencoder | None, centre: Centre | None = None
+    image_ND: Tensor, text_ND: Tensor, auxiliary: AuxiliaryAutoencoder | None, centre: Centre | None = None
 ) -> tuple[Tensor, Tensor]:
     """[N, S] of image and of text; without an auxiliary autoencoder (CLIP) the states themselves."""
-    image_NS, text_NS = auxiliary(batch.image_ND, batch.text_ND) if auxiliary else (batch.image_ND, batch.text_ND)
+    image_NS, text_NS = auxiliary(image_ND, text_ND) if auxiliary else (image_ND, text_ND)
     return (image_NS - centre.image_S, text_NS - centre.text_S) if centre else (image_NS, text_NS)
 
 

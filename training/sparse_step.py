@@ -36,6 +36,9 @@ _NORM_EPSILON = 1e-12
 """As F.normalize has it."""
 _CHUNK_BYTES = 1024 * 1024
 """Of a gradient made at once on a CPU: memory of this size is used again by the allocator."""
+_BFLOAT16_CANDIDATES = 2
+"""So many times k are taken by their bfloat16 cosines, of which float32 ones then choose k: bfloat16 keeps two to three
+decimals, too few to tell the k-th from its neighbours."""
 _GROUP = 8
 """Entries whose maximum stands for them in the first pass of `top_k`."""
 
@@ -212,10 +215,12 @@ def _nearest_concepts(
     torch.mul(encoder_KS, scale_K[:, None], out=concepts_KS)
     if settings.bfloat16_product:
         rough_MK = unit_MS.bfloat16() @ concepts_KS.bfloat16().T
-        concept_ids_Mk = torch.topk(rough_MK, settings.active_concepts, dim=1).indices
-        starts_M1 = torch.arange(0, concept_ids_Mk.numel() + 1, concept_ids_Mk.shape[1], device=rough_MK.device).int()
-        cosine_L = _products(unit_MS, concepts_KS, concept_ids_Mk.flatten().int(), starts_M1)
-        return cosine_L.view_as(concept_ids_Mk), concept_ids_Mk
+        candidates = min(len(concepts_KS), _BFLOAT16_CANDIDATES * settings.active_concepts)
+        concept_ids_MC = torch.topk(rough_MK, candidates, dim=1).indices
+        starts_M1 = torch.arange(0, concept_ids_MC.numel() + 1, candidates, device=rough_MK.device).int()
+        cosine_L = _products(unit_MS, concepts_KS, concept_ids_MC.flatten().int(), starts_M1)
+        nearest = torch.topk(cosine_L.view_as(concept_ids_MC), settings.active_concepts, dim=1)
+        return nearest.values, concept_ids_MC.gather(1, nearest.indices)
     cosines_MK = settings.workspace.take("cosines", (len(unit_MS), len(encoder_KS)), encoder_KS)
     torch.mm(unit_MS, concepts_KS.T, out=cosines_MK)
     return top_k(cosines_MK, settings.active_concepts, in_order=False)

@@ -2,6 +2,9 @@
 
     loss = contrastive_weight * InfoNCE + MSE of the image states + MSE of the text states
 
+Where prefixes were collected, InfoNCE compares an image with its whole text, and what is reconstructed of the text is a
+prefix or the whole in turn: only a finished text says what the image shows, but steering meets unfinished ones.
+
     python -m training.train_auxiliary_autoencoder --representations STORE --layer 30 --output RUN
 
 Reads a store of `collect_representations`, writes a run folder; knows no model and no sparse autoencoder.
@@ -63,26 +66,30 @@ class AuxiliaryObjective(Objective):
         super().__init__()
         self.auxiliary, self._config, self._worker = auxiliary, config, worker
 
-    def forward(self, image_ND: Tensor, text_ND: Tensor, text_ids_N: Tensor) -> Tensor:
+    def forward(self, batch: PairBatch) -> Tensor:
         """InfoNCE is over the pairs of all workers: every worker has it whole, so that their mean is it again."""
-        image_NS, text_NS = self.auxiliary(image_ND, text_ND)
-        image_back_ND, text_back_ND = self.auxiliary.reconstruct(image_NS, text_NS)
+        image_NS, text_NS = self.auxiliary(batch.image_ND, batch.text_ND)
+        image_back_ND, begun_back_ND = self.auxiliary.reconstruct(
+            image_NS, self.auxiliary.text_projection(batch.begun_ND)
+        )
         contrastive = info_nce(
-            *(self._worker.gather_rows(part) for part in (image_NS, text_NS, text_ids_N)),
+            *(self._worker.gather_rows(part) for part in (image_NS, text_NS, batch.text_ids_N, batch.image_ids_N)),
             temperature=self._config.temperature,
             similarity=self._config.similarity,
         )
-        rebuilt = reconstruction_error(image_back_ND, image_ND) + reconstruction_error(text_back_ND, text_ND)
+        rebuilt = reconstruction_error(image_back_ND, batch.image_ND)
+        rebuilt = rebuilt + reconstruction_error(begun_back_ND, batch.begun_ND)
         return self._config.contrastive_weight * contrastive + rebuilt
 
     @torch.no_grad()
     def evaluate(self, held_out: PairBatch) -> dict[str, float]:
         image_HS, text_HS = self.auxiliary(held_out.image_ND, held_out.text_ND)
-        image_back_HD, text_back_HD = self.auxiliary.reconstruct(image_HS, text_HS)
+        begun_HS = self.auxiliary.text_projection(held_out.begun_ND)
+        image_back_HD, begun_back_HD = self.auxiliary.reconstruct(image_HS, begun_HS)
         return {
             **reconstruction_quality("image", image_back_HD, held_out.image_ND),
-            **reconstruction_quality("text", text_back_HD, held_out.text_ND),
-            **retrieval_of_vectors("shared", image_HS, text_HS),
+            **reconstruction_quality("text", begun_back_HD, held_out.begun_ND),
+            **retrieval_of_vectors("shared", image_HS, text_HS, held_out.image_ids_N),
             "retrieval/pairs": len(image_HS),
         }
 
@@ -161,7 +168,7 @@ def centre_biases(auxiliary: AuxiliaryAutoencoder, store: RepresentationStore, *
     count, total_2D = 0, torch.zeros(2, store.width, dtype=torch.float64)
     for batch in sample_batches(store, held_out=held_out, seed=seed):
         count += len(batch.image_ND)
-        total_2D += torch.stack((batch.image_ND.sum(0, dtype=torch.float64), batch.text_ND.sum(0, dtype=torch.float64)))
+        total_2D += torch.stack([part_ND.sum(0, dtype=torch.float64) for part_ND in (batch.image_ND, batch.begun_ND)])
     for mean_D, projection, decoder in zip(
         (total_2D / count).float(),
         (auxiliary.vision_projection, auxiliary.text_projection),

@@ -45,6 +45,10 @@ from training.run_folder import (
 from training.sparse_step import TrainableVLSAE
 from training.store.reader import RepresentationStore, open_store
 
+_ADAM_EPSILON = 1e-15
+"""The loss is a mean over S, and a concept is in few of a batch's codes: at S 4096 an entry of the encoder's gradient
+is about 1e-8 and less, so that Adam's usual epsilon would throttle its steps."""
+
 
 class SparseTraining(Settings):
     """How the sparse autoencoder is trained."""
@@ -155,7 +159,9 @@ def _train(settings: CommandLine, report: Report, worker: Worker) -> None:
         steps_per_epoch=batches.steps_per_epoch,
         resample_steps=range(1, plan.total_steps // 2 + 1) if settings.resample_dead else range(0),
     ).to(worker.device)
-    optimizer = torch.optim.Adam(objective.trained.parameters(), lr=settings.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(
+        objective.trained.parameters(), lr=settings.learning_rate, eps=_ADAM_EPSILON, fused=True
+    )
     fit = Fit(
         run=settings.output,
         objective=objective,
@@ -192,7 +198,7 @@ def measure_centre(store: RepresentationStore, auxiliary: AuxiliaryAutoencoder |
     """Means over the training pairs, or over 65,536 of them drawn at random where there are more."""
     count, image_S, text_S = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for batch in sample_batches(store, held_out=settings.held_out, seed=settings.seed):
-        image_NS, text_NS = shared_representations(batch, auxiliary)
+        image_NS, text_NS = shared_representations(batch.image_ND, batch.begun_ND, auxiliary)
         count += len(image_NS)
         image_S = image_S + image_NS.sum(0, dtype=torch.float64)
         text_S = text_S + text_NS.sum(0, dtype=torch.float64)

@@ -30,6 +30,7 @@ from pydantic import Field
 from steering.artifact_config import ArtifactConfig, read_config, write_config
 from steering.request import Control, Form
 from steering.settings import Preset
+from training.alignment import alignment_gate
 from training.command_line import parse_settings, run_stage
 from training.durable_files import write_json
 from training.evaluate_hallucination import EngineSettings, respondent
@@ -39,7 +40,7 @@ from training.evaluation.benchmark_settings import PhotographSettings, check_opt
 from training.evaluation.conditions import FORMS, TASKS, Condition, Task, as_request, form_preset_key
 from training.evaluation.measuring import Measurement, measure
 from training.evaluation.miniature_benchmark import miniature_benchmark
-from training.evaluation.preset_rules import AGAINST, FITNESS, FORGETS, alignment_gate, dev_scores, harm
+from training.evaluation.preset_rules import AGAINST, FITNESS, FORGETS, dev_scores, harm
 from training.evaluation.scores import RESAMPLES, Scoreboard
 
 BETAS = ((1.0, 0.0), (0.9, 0.9), (1.0, 0.5), (0.0, 1.0))
@@ -197,7 +198,7 @@ async def tune(settings: TuningSettings, report: Callable[[str], None] = print) 
     """Search, write the artifact's config, and return it with all trials."""
     check_options(settings, settings.benchmark)
     config = read_config(settings.artifact)
-    passed, figures = alignment_gate(config.alignment)
+    passed, figures = alignment_gate(config.alignment, config.faithfulness)
     report(f"alignment gate {'passed' if passed else 'FAILED'}: {figures}")
     presets = {"off": OFF} | dict.fromkeys(TASKS, OFF)
     if not passed:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from pydantic import Field
-from transformers import AutoProcessor
 
 from steering.artifact import Artifact, Canary, check_replaceable, save_artifact
 from steering.artifact_config import ArtifactConfig, BaseModelInfo, Pooling
@@ -29,11 +28,10 @@ from steering.errors import BadArtifact
 from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 from training.alignment import Alignment, measure_alignment
-from training.collection.lvlm import LvlmRepresenter, LvlmSettings, tokenize_prompt
+from training.collection.lvlm import LvlmRepresenter, LvlmSettings
 from training.collection.representer import ModelDtype, Prepared
 from training.command_line import Settings, parse_settings, run_stage
 from training.errors import InvalidTraining
-from training.evaluation.preset_rules import alignment_gate
 from training.interpret_concepts import read_encoder
 from training.pairs import Pair, PairSource, open_pairs
 from training.run_folder import CONFIG_FILE, fold_centre, read_run_config
@@ -89,13 +87,13 @@ def write_artifact(settings: ArtifactSettings) -> ArtifactConfig:
     store = open_store(settings.representations, settings.layer)
     if store.layer is None:
         raise InvalidTraining(f"{store.folder}: {store.name} of {store.manifest.collected.family} cannot be steered")
-    model = LvlmSettings(model=settings.model, layers=(store.layer,), dtype=settings.dtype, device=settings.device)
+    model = collected_with(store, settings)
     require_model(store, model.describe().model_sha256, str(settings.model))
     check_replaceable(settings.output)
     auxiliary, sae = read_parts(settings, store)
     kept = _held_out(settings)
     held_out = store.read(range(len(store) - kept, len(store)))
-    alignment = measure_alignment(auxiliary, sae, held_out.image_ND, held_out.text_ND)
+    alignment = measure_alignment(auxiliary, sae, held_out)
     artifact = Artifact(
         config=artifact_config(settings, store, alignment),
         auxiliary=auxiliary,
@@ -105,6 +103,20 @@ def write_artifact(settings: ArtifactSettings) -> ArtifactConfig:
         concepts=stored_concepts(settings.concepts, len(sae.encoder)),
     )
     return save_artifact(settings.output, artifact)
+
+
+def collected_with(store: RepresentationStore, settings: ArtifactSettings) -> LvlmSettings:
+    """How the model is read for the canary: as it was for the store, but for the prefixes."""
+    assert store.layer is not None
+    text_in = store.manifest.collected.text_in or "user_turn"
+    return LvlmSettings(
+        model=settings.model,
+        layers=(store.layer,),
+        dtype=settings.dtype,
+        device=settings.device,
+        text_in=text_in,
+        prefixes=0,
+    )
 
 
 def read_parts(
@@ -154,6 +166,7 @@ def artifact_config(settings: ArtifactSettings, store: RepresentationStore, alig
         num_concepts=sparse.num_concepts,
         active_concepts=sparse.active_concepts,
         similarity=auxiliary.settings["similarity"],
+        text_in=collected.text_in or "user_turn",
         min_text_tokens=settings.min_text_tokens,
         presets=OFF,
         default_preset="off",
@@ -162,7 +175,9 @@ def artifact_config(settings: ArtifactSettings, store: RepresentationStore, alig
             "pairs": len(store) - _held_out(settings),
             "skipped_pairs": store.manifest.skipped,
             "source": collected.source,
-            "prompt": collected.prompt,
+            "prompts": collected.prompts,
+            "prefixes": collected.prefixes,
+            "shortest_prefix": collected.shortest_prefix,
             "model_dtype": collected.model_dtype,
             "stored_dtype": collected.stored_dtype,
             "model_sha256": collected.model_sha256,
@@ -176,16 +191,14 @@ def artifact_config(settings: ArtifactSettings, store: RepresentationStore, alig
 
 def make_canary(model: LvlmSettings, source: PairSource) -> Canary:
     """The first usable pairs of the source, their pictures made small, as the model sees them now."""
-    representer, processor = model.load(), AutoProcessor.from_pretrained(model.model)
+    representer = model.load()
     chosen = list(islice(_usable(representer, source), CANARY_PAIRS))
     if not chosen:
         raise InvalidTraining(f"--pairs {source.describe()['spec']}: no pair can be read any more, for the canary")
-    images, texts = [pair.image for pair, _ in chosen], [pair.text for pair, _ in chosen]
     (states,) = representer.represent([prepared for _, prepared in chosen]).values()
-    family = model.describe().family
     return Canary(
-        images=tuple(images),
-        token_ids=tuple(tuple(tokenize_prompt(processor, family, text)) for text in texts),
+        images=tuple(pair.image for pair, _ in chosen),
+        token_ids=tuple(tuple(prepared.token_ids) for _, prepared in chosen),
         image_ND=states.image_BD,
         text_ND=states.text_BD,
     )
@@ -243,8 +256,7 @@ def _card(settings: ArtifactSettings, store: RepresentationStore, shared: int, c
 def main() -> None:
     settings = parse_settings(ArtifactSettings, program="python -m training.write_artifact", description=__doc__ or "")
     config = write_artifact(settings)
-    passed, figures = alignment_gate(config.alignment)
-    print(f"alignment gate {'passed' if passed else 'NOT passed'}: {figures}")
+    print("on held-out pairs: " + ", ".join(f"{name} {value:.3g}" for name, value in config.alignment.items()))
     print(f"artifact {config.fingerprint[:12]} in {settings.output}; presets: off")
 
 

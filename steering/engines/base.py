@@ -173,7 +173,9 @@ class Capabilities:
     """Fingerprint, or None when no artifact is loaded."""
     presets: tuple[str, ...]
     alignment: dict[str, float] | None
-    """The artifact's alignment-gate values, for the start-up report."""
+    """How far image and text agree in the artifact's held-out pairs, for the start-up report."""
+    faithfulness: dict[str, float] | None
+    """What its autoencoders lose while text is generated; empty where that was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

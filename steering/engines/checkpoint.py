@@ -61,6 +61,7 @@ class Checkpoint:
             artifact=config.fingerprint if config else None,
             presets=tuple(config.presets) if config else (),
             alignment=config.alignment if config else None,
+            faithfulness=config.faithfulness if config else None,
         )
 
 

@@ -50,7 +50,6 @@ class ClipSettings(Settings):
             width=width,
             num_layers=None,
             pooling=EMBEDDING,
-            prompt=None,
             model_dtype=self.dtype,
         )
 
@@ -98,7 +97,7 @@ class ClipRepresenter:
         pixels_BCHW = torch.stack([one.inputs.pixels_CHW for one in batch]).to(self._device, self._dtype)
         ids_BT = torch.stack([one.inputs.token_ids_T for one in batch]).to(self._device)
         image_BD, text_BD = self._model.encode_image(pixels_BCHW), self._model.encode_text(ids_BT)
-        return {EMBEDDING: States(image_BD.float().cpu(), text_BD.float().cpu())}
+        return {EMBEDDING: States.of([image_BD.float().cpu(), text_BD.float().cpu()])}
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:

@@ -1,19 +1,20 @@
 """Pooled states of an LVLM's decoder layers.
 
-    prompt `USER: <image>\\n{text} ASSISTANT:`, or in families other than LLaVA the checkpoint's own chat template
     v = mean over the image tokens,  t = mean over the text tokens after the image; float32, one pair per layer
+    prefixes: t as it was when only the first so many tokens of the answer had been generated
 
-A batched prefill that stops after the deepest layer asked for: no tail, no head, no generation. Prompts are padded on
-the right, where causal attention never looks, so that batches need no mask. Knows no store and no autoencoder.
+Where the text stands, `placing.py` decides. Under causal attention one prefill gives the mean at every length.
+
+The prefill stops after the deepest layer asked for: no tail, no head, no generation. Knows no store and no autoencoder.
 
 Shapes: B pairs, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from steering.errors import InvalidSteering
-from steering.lvlm.decoder_layers import embed_prompt, find_decoder, place_prompt
-from steering.lvlm.families import context_limit, find_family, join_image_inputs, tokens_per_image
-from steering.lvlm.token_spans import expand_image_tokens, find_spans
+from steering.lvlm.decoder_layers import find_decoder
+from steering.lvlm.families import context_limit, find_family
+from training.collection.placing import PROMPTS, TextPlace, TextPlacer, special_tokens
+from training.collection.prefill import PromptInputs, masked_mean, prepare_prefill, prompt_inputs
 from training.collection.representer import (
     Described,
     ModelDtype,
@@ -39,7 +41,6 @@ from training.evaluation.manifest import processor_digest, weights_digest
 from training.pairs import Pair
 from training.store.layout import layer_name
 
-PROMPT = "USER: <image>\n{text} ASSISTANT:"
 POOLING = "text_after_last_image"
 
 
@@ -55,9 +56,19 @@ class LvlmSettings(Settings):
     dtype: ModelDtype = "float32"
     """Number format of the model; pooling is float32 whatever it is."""
     device: str = "cpu"
+    text_in: TextPlace = "answer"
+    """Where the texts stand."""
+    prompts: tuple[str, ...] = PROMPTS
+    """What they answer, one drawn for each pair; of no use to `user_turn`."""
+    prefixes: int = Field(default=3, ge=0)
+    """Prefixes of each answer, of random length, that are pooled besides the whole of it; only with `answer`."""
+    shortest_prefix: int = Field(default=1, ge=1)
+    """Tokens of the answer in the shortest of them; a text that has fewer is skipped."""
 
     def describe(self) -> Described:
         require_weights(self.model)
+        if self.text_in == "user_turn" and self.prefixes:
+            raise InvalidTraining("prefixes: a text in the user's turn has none; give 0")
         config, processor = read_checkpoint(self.model)
         text = config.get_text_config()
         check_layers(self.layers, text.num_hidden_layers)
@@ -71,7 +82,10 @@ class LvlmSettings(Settings):
             num_layers=text.num_hidden_layers,
             point=self.point,
             pooling=POOLING,
-            prompt=fill_prompt(processor, config.model_type, "{text}"),
+            text_in=self.text_in,
+            prompts=tuple(map(str, self._placer(config, processor).templates)),
+            prefixes=self.prefixes,
+            shortest_prefix=self.shortest_prefix,
             model_dtype=self.dtype,
         )
 
@@ -80,77 +94,73 @@ class LvlmSettings(Settings):
             self.model, dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
         )
         processor = AutoProcessor.from_pretrained(self.model)
-        return LvlmRepresenter(model.eval().to(self.device), processor, self.layers, self.point)
+        return LvlmRepresenter(model.eval().to(self.device), processor, self._placer(model.config, processor), self)
+
+    def _placer(self, config: Any, processor: Any) -> TextPlacer:
+        return TextPlacer(processor, config.model_type, config.image_token_id, self.text_in, self.prompts)
 
 
 class LvlmInputs(NamedTuple):
-    """One prompt as the model takes it."""
+    """A prompt, and what of its answer is pooled besides the whole."""
 
-    token_ids: list[int]
-    """Image tokens expanded."""
-    image_inputs: dict[str, Tensor]
+    prompt: PromptInputs
+    ends: tuple[int, ...]
+    """Where each prefix of the answer ends, in tokens of the prompt."""
 
 
 class LvlmRepresenter:
     """A loaded LVLM and its processor."""
 
-    def __init__(self, model: Any, processor: Any, layers: Sequence[int], point: Literal["output", "input"]) -> None:
+    def __init__(self, model: Any, processor: Any, placer: TextPlacer, settings: LvlmSettings) -> None:
         self._decoder = find_decoder(model)
-        check_layers(layers, len(self._decoder.layers))
-        self._model, self._processor = model, processor
-        self._family = find_family(model.config.model_type)
+        check_layers(settings.layers, len(self._decoder.layers))
+        self._model, self._processor, self._placer, self._settings = model, processor, placer, settings
         self._image_token: int = model.config.image_token_id
-        self._layers, self._point = sorted(set(layers)), point
         self._special_tokens = special_tokens(processor.tokenizer)
         self._context_tokens = context_limit(model.config.get_text_config())
-        self._tokenizing = threading.Lock()  # fast tokenizers are not for several threads
 
     def prepare(self, pair: Pair) -> Prepared | str:
         """Token ids and pixels, or why the pair cannot be used."""
         if (fault := special_token_in(pair.text, self._special_tokens)) is not None:
             return fault
         image = pair.image.convert("RGB")
+        draw = Random(f"{pair.reference}\n{pair.text}")
+        placed = self._placer.place(pair.text, draw)
         try:
-            image_tokens = tokens_per_image(self._processor, [image])
-            with self._tokenizing:
-                ids = tokenize_prompt(self._processor, self._decoder.family, pair.text)
-            token_ids = expand_image_tokens(ids, self._image_token, image_tokens)
+            prompt = prompt_inputs(self._processor, self._decoder.family, placed.token_ids, image)
         except InvalidSteering as error:
             return str(error)
-        if len(token_ids) > self._context_tokens:
-            return f"the prompt has {len(token_ids)} tokens; the model's context is {self._context_tokens}"
-        try:
-            image_inputs = self._family.image_inputs(self._processor.image_processor, [image])
         except ValueError as error:
             return f"the model takes no such image ({image.width} x {image.height}): {error}"
-        inputs = {name: image_inputs[name] for name in self._family.image_input_names}
-        return Prepared(length=len(token_ids), inputs=LvlmInputs(token_ids, inputs))
+        tokens = len(prompt.token_ids)
+        if tokens > self._context_tokens:
+            return f"the prompt has {tokens} tokens; the model's context is {self._context_tokens}"
+        answer_tokens, shortest = len(placed.token_ids) - placed.answer_start, self._settings.shortest_prefix
+        if self._settings.text_in == "answer" and answer_tokens < shortest:
+            return f"the caption has {answer_tokens} tokens, the shortest prefix {shortest}"
+        lengths = [draw.randint(shortest, answer_tokens) for _ in range(self._settings.prefixes)]
+        ends = tuple(tokens - answer_tokens + length for length in lengths)
+        return Prepared(length=tokens, inputs=LvlmInputs(prompt, ends), token_ids=placed.token_ids)
 
     @torch.inference_mode()
     def represent(self, batch: Sequence[Prepared]) -> Mapping[str, States]:
-        """(v, t) of each layer."""
-        device = self._model.device
+        """v, t and the prefixes of each layer."""
         prompts: list[LvlmInputs] = [one.inputs for one in batch]
-        tokens = max(len(prompt.token_ids) for prompt in prompts)
-        ids_BT = torch.tensor([_padded(prompt.token_ids, tokens) for prompt in prompts])
-        valid_BT = torch.tensor([[index < len(prompt.token_ids) for index in range(tokens)] for prompt in prompts])
-        image_BT, text_BT = pooled_positions(ids_BT, valid_BT, self._image_token)
-        ids_BT, image_BT, text_BT = (tensor.to(device) for tensor in (ids_BT, image_BT, text_BT))
-        image_inputs = {
-            name: value.to(device) for name, value in join_image_inputs([one.image_inputs for one in prompts]).items()
-        }
-        hidden_BTD = embed_prompt(self._model, ids_BT, image_BT, image_inputs)
-        rotary_BT = place_prompt(self._model, ids_BT, image_BT, image_inputs).rotary_BT
+        prefill = prepare_prefill(self._model, self._image_token, [prompt.prompt for prompt in prompts])
+        position_T = torch.arange(prefill.ids_BT.shape[1], device=prefill.ids_BT.device)
+        masks = [prefill.image_BT, prefill.text_BT]
+        for ends_B in zip(*(prompt.ends for prompt in prompts), strict=True):
+            masks.append(prefill.text_BT & (position_T < torch.tensor(ends_B, device=position_T.device)[:, None]))
         return {
-            layer_name(layer): States(masked_mean(states_BTD, image_BT).cpu(), masked_mean(states_BTD, text_BT).cpu())
-            for layer, states_BTD in self._run_layers(hidden_BTD, rotary_BT)
+            layer_name(layer): States.of([masked_mean(states_BTD, mask_BT).cpu() for mask_BT in masks])
+            for layer, states_BTD in self._run_layers(prefill.hidden_BTD, prefill.rotary_BT)
         }
 
     def _run_layers(self, hidden_BTD: Tensor, rotary_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Each wanted layer with its states [B, T, D], in order; nothing after the deepest is computed."""
         done = 0
-        for layer in self._layers:
-            end = layer + 1 if self._point == "output" else layer
+        for layer in sorted(set(self._settings.layers)):
+            end = layer + 1 if self._settings.point == "output" else layer
             if end > done:
                 hidden_BTD = self._decoder.run(range(done, end), hidden_BTD, rotary_BT, None, None)
                 done = end
@@ -165,46 +175,6 @@ def read_checkpoint(folder: Path) -> tuple[Any, Any]:
         return config, AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InvalidTraining(f"--model {folder}: {error}") from error
-
-
-def fill_prompt(processor: Any, family: str, text: str) -> str:
-    """A text in PROMPT; in families other than LLaVA, in the checkpoint's own chat template."""
-    if family == "llava":
-        return PROMPT.format(text=text)
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def tokenize_prompt(processor: Any, family: str, text: str) -> list[int]:
-    """Token ids of a filled prompt, one for the image; a template that writes the first token gets no second one."""
-    prompt = fill_prompt(processor, family, text)
-    bos = processor.tokenizer.bos_token
-    begun = bos is not None and prompt.startswith(bos)
-    return processor.tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
-
-
-def _padded(token_ids: list[int], tokens: int) -> list[int]:
-    """With any token behind: nothing that is pooled can see it."""
-    return token_ids + token_ids[-1:] * (tokens - len(token_ids))
-
-
-def pooled_positions(ids_BT: Tensor, valid_BT: Tensor, image_token: int) -> tuple[Tensor, Tensor]:
-    """Which positions make v and which make t: [B, T] each."""
-    starts_B = torch.tensor([find_spans(row, image_token).text_start for row in ids_BT.tolist()])
-    behind_BT = torch.arange(ids_BT.shape[1])[None] >= starts_B[:, None]
-    return (ids_BT == image_token) & valid_BT, behind_BT & valid_BT
-
-
-def masked_mean(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over the marked positions of each row, [B, D] in float32; what stands elsewhere may be infinite."""
-    mask_BT1 = mask_BT.unsqueeze(-1)
-    return hidden_BTD.float().masked_fill(~mask_BT1, 0.0).sum(1) / mask_BT1.sum(1)
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """As they are spelled, each once."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> None:

@@ -8,7 +8,7 @@ Shapes: N pairs of a window or a portion, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from training.collection.representer import Prepared, Representer
+from training.collection.representer import Prepared, Representer, States
 from training.errors import InvalidTraining
 from training.pairs import Pair, PairSource, PortionPlace, Unusable
 from training.pairs.decoding import MISSING_FILE, map_ahead
@@ -82,7 +82,7 @@ def collect_portion(work: ShardWork, found: Iterable[tuple[int, Pair | Unusable]
     collected = work.collected
     pairs: list[PairRecord] = []
     skipped: list[SkippedRecord] = []
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in collected.names}
+    parts: dict[str, list[States]] = {name: [] for name in collected.names}
     size = WINDOW_BATCHES * collected.batch_size
     usable = _prepare(work, found, representer, skipped)
     while window := list(islice(usable, size)):
@@ -93,15 +93,15 @@ def collect_portion(work: ShardWork, found: Iterable[tuple[int, Pair | Unusable]
             row = min(bad)
             raise InvalidTraining(_refusal(bad[row], records[row], collected))
         kept = [row for row in range(len(records)) if row not in bad]
-        for name, (image_ND, text_ND) in states.items():
-            parts[name].append((image_ND[kept], text_ND[kept]) if bad else (image_ND, text_ND))
+        for name, window_states in states.items():
+            parts[name].append(_take(window_states, kept) if bad else window_states)
         pairs += [records[row] for row in kept]
         for row, what in bad.items():
             reason = f"{what} is not finite"
             skipped.append(SkippedRecord(pair=records[row].pair, image=records[row].image, reason=reason))
-    whole = {name: tuple(torch.cat(side) for side in zip(*both, strict=True)) for name, both in parts.items() if both}
+    whole = {name: _join(windows) for name, windows in parts.items() if windows}
     skipped.sort(key=lambda one: one.pair)
-    return Portion(states={name: (image, text) for name, (image, text) in whole.items()}, pairs=pairs, skipped=skipped)
+    return Portion(states=whole, pairs=pairs, skipped=skipped)
 
 
 def _prepare(
@@ -136,29 +136,34 @@ def _mapped(work: ShardWork, prepare: Callable[[T], S], found: Iterable[T]) -> I
     return map_ahead(prepare, found, threads=work.threads, ahead=WINDOW_BATCHES * work.collected.batch_size)
 
 
-def _represent(
-    representer: Representer, window: list[Prepared], collected: Collected
-) -> Mapping[str, tuple[Tensor, Tensor]]:
+def _represent(representer: Representer, window: list[Prepared], collected: Collected) -> dict[str, States]:
     """States of a window in its order, computed in the order of length; in the dtype they are stored in."""
     order = sorted(range(len(window)), key=lambda row: window[row].length)
     dtype = getattr(torch, collected.stored_dtype)
-    empty_ND = torch.empty(len(window), collected.width, dtype=dtype)
-    states = {name: (empty_ND.clone(), empty_ND.clone()) for name in collected.names}
+    parts: dict[str, list[States]] = {name: [] for name in collected.names}
     for start in range(0, len(order), collected.batch_size):
         rows = order[start : start + collected.batch_size]
-        for name, (image_BD, text_BD) in representer.represent([window[row] for row in rows]).items():
-            states[name][0][rows] = image_BD.to(dtype)
-            states[name][1][rows] = text_BD.to(dtype)
-    return states
+        for name, states in representer.represent([window[row] for row in rows]).items():
+            parts[name].append(States(*(tensor.to(dtype) for tensor in states)))
+    places = torch.tensor(order).argsort()
+    return {name: _take(_join(batches), places) for name, batches in parts.items()}
 
 
-def _not_finite(states: Mapping[str, tuple[Tensor, Tensor]]) -> dict[int, str]:
+def _join(parts: Sequence[States]) -> States:
+    return States(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _take(states: States, rows: list[int] | Tensor) -> States:
+    return States(*(tensor[rows] for tensor in states))
+
+
+def _not_finite(states: Mapping[str, States]) -> dict[int, str]:
     """The first state that is not finite, by row, of those rows that have one."""
     found: dict[int, str] = {}
-    for name, both in states.items():
-        for modality, states_ND in zip(("image", "text"), both, strict=True):
-            for row in (~torch.isfinite(states_ND).all(1)).nonzero()[:, 0].tolist():
-                found.setdefault(row, f"{name}.{modality}")
+    for name, three in states.items():
+        for part, tensor in zip(("image", "text", "prefix"), three, strict=True):
+            for row in (~torch.isfinite(tensor).flatten(1).all(1)).nonzero()[:, 0].tolist():
+                found.setdefault(row, f"{name}.{part}")
     return found
 
 

@@ -1,6 +1,6 @@
 """The seam between collection and a model: what turns pairs into states. Knows no model and no store.
 
-Shapes: B pairs, D width.
+Shapes: B pairs, N prefixes of a text, D width.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from training.collection.placing import TextPlace
 from training.errors import InvalidTraining
 from training.pairs import Pair
 
@@ -33,7 +35,10 @@ class Described(BaseModel):
     num_layers: int | None
     point: Literal["output", "input"] = "output"
     pooling: str
-    prompt: str | None
+    text_in: TextPlace | None = None
+    prompts: tuple[str, ...] = ()
+    prefixes: int = 0
+    shortest_prefix: int = 1
     model_dtype: str
 
 
@@ -42,6 +47,16 @@ class States(NamedTuple):
 
     image_BD: Tensor
     text_BD: Tensor
+    prefix_BND: Tensor
+    """t of N prefixes of each text."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> States:
+        """From [B, D] of the image, of the text and of each prefix."""
+        image_BD, text_BD, *prefixes = parts
+        return cls(
+            image_BD, text_BD, torch.stack(prefixes, dim=1) if prefixes else text_BD.new_empty(len(text_BD), 0, 0)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +67,8 @@ class Prepared:
     """What it costs: pairs of similar length go into one batch."""
     inputs: Any
     """Of the representer's own."""
+    token_ids: Sequence[int] = ()
+    """Of an LVLM: the whole prompt, one token for the image."""
 
 
 class Representer(Protocol):

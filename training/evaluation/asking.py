@@ -76,7 +76,7 @@ class InProcess:
     async def reply(self, question: Question) -> Reply:
         request = GenerationRequest(
             request_id=f"evaluation-{next(self._numbers)}",
-            prompt_token_ids=self._prompt(question) + question.answer_so_far,
+            prompt_token_ids=self.prompt(question) + question.answer_so_far,
             images=(question.image,),
             sampling=Sampling(max_tokens=question.max_tokens, temperature=0.0),
             steering=merge_sources(question.steering),
@@ -98,7 +98,7 @@ class InProcess:
             token_ids += event.token_ids
         raise AssertionError("a generation ended without GenerationEnd")
 
-    def _prompt(self, question: Question) -> tuple[int, ...]:
+    def prompt(self, question: Question) -> tuple[int, ...]:
         """Token ids with one image token; kept by text, since a benchmark asks the same about many images."""
         key = (question.text, question.earlier)
         if key not in self._prompts:

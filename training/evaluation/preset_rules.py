@@ -4,30 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from training.alignment import MIN_OVERLAP_RATIO, agrees
-from training.errors import InvalidTraining
 from training.evaluation.conditions import Task
 from training.evaluation.scores import Scoreboard, Scores
 from training.evaluation.verdict import MAX_RECALL_DROP
 from training.pope import SPLITS
 
 FORGETS = f"recall may drop by more than {MAX_RECALL_DROP}"
-
-
-def alignment_gate(alignment: dict[str, float]) -> tuple[bool, str]:
-    """Whether the artifact's codes tell pairs from strangers, and the figures in words."""
-    if not {"paired_overlap", "shuffled_overlap"} <= alignment.keys():
-        raise InvalidTraining(
-            "the artifact's config.json records no alignment (imported weights have none): presets can be tuned where "
-            "training.write_artifact made the artifact"
-        )
-    paired, shuffled = alignment["paired_overlap"], alignment["shuffled_overlap"]
-    passed = agrees(paired, shuffled)
-    sign = "more, and at least" if passed else "NOT more, or less than"
-    return passed, (
-        f"codes of a pair overlap {paired:.3f}, of strangers {shuffled:.3f}: {sign} {MIN_OVERLAP_RATIO} times as much; "
-        f"cross-modal R@1 {alignment.get('recall_at_1', float('nan')):.3f}"
-    )
 
 
 def caption_fitness(own: Scores, plain: Scores) -> float:

@@ -68,7 +68,7 @@ class ShuffledBatches:
 
     def whole(self, step: int) -> PairBatch:
         """What all workers together train on in a step."""
-        return self._store.read(self._rows_of_all(step))
+        return self._store.read(self._rows_of_all(step), epoch=step // self.steps_per_epoch)
 
     def _rows_of_all(self, step: int) -> Tensor:
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -79,16 +79,16 @@ class ShuffledBatches:
         """Batches of the steps from `step` to before `stop`, read by threads ahead of their use."""
         own = threading.local()
 
-        def read(rows: Tensor) -> PairBatch:
+        def read(step: int) -> PairBatch:
             if not hasattr(own, "store"):
                 own.store = RepresentationStore(self._store.folder, self._store.manifest, self._store.name)
-            return own.store.read(rows)
+            return own.store.read(self.rows(step), epoch=step // self.steps_per_epoch)
 
         waiting: deque[Future[PairBatch]] = deque()
         with ThreadPoolExecutor(_READERS, thread_name_prefix="store") as pool:
             try:
                 for ahead in range(step, stop):
-                    waiting.append(pool.submit(read, self.rows(ahead)))
+                    waiting.append(pool.submit(read, ahead))
                     if len(waiting) > _AHEAD:
                         yield waiting.popleft().result()
                 while waiting:

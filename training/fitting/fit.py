@@ -31,7 +31,7 @@ Report = Callable[[str], None]
 class Objective(nn.Module):
     """What is fitted. Checkpoints keep its buffers, which are statistics, and the parameters that have a gradient."""
 
-    def forward(self, image_ND: Tensor, text_ND: Tensor, text_ids_N: Tensor) -> Tensor:
+    def forward(self, batch: PairBatch) -> Tensor:
         """The loss of a worker's share of a batch; the mean over workers is the batch's."""
         raise NotImplementedError
 
@@ -146,7 +146,7 @@ class Fit:
     def _step(self, module: nn.Module, step: int, batch: PairBatch) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate_at(step)
-        loss = module(*self._on_device(batch))
+        loss = module(self._on_device(batch))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -23,7 +23,7 @@ CURVES: dict[str, tuple[str, tuple[str, ...]]] = {
         "share of held-out pairs found across modalities",
         ("retrieval/shared_r1", "retrieval/shared_r10", "retrieval/codes_r1", "retrieval/codes_r10"),
     ),
-    "overlap": ("share of concepts in common", ("overlap/paired", "overlap/shuffled")),
+    "overlap": ("share of concepts in common", ("overlap/paired", "overlap/strangers")),
 }
 """By file: label of the axis, and what is drawn."""
 _NEVER = -8.0

@@ -7,6 +7,7 @@ Shapes: H held-out pairs, S width, K concepts, k active concepts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,18 +33,20 @@ def reconstruction_quality(modality: str, rebuilt_HS: Tensor, original_HS: Tenso
     }
 
 
-def retrieval(name: str, similarities: Callable[[slice], Tensor], own_H: Tensor) -> dict[str, float]:
+def retrieval(
+    name: str, similarities: Callable[[slice], Tensor], own_H: Tensor, image_ids_H: Tensor
+) -> dict[str, float]:
     """R@1 and R@10 across the modalities, mean of both directions.
 
     `similarities(columns)` gives [H, len(columns)]: every image with some texts; `own_H` is its diagonal. A stranger
-    that is as near as the own partner counts as nearer.
+    that is as near as the own partner counts as nearer. Strangers are other pictures: another text of the same picture
+    (equal `image_ids_H`) is none.
     """
     nearer_texts_H, nearer_images_H = torch.zeros_like(own_H), torch.zeros_like(own_H)
     for start in range(0, len(own_H), _COLUMNS):
         columns = slice(start, min(start + _COLUMNS, len(own_H)))
         found_HC = similarities(columns)
-        stranger_HC = torch.ones_like(found_HC, dtype=torch.bool)
-        stranger_HC[columns].fill_diagonal_(False)
+        stranger_HC = image_ids_H[:, None] != image_ids_H[columns]
         nearer_texts_H += ((found_HC >= own_H[:, None]) & stranger_HC).sum(1)
         nearer_images_H[columns] += ((found_HC >= own_H[columns]) & stranger_HC).sum(0)
     return {
@@ -54,10 +57,11 @@ def retrieval(name: str, similarities: Callable[[slice], Tensor], own_H: Tensor)
     }
 
 
-def retrieval_of_vectors(name: str, image_HS: Tensor, text_HS: Tensor) -> dict[str, float]:
+def retrieval_of_vectors(name: str, image_HS: Tensor, text_HS: Tensor, image_ids_H: Tensor) -> dict[str, float]:
     """By cosine."""
     image_HS, text_HS = F.normalize(image_HS, dim=-1), F.normalize(text_HS, dim=-1)
-    return retrieval(name, lambda columns: image_HS @ text_HS[columns].T, _diagonal(image_HS, text_HS))
+    own_H = _diagonal(image_HS, text_HS)
+    return retrieval(name, lambda columns: image_HS @ text_HS[columns].T, own_H, image_ids_H)
 
 
 def _diagonal(image_HS: Tensor, text_HS: Tensor) -> Tensor:
@@ -66,7 +70,9 @@ def _diagonal(image_HS: Tensor, text_HS: Tensor) -> Tensor:
     return torch.cat([part_CC.diagonal() for part_CC in parts])
 
 
-def retrieval_of_codes(name: str, image: SparseCode, text: SparseCode, num_concepts: int) -> dict[str, float]:
+def retrieval_of_codes(
+    name: str, image: SparseCode, text: SparseCode, num_concepts: int, image_ids_H: Tensor
+) -> dict[str, float]:
     """By cosine of the codes."""
     image, text = _unit(image), _unit(text)
 
@@ -79,15 +85,15 @@ def retrieval_of_codes(name: str, image: SparseCode, text: SparseCode, num_conce
     count = len(image.concept_ids)
     chunks = [slice(start, min(start + _COLUMNS, count)) for start in range(0, count, _COLUMNS)]
     own_H = torch.cat([similarities(chunk, chunk).diagonal() for chunk in chunks])
-    return retrieval(name, similarities, own_H)
+    return retrieval(name, similarities, own_H, image_ids_H)
 
 
 def _unit(code: SparseCode) -> SparseCode:
     return SparseCode(code.concept_ids, F.normalize(code.activations, dim=-1))
 
 
-def overlap(first: SparseCode, second: SparseCode) -> float:
-    """Mean over rows of 2 |A and B| / (|A| + |B|), A and B the concepts that are active in each code."""
+def overlaps(first: SparseCode, second: SparseCode) -> Tensor:
+    """[H]: 2 |A and B| / (|A| + |B|) of each row, A and B the concepts that are active in each code."""
     shares = []
     for start in range(0, len(first.concept_ids), _ROWS):
         one, other = (SparseCode(*(part[start : start + _ROWS] for part in code)) for code in (first, second))
@@ -95,14 +101,53 @@ def overlap(first: SparseCode, second: SparseCode) -> float:
         both_Rkk &= (one.activations > 0)[:, :, None] & (other.activations > 0)[:, None, :]
         active_R = (one.activations > 0).sum(1) + (other.activations > 0).sum(1)
         shares.append(2 * both_Rkk.sum((1, 2)) / active_R.clamp(min=1))
-    return float(torch.cat(shares).mean())
+    return torch.cat(shares)
 
 
-def overlap_of_pairs(image: SparseCode, text: SparseCode) -> dict[str, float]:
-    """Of each image with its own text, and with the next one's."""
-    paired, shuffled = overlap(image, text), overlap(image, SparseCode(*(part.roll(1, 0) for part in text)))
-    return {
-        "overlap/paired": paired,
-        "overlap/shuffled": shuffled,
-        "overlap/ratio": paired / max(shuffled, 1e-9),
-    }
+class PairOverlap(NamedTuple):
+    """How far the codes of an image and of its text agree."""
+
+    paired: float
+    """Mean share of active concepts that an image has in common with its text."""
+    strangers: float
+    """The same with the text of another picture."""
+    beyond_chance: float
+    """Their difference, less two of its standard errors: what few pairs show by chance is not in it."""
+
+    def measures(self) -> dict[str, float]:
+        """For a run's log."""
+        ratio = self.paired / max(self.strangers, 1e-9)
+        return {
+            "overlap/paired": self.paired,
+            "overlap/strangers": self.strangers,
+            "overlap/ratio": ratio,
+            "overlap/beyond_chance": self.beyond_chance,
+        }
+
+
+def overlap_of_pairs(image: SparseCode, text: SparseCode, image_ids_H: Tensor) -> PairOverlap:
+    """Of each image with its own text, and with the next other picture's. All of one picture: there are no strangers,
+    and nothing is beyond chance."""
+    paired_H = overlaps(image, text)
+    rows_H = strangers(image_ids_H)
+    strangers_H = overlaps(image, SparseCode(*(part[rows_H] for part in text)))
+    gap_H = paired_H - strangers_H
+    error = float(gap_H.std()) / len(gap_H) ** 0.5 if len(gap_H) > 1 else float("inf")
+    return PairOverlap(
+        paired=float(paired_H.mean()),
+        strangers=float(strangers_H.mean()),
+        beyond_chance=float(gap_H.mean()) - 2 * error,
+    )
+
+
+def strangers(image_ids_H: Tensor) -> Tensor:
+    """[H]: for each row the next one, around the end, that is of another picture; itself where there is none."""
+    count = len(image_ids_H)
+    own_H = torch.arange(count, device=image_ids_H.device)
+    rows_H = own_H.clone()
+    for shift in range(1, count):
+        pending_P = (image_ids_H[rows_H] == image_ids_H).nonzero()[:, 0]
+        if not len(pending_P):
+            break
+        rows_H[pending_P] = (pending_P + shift) % count
+    return torch.where(image_ids_H[rows_H] == image_ids_H, own_H, rows_H)

@@ -54,9 +54,9 @@ class SparseObjective(Objective):
         self.use = ConceptUse(num_concepts, steps_per_epoch)
         self.register_buffer("centre_2S", torch.stack(centre) if centre else torch.zeros(2, 1), persistent=False)
 
-    def forward(self, image_ND: Tensor, text_ND: Tensor, text_ids_N: Tensor) -> Tensor:
-        step = self.trained(*self._shared(PairBatch(image_ND, text_ND, text_ids_N)))
-        self.use.add(step.counts_2K.view(-1, 2), len(image_ND))
+    def forward(self, batch: PairBatch) -> Tensor:
+        step = self.trained(*self._shared(batch.image_ND, batch.begun_ND))
+        self.use.add(step.counts_2K.view(-1, 2), len(batch.image_ND))
         return step.loss
 
     def gather_statistics(self, worker: Worker) -> None:
@@ -67,7 +67,10 @@ class SparseObjective(Objective):
 
     @torch.no_grad()
     def evaluate(self, held_out: PairBatch) -> dict[str, float]:
-        shared = dict(zip(("image", "text"), self._shared(held_out), strict=True))
+        """Reconstruction is of what is steered, unfinished texts among them; agreement is with whole texts."""
+        shared = dict(zip(("image", "text"), self._shared(held_out.image_ND, held_out.begun_ND), strict=True))
+        whole_HS = self._shared(held_out.image_ND, held_out.text_ND)[1]
+        whole_code, _ = self._through_code(whole_HS, "text")
         codes: dict[str, SparseCode] = {}
         rebuilt: dict[str, Tensor] = {}
         found = {"loss/held_out": 0.0}
@@ -81,10 +84,10 @@ class SparseObjective(Objective):
             **found,
             **self._states_lost(rebuilt["image"], rebuilt["text"], held_out),
             **self.use.measures(),
-            **retrieval_of_vectors("shared", shared["image"], shared["text"]),
-            **retrieval_of_codes("codes", codes["image"], codes["text"], self._num_concepts),
-            "retrieval/pairs": len(shared["image"]),
-            **overlap_of_pairs(codes["image"], codes["text"]),
+            **retrieval_of_vectors("shared", shared["image"], whole_HS, held_out.image_ids_N),
+            **retrieval_of_codes("codes", codes["image"], whole_code, self._num_concepts, held_out.image_ids_N),
+            "retrieval/pairs": len(whole_HS),
+            **overlap_of_pairs(codes["image"], whole_code, held_out.image_ids_N).measures(),
         }
 
     def histograms(self) -> dict[str, Tensor]:
@@ -99,15 +102,16 @@ class SparseObjective(Objective):
         if int(self.use.steps) in self._resample_steps:
             assert isinstance(self.trained, TrainableVLSAE)
             dead_K = self.use.dead_K2.all(1)
-            resample_dead(
-                self.trained, dead_K, *self._shared(next_batch()), optimizer, worker, seed=int(self.use.steps)
-            )
+            batch = next_batch()
+            shared = self._shared(batch.image_ND, batch.begun_ND)
+            resample_dead(self.trained, dead_K, *shared, optimizer, worker, seed=int(self.use.steps))
 
     def published(self) -> dict[str, Tensor]:
         return self.trained.published()
 
-    def _shared(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        return shared_representations(batch, self.auxiliary, Centre(*self.centre_2S) if self._centred else None)
+    def _shared(self, image_ND: Tensor, text_ND: Tensor) -> tuple[Tensor, Tensor]:
+        centre = Centre(*self.centre_2S) if self._centred else None
+        return shared_representations(image_ND, text_ND, self.auxiliary, centre)
 
     def _through_code(self, shared_HS: Tensor, modality: Modality) -> tuple[SparseCode, Tensor]:
         parts = [self.trained.encode(part_NS, modality) for part_NS in shared_HS.split(_ROWS)]
@@ -123,5 +127,5 @@ class SparseObjective(Objective):
         image_HD, text_HD = self.auxiliary.reconstruct(image_HS, text_HS)
         return {
             "image/states_fvu": unexplained_variance(image_HD, held_out.image_ND),
-            "text/states_fvu": unexplained_variance(text_HD, held_out.text_ND),
+            "text/states_fvu": unexplained_variance(text_HD, held_out.begun_ND),
         }

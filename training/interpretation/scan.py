@@ -23,7 +23,6 @@ from training.baseline_autoencoders import SparseAutoencoder, encode
 from training.interpretation.phrases import PhraseCounts
 from training.interpretation.strongest_rows import NO_ROW, StrongestRows
 from training.run_folder import Centre, shared_representations
-from training.store.layout import hash_text
 from training.store.reader import PairBatch, RepresentationStore
 
 MODALITIES: tuple[Modality, ...] = ("image", "text")
@@ -46,10 +45,11 @@ class ConceptEncoder:
 
     @torch.no_grad()
     def codes(self, batch: PairBatch) -> dict[Modality, SparseCode]:
-        """Of both modalities."""
+        """Of the images and of the whole texts."""
         device = next(self.sae.parameters()).device
-        moved = PairBatch(batch.image_ND.to(device), batch.text_ND.to(device), batch.text_ids_N)
-        shared = shared_representations(moved, self.auxiliary, self.centre)
+        shared = shared_representations(
+            batch.image_ND.to(device), batch.text_ND.to(device), self.auxiliary, self.centre
+        )
         return {name: encode(self.sae, part, name) for name, part in zip(MODALITIES, shared, strict=True)}
 
 
@@ -96,7 +96,7 @@ def scan_store(
         described = list(islice(pairs, len(rows)))
         corpus.add([pair.text for pair in described])
         keys = {
-            "image": np.array([hash_text(pair.image) for pair in described], dtype=np.int64),
+            "image": batch.image_ids_N.numpy(),
             "text": batch.text_ids_N.numpy(),
         }
         for name, code in encoder.codes(batch).items():

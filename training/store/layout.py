@@ -2,7 +2,8 @@
 
     STORE/.lock                         empty; locked while a collection writes
     STORE/manifest.json                 what was collected, from which model and how; counts at the end
-    STORE/shards/000012.safetensors     `layer_30.image`, `layer_30.text` [n, D] and `text_hash` [n] int64
+    STORE/shards/000012.safetensors     `layer_30.image`, `layer_30.text` [n, D]; where N prefixes of each text
+                                        were collected `layer_30.prefixes` [n * N, D]; `text_hash`, `image_hash` [n]
     STORE/shards/000012.jsonl           n lines: pair (index in the source), text, image (its reference)
     STORE/shards/000012.skipped.jsonl   pairs of this portion that could not be used: pair, image, reason
     STORE/shards/000012.json            written last: the counts and checksums of the other three
@@ -19,13 +20,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from training.collection.placing import TextPlace
 from training.errors import InvalidTraining
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE, SHARD_FOLDER, LOCK_FILE = "manifest.json", "shards", ".lock"
 EMBEDDING = "embedding"
 """Name of the states of a model that has no decoder layers (CLIP)."""
-TEXT_HASH = "text_hash"
+PREFIXES = "prefixes"
+TEXT_HASH, IMAGE_HASH = "text_hash", "image_hash"
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -59,8 +62,14 @@ class Collected(_Strict):
     """Side of the layer that was read."""
     pooling: str
     """How tokens became one state per modality."""
-    prompt: str | None
-    """What the text was put into, `{text}` in its place; None where there is no prompt (CLIP)."""
+    text_in: TextPlace | None = None
+    """Where the texts stood; None where there is no prompt (CLIP)."""
+    prompts: tuple[str, ...] = ()
+    """What they were put into, `{text}` in their place, one drawn for each pair."""
+    prefixes: int = 0
+    """Prefixes of each text, of random length, that were pooled besides the whole."""
+    shortest_prefix: int = 1
+    """Tokens of the text in the shortest of them."""
     model_dtype: str
     """Number format that the model ran in."""
     stored_dtype: StoredDtype
@@ -95,7 +104,7 @@ class ShardRecord(_Strict):
 class Manifest(_Strict):
     """`manifest.json`."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     collected: Collected
     portions: int
     """Shards that a finished store has."""
@@ -131,4 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise InvalidTraining(f"{file} cannot be read ({error.strerror}): {folder} is no collection") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        raise InvalidTraining(f"{file} is not a manifest of a collection: {error}") from error
+        raise InvalidTraining(
+            f"{file} is not a manifest of a collection of format {FORMAT_VERSION}; collect again where an earlier "
+            f"version collected: {error}"
+        ) from error

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from training.durable_files import sha256_of
 from training.errors import InvalidTraining
-from training.store.layout import MANIFEST_FILE, TEXT_HASH, Manifest, layer_name, read_manifest, shard_file
+from training.store.layout import (
+    IMAGE_HASH,
+    MANIFEST_FILE,
+    PREFIXES,
+    TEXT_HASH,
+    Manifest,
+    layer_name,
+    read_manifest,
+    shard_file,
+)
 
 _OPEN_FILES = 128
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
@@ -35,9 +44,14 @@ class PairBatch(NamedTuple):
     image_ND: Tensor
     """v, float32."""
     text_ND: Tensor
-    """t, float32."""
+    """t of the whole text, float32."""
+    begun_ND: Tensor
+    """t at some moment of the text's being generated, the last one among them: of a prefix or of the whole. Where no
+    prefixes were collected, of the whole."""
     text_ids_N: Tensor
     """int64; equal numbers for equal texts."""
+    image_ids_N: Tensor
+    """int64; equal numbers for equal pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +89,28 @@ class RepresentationStore:
         number = self.name.removeprefix("layer_")
         return int(number) if number != self.name else None
 
-    def read(self, rows: Sequence[int] | Tensor) -> PairBatch:
-        """Rows in the order asked for. Raises InvalidTraining, naming file and row, for a state that is not finite."""
+    def read(self, rows: Sequence[int] | Tensor, *, epoch: int = 0) -> PairBatch:
+        """Rows in the order asked for. Raises InvalidTraining, naming file and row, for a state that is not finite.
+
+        `epoch` moves `begun_ND` on: as the epochs pass, every row goes through its prefixes and the whole in turn.
+        """
         wanted = rows.tolist() if isinstance(rows, Tensor) else list(rows)
-        image_ND, text_ND = torch.empty(len(wanted), self.width), torch.empty(len(wanted), self.width)
-        text_ids_N = torch.empty(len(wanted), dtype=torch.int64)
+        image_ND, text_ND, begun_ND = (torch.empty(len(wanted), self.width) for _ in range(3))
+        text_ids_N, image_ids_N = (torch.empty(len(wanted), dtype=torch.int64) for _ in range(2))
+        prefixes = self.manifest.collected.prefixes
         for shard, places in self._by_shard(wanted).items():
             file, inside = self._open(shard), [wanted[place] - self._starts[shard] for place in places]
-            for tensor, out_ND in (("image", image_ND), ("text", text_ND)):
-                out_ND[places] = file.rows(f"{self.name}.{tensor}", inside).float()
+            image_ND[places] = file.rows(f"{self.name}.image", inside).float()
+            text_ND[places] = file.rows(f"{self.name}.text", inside).float()
             text_ids_N[places] = file.rows(TEXT_HASH, inside)
-        batch = PairBatch(image_ND, text_ND, text_ids_N)
+            image_ids_N[places] = file.rows(IMAGE_HASH, inside)
+            begun_ND[places] = text_ND[places]
+            turns = [(wanted[place] + epoch) % (prefixes + 1) for place in places]
+            partial = [index for index, turn in enumerate(turns) if turn < prefixes]
+            if partial:
+                found = file.rows(f"{self.name}.{PREFIXES}", [inside[i] * prefixes + turns[i] for i in partial])
+                begun_ND[[places[index] for index in partial]] = found.float()
+        batch = PairBatch(image_ND, text_ND, begun_ND, text_ids_N, image_ids_N)
         self._check_finite(batch, wanted)
         return batch
 
@@ -128,7 +153,8 @@ class RepresentationStore:
         return self._files[shard]
 
     def _check_finite(self, batch: PairBatch, rows: list[int]) -> None:
-        for modality, states_ND in (("image", batch.image_ND), ("text", batch.text_ND)):
+        parts = (("image", batch.image_ND), ("text", batch.text_ND), (PREFIXES, batch.begun_ND))
+        for modality, states_ND in parts:
             bad_N = ~torch.isfinite(states_ND).all(1)
             if bad_N.any():
                 row = rows[int(bad_N.nonzero()[0])]

@@ -1,6 +1,6 @@
 """Puts finished portions into a store, in any order and by any number of processes. Knows no model.
 
-Shapes: N pairs of a portion, D width.
+Shapes: N pairs of a portion, P prefixes of each text, D width.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
+from training.collection.representer import States
 from training.durable_files import sha256_of, write_bytes, write_json_lines, write_tensors
 from training.errors import InvalidTraining
 from training.store.layout import (
+    IMAGE_HASH,
     MANIFEST_FILE,
+    PREFIXES,
     TEXT_HASH,
     Collected,
     Manifest,
@@ -54,8 +56,8 @@ class SkippedRecord:
 class Portion:
     """Everything one shard holds."""
 
-    states: Mapping[str, tuple[Tensor, Tensor]]
-    """(image, text) [N, D] float32 by name of the states; empty where no pair could be used."""
+    states: Mapping[str, States]
+    """N rows by name of the states; empty where no pair could be used."""
     pairs: Sequence[PairRecord]
     """N of them, row by row."""
     skipped: Sequence[SkippedRecord]
@@ -103,13 +105,18 @@ def finished_shards(folder: Path, portions: int) -> dict[int, ShardRecord]:
 def write_shard(folder: Path, shard: int, portion: Portion, collected: Collected) -> ShardRecord:
     """One portion, its record last: a shard without a record is made again."""
     dtype = getattr(torch, collected.stored_dtype)
-    tensors = {TEXT_HASH: torch.tensor([hash_text(row.text) for row in portion.pairs], dtype=torch.int64)}
+    tensors = {
+        TEXT_HASH: torch.tensor([hash_text(row.text) for row in portion.pairs], dtype=torch.int64),
+        IMAGE_HASH: torch.tensor([hash_text(row.image) for row in portion.pairs], dtype=torch.int64),
+    }
+    rows, width = len(portion.pairs), collected.width
     for name in collected.names:
-        for modality, states_ND in zip(
-            ("image", "text"), portion.states.get(name, _no_states(collected.width)), strict=True
-        ):
-            assert states_ND.shape == (len(portion.pairs), collected.width), (states_ND.shape, len(portion.pairs))
-            tensors[f"{name}.{modality}"] = states_ND.to("cpu", dtype)
+        image_ND, text_ND, prefix_NPD = portion.states.get(name, _no_states(collected))
+        assert image_ND.shape == text_ND.shape == (rows, width), (image_ND.shape, text_ND.shape, rows)
+        tensors |= {f"{name}.image": image_ND.to("cpu", dtype), f"{name}.text": text_ND.to("cpu", dtype)}
+        if collected.prefixes:
+            assert prefix_NPD.shape == (rows, collected.prefixes, width), prefix_NPD.shape
+            tensors[f"{name}.{PREFIXES}"] = prefix_NPD.to("cpu", dtype).flatten(0, 1).contiguous()
     write_tensors(shard_file(folder, shard, "safetensors"), tensors)
     rows = ({"pair": row.pair, "text": row.text, "image": row.image} for row in portion.pairs)
     write_json_lines(shard_file(folder, shard, "jsonl"), rows)
@@ -154,8 +161,8 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     write_bytes(folder / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
 
 
-def _no_states(width: int) -> tuple[Tensor, Tensor]:
-    return torch.zeros(0, width), torch.zeros(0, width)
+def _no_states(collected: Collected) -> States:
+    return States.of([torch.zeros(0, collected.width)] * (2 + collected.prefixes))
 
 
 def _is_whole(file: Path, digest: str) -> bool:
