@@ -81,6 +81,7 @@ EXAMPLE_RECEIPT = {
     "beta_down": 0.0,
     "gamma": 1.0,
     "plausibility": 0.0,
+    "min_answer_tokens": None,
     "control": None,
     "positions": [13],
     "relative_shift": [0.197],

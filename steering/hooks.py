@@ -72,11 +72,12 @@ class GenerationSteering:
         spans = [find_spans(row, self._image_token_id) for row in token_ids_BT.tolist()]
         if not all(span.has_image for span in spans):
             raise InvalidSteering("steer() needs an image in every row to realign to", field="input_ids")
-        self._rows = [SequenceSteering(settings=self._settings) for _ in spans]
         stops = [token_ids_BT.shape[1]] * len(spans)
         if attention_BT is not None:  # padding on the right ends the text, on the left there is none
             stops = [len(row) - row[::-1].index(1) for row in attention_BT[:, : stops[0]].long().tolist()]
         texts = [range(span.text_start or 0, stop) for span, stop in zip(spans, stops, strict=True)]
+        # whatever this pass holds is the prompt: the answer begins behind it
+        self._rows = [SequenceSteering(settings=self._settings, prompt_text_tokens=len(text)) for text in texts]
         return Pass(rows=self._rows, image_BT=token_ids_BT == self._image_token_id, text_B=texts)
 
 

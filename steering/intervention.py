@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steering.artifact import Artifact
+from steering.lvlm.token_spans import first_steered_position
 from steering.realignment import Realignment
 from steering.settings import ResolvedSteering
 from steering.slot_tables import SlotTables, SteeredRows
@@ -40,12 +41,15 @@ class SequenceSteering:
     """Running state of one sequence at the hook layer. What was done to it, the `Intervention` tells."""
 
     settings: ResolvedSteering
+    prompt_text_tokens: int
+    """Of the text after the last image, those of the prompt: the answer begins behind them. No default, since with a
+    wrong one an earlier turn's answer is steered, or this one's is not."""
     slot: int | None = None
     """Its place in the tables, where its image's code is; None while the image is unknown."""
     text_sum_D: Tensor | None = None
     text_count: int = 0
     span: list[Tensor] = field(default_factory=list)
-    """'exact' only: unsteered states of the text so far, each [T, D]."""
+    """'exact' only: unsteered states of the text that the delta goes to, up to the latest token, each [T, D]."""
     span_delta_D: Tensor | None = None
     """'exact' only: the delta of the latest step; None until there is one."""
     visited_text: bool = False
@@ -56,7 +60,7 @@ class SequenceSteering:
         return self.settings.active and self.settings.mode == "exact"
 
     def exact_span(self) -> Tensor | None:
-        """'exact': steered states [T_text, D] of the whole text span; None while there is nothing to steer."""
+        """'exact': steered states [T_span, D] up to the latest token; None while there is nothing to steer."""
         if self.span_delta_D is None:
             return None
         base_TD = torch.cat(self.span)
@@ -105,7 +109,8 @@ class Intervention:
                 self._steer_span(row, hidden_BTD[index, text.start : text.stop])
                 span_TD = row.exact_span()
                 if span_TD is not None:
-                    steered_BTD[index, text.start : text.stop] = span_TD[len(span_TD) - len(text) :]
+                    new = min(len(text), len(span_TD))
+                    steered_BTD[index, text.stop - new : text.stop] = span_TD[len(span_TD) - new :]
         return steered_BTD
 
     def tally(self, row: SequenceSteering) -> Tally:
@@ -157,7 +162,7 @@ class Intervention:
         entries: list[tuple[int, int, int, int, int]] = []
         for place, index in enumerate(active):
             row, text = current.rows[index], current.text_B[index]
-            skipped = max(0, self._min_text_tokens - 1 - row.text_count)
+            skipped = max(0, self._first_steered(row) - row.text_count)
             if row.exact or skipped >= len(text):
                 continue
             assert row.slot is not None
@@ -176,13 +181,28 @@ class Intervention:
         steered_BTD[batch_R, position_R] = moved_RD
 
     def _steer_span(self, row: SequenceSteering, added_TD: Tensor) -> None:
-        """'exact': one delta, from the mean over all text so far, for all of it."""
+        """'exact': one delta, from the mean over all text so far, for all of it, the added tokens included.
+
+        Where a place in the answer says when it begins, what stands before that place is never steered.
+        """
+        first = self._first_steered(row)
+        if row.settings.min_answer_tokens is not None:
+            added_TD = added_TD[max(0, first - (row.text_count - len(added_TD))) :]
         row.span.append(added_TD)
-        if row.text_sum_D is None or row.text_count < self._min_text_tokens:
+        if row.text_sum_D is None or row.text_count <= first:
             return
         mean_1D = row.text_sum_D[None] / row.text_count
         row.span_delta_D = self.tables.delta(mean_1D, self.tables.send([row.slot], torch.int64))[0]
         row.visited_text = True
+
+    def _first_steered(self, row: SequenceSteering) -> int:
+        """The place, among the tokens of a row's text, of the first that is steered."""
+        return first_steered_position(
+            text_start=0,
+            prompt_length=row.prompt_text_tokens,
+            min_text_tokens=self._min_text_tokens,
+            min_answer_tokens=row.settings.min_answer_tokens,
+        )
 
     @staticmethod
     def _tally_span(row: SequenceSteering) -> Tally:
@@ -190,5 +210,5 @@ class Intervention:
             return Tally(visited=True)
         length = row.span_delta_D.norm()
         shifts = length / torch.cat(row.span).float().norm(dim=-1)
-        positions = row.text_count if float(length) > 0 else 0
+        positions = len(shifts) if float(length) > 0 else 0
         return Tally(positions=positions, relative_shift=float(shifts.mean()), visited=True, visited_text=True)

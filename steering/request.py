@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Form = Literal["published", "difference", "union"]
 Mode = Literal["causal", "exact"]
 Control = Literal["none", "reversed", "random", "other_image"]
+MAX_MIN_ANSWER_TOKENS = 1024
+"""Most tokens of an answer that may be left alone before steering begins."""
 
 
 class SteeringRequest(BaseModel):
@@ -37,6 +39,15 @@ class SteeringRequest(BaseModel):
     """Weight of the steered branch in the logits; 1 = the base branch decides nothing."""
     plausibility: float | None = Field(default=None, ge=0, le=1)
     """Tokens below this share of the base branch's most likely token are dropped; 0 = none is."""
+    min_answer_tokens: int | None = Field(default=None, ge=0, le=MAX_MIN_ANSWER_TOKENS)
+    """Steering begins once this many tokens of the current answer are in the text's mean: so many of its first tokens
+    are the plain model's. 0: with the prompt's last token, from which the answer's first follows. None: as the preset
+    says, else the artifact's `min_text_tokens` decide alone, which count from the last image and must be in the mean in
+    any case; in a later turn they have been for long.
+
+    The current answer is what is generated behind the prompt: where the prompt ends inside the assistant's turn, the
+    beginning of that turn is none of it.
+    """
     mode: Mode | None = None
     """'causal' steers each position once; 'exact' recomputes the tail over all text at every step."""
     concepts: dict[str, dict[str, float]] | None = None

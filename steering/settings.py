@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from steering.errors import InvalidSteering
-from steering.request import Control, Form, Mode, RequestedSteering
+from steering.request import MAX_MIN_ANSWER_TOKENS, Control, Form, Mode, RequestedSteering
 
 Reason = Literal[
     "disabled",
@@ -39,6 +39,13 @@ class Preset(BaseModel):
     beta_down: float = Field(default=0.9, ge=0, le=1)
     gamma: float = Field(default=1.0, ge=0, le=1)
     plausibility: float = Field(default=0.0, ge=0, le=1)
+    min_answer_tokens: int | None = Field(
+        default=None, ge=0, le=MAX_MIN_ANSWER_TOKENS, exclude_if=lambda value: value is None
+    )
+    """As in a request; None: the artifact's `min_text_tokens` alone decides.
+
+    None is never written, so that an artifact without it has the fingerprint, and the file, that it has always had.
+    """
     dev_scores: dict[str, float] = Field(default_factory=dict)
     """What it scored on the scenes it was chosen on; says nothing about others."""
 
@@ -58,6 +65,8 @@ class ResolvedSteering:
     beta_down: float = 0.0
     gamma: float = 1.0
     plausibility: float = 0.0
+    min_answer_tokens: int | None = None
+    """See `first_steered_position`."""
     control: Control = "none"
     control_seed: int = 0
     arm: str | None = None

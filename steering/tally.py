@@ -10,7 +10,7 @@ class Tally:
     """Positions and shift of one sequence; the default is a sequence that the hook has never seen."""
 
     positions: int = 0
-    """Positions to which a delta was added (in 'exact', the span's length at the last step)."""
+    """Positions to which a delta was added (in 'exact', at the last step)."""
     relative_shift: float = 0.0
     """Mean of |delta| / |h| over the positions at which a delta was computed here; 0 where there are none."""
     visited: bool = False

@@ -133,10 +133,12 @@ class Receipt:
     beta_down: float | None
     gamma: float | None
     plausibility: float | None
+    min_answer_tokens: int | None
+    """None: the artifact's `min_text_tokens` alone said where steering begins."""
     control: str | None
     """The experimental control in place of the realignment, or None."""
     positions: list[int]
-    """By choice: positions to which a delta was added (in 'exact', the span's length at the last step).
+    """By choice: positions to which a delta was added (in 'exact', at the last step).
 
     Counted where it happens, with those that came steered out of a prefix cache.
     """

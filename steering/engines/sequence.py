@@ -134,6 +134,7 @@ class RunningRequest:
             beta_down=settings.beta_down if known else None,
             gamma=settings.gamma if known else None,
             plausibility=settings.plausibility if known else None,
+            min_answer_tokens=settings.min_answer_tokens if known else None,
             control=None if settings.control == "none" else settings.control,
             positions=positions,
             relative_shift=[tally.relative_shift for tally in tallies],

@@ -32,6 +32,18 @@ def find_spans(token_ids: Sequence[int], image_token_id: int) -> TokenSpans:
     return TokenSpans(image_positions=positions, text_start=positions[-1] + 1 if positions else None)
 
 
+def first_steered_position(
+    *, text_start: int, prompt_length: int, min_text_tokens: int, min_answer_tokens: int | None
+) -> int:
+    """First position that is steered: with it so many tokens of the text, and of the answer, are in the mean.
+
+    The answer is everything behind the prompt as it was admitted, of `prompt_length` expanded tokens. With
+    `min_answer_tokens` None the text after the last image decides alone, whichever turn it belongs to.
+    """
+    by_text = text_start + min_text_tokens - 1
+    return by_text if min_answer_tokens is None else max(by_text, prompt_length + min_answer_tokens - 1)
+
+
 def expand_image_tokens(token_ids: Sequence[int], image_token_id: int, tokens_per_image: Sequence[int]) -> list[int]:
     """Replace the i-th image token by `tokens_per_image[i]` of them. Raises InvalidSteering if their counts differ."""
     marks = sum(token == image_token_id for token in token_ids)

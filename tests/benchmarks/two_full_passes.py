@@ -50,9 +50,11 @@ class TwoFullPasses:
         image_1T = tokens_1T == image_token
         text_start = len(prompt) - prompt[::-1].index(image_token)
         embeds_1TD = embed_prompt(model, tokens_1T, image_1T, pixels)
+        prompt_text_tokens = len(prompt) - text_start
         generated, arrivals = [], []
         for _ in range(max_tokens):
-            token = self._next_token(embeds_1TD, image_1T, range(text_start, embeds_1TD.shape[1]))
+            text = range(text_start, embeds_1TD.shape[1])
+            token = self._next_token(embeds_1TD, image_1T, text, prompt_text_tokens)
             generated.append(token)
             arrivals.append(time.perf_counter())
             new_11 = torch.tensor([[token]], device=model.device)
@@ -60,9 +62,9 @@ class TwoFullPasses:
             image_1T = torch.cat([image_1T, torch.zeros_like(new_11, dtype=torch.bool)], dim=1)
         return generated, arrivals
 
-    def _next_token(self, embeds_1TD: Tensor, image_1T: Tensor, text: range) -> int:
+    def _next_token(self, embeds_1TD: Tensor, image_1T: Tensor, text: range, prompt_text_tokens: int) -> int:
         base_1V = self._full_pass(embeds_1TD)
-        state = SequenceSteering(settings=self._settings)
+        state = SequenceSteering(settings=self._settings, prompt_text_tokens=prompt_text_tokens)
         self._intervention.prepare(Pass(rows=[state], image_BT=image_1T, text_B=[text]))
         with output_hook(self._loaded.decoder.layers[self._hook_layer], self._intervention):
             steered_1V = self._full_pass(embeds_1TD)

@@ -62,8 +62,8 @@ def receipt(**changes) -> Receipt:
     fields = {
         "applied": True, "reason": None, "artifact": "a" * 64, "canary": "verified", "layer": 3, "preset": "captions",
         "form": "difference", "mode": "causal", "branches": 1, "strength": 1.0, "alpha": 2.0, "beta_up": 0.9,
-        "beta_down": 0.9,
-        "gamma": 1.0, "plausibility": 0.0, "control": None, "positions": [7], "relative_shift": [0.25], "arm": None,
+        "beta_down": 0.9, "gamma": 1.0, "plausibility": 0.0, "min_answer_tokens": None, "control": None,
+        "positions": [7], "relative_shift": [0.25], "arm": None,
     }  # fmt: skip
     return Receipt(**{**fields, **changes})
 

@@ -191,6 +191,19 @@ def test_two_branches(ask) -> None:
     assert (receipt(answer)["branches"], receipt(answer)["gamma"]) == (2, 0.6)
 
 
+def test_steering_from_a_place_in_a_later_turn_s_answer(ask) -> None:
+    turns = [QUESTION, {"role": "assistant", "content": "a star and a ring ."}, user("Describe the picture .")]
+    by_default, answer = ask(messages=turns), ask(messages=turns, extra={"steering": {"min_answer_tokens": 2}})
+    assert answer.usage.completion_tokens > 2
+    steered = receipt(answer)
+    assert (steered["min_answer_tokens"], steered["positions"]) == (2, [answer.usage.completion_tokens - 2])
+    assert receipt(by_default)["min_answer_tokens"] is None
+    assert receipt(by_default)["positions"][0] > by_default.usage.completion_tokens, "earlier turns are steered, too"
+    late = ask(messages=turns, extra={"steering": {"enabled": True, "min_answer_tokens": 100}})
+    assert (receipt(late)["applied"], receipt(late)["reason"]) == (False, "no_text_position")
+    assert text(late) == text(ask(":off", messages=turns))
+
+
 @pytest.mark.parametrize("asked", [{"type": "json_object"}, json_schema(schema={"enum": ["star", "ring"]})])
 def test_a_response_format(ask, server: RunningServer, asked: dict) -> None:
     if server.engine == "huggingface":

@@ -153,6 +153,8 @@ def test_the_settings_limits_are_in_it() -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": "{}"}}}, False),
         ({"steering": {"strength": 0.5, "concepts": None, "control": "none"}}, True),
         ({"steering": {"control": "random"}}, False),
+        ({"steering": {"min_answer_tokens": 0}}, True),
+        ({"steering": {"min_answer_tokens": 1025}}, False),
         ({"steering": {"concepts": {"1": {"factor": 0}}}}, False),
         ({"n": 4}, False),
         ({"nonsense": 1}, False),

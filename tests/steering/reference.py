@@ -104,12 +104,21 @@ def next_token_logprobs(
     start = int(is_image.nonzero().max()) + 1
     image_D = hidden_TD[is_image].mean(0)
     steered_TD = hidden_TD.clone()
-    length = len(token_ids)
+    length, wait = len(token_ids), settings.min_answer_tokens
+
+    def is_late_enough(position: int) -> bool:
+        """With this position, enough tokens are in the mean, of the text and, where that is asked, of the answer."""
+        enough = position - start + 1 >= min_text_tokens
+        return enough and (wait is None or position - len(prompt) + 1 >= wait)
+
     if settings.mode == "exact":
-        if length - start >= min_text_tokens:
-            steered_TD[start:] += _delta(artifact, settings, image_D, hidden_TD[start:].mean(0))
+        if is_late_enough(length - 1):
+            delta_D = _delta(artifact, settings, image_D, hidden_TD[start:].mean(0))
+            for position in range(start, length):
+                if wait is None or is_late_enough(position):
+                    steered_TD[position] += delta_D
     else:
-        for position in range(start + min_text_tokens - 1, length):
+        for position in filter(is_late_enough, range(start, length)):
             text_D = hidden_TD[start : position + 1].mean(0)
             steered_TD[position] += _delta(artifact, settings, image_D, text_D)
     steered_TV, _ = _with_output(model, layer, inputs, steered_TD)

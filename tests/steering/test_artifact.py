@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from steering.artifact import load_artifact, save_artifact
-from steering.artifact_config import read_config, write_config
+from steering.artifact_config import compute_fingerprint, read_config, write_config
 from steering.errors import BadArtifact
+
+BUNDLED = Path(__file__).parents[2] / "training/miniature/bundle/artifact"
 
 
 @pytest.fixture
@@ -39,6 +42,25 @@ def test_the_fingerprint_follows_weights_concepts_and_presets_but_not_records(fo
     assert write_config(folder, config.model_copy(update={"presets": scored})).fingerprint == before
     stronger = {**config.presets, "captions": preset.model_copy(update={"alpha": 3.0})}
     assert write_config(folder, config.model_copy(update={"presets": stronger})).fingerprint != before
+
+
+def test_a_place_in_the_answer_is_part_of_the_fingerprint_and_none_leaves_no_trace(folder):
+    config = read_config(folder)
+    preset = config.presets["captions"]
+    for wait in (0, 6):
+        later = {**config.presets, "captions": preset.model_copy(update={"min_answer_tokens": wait})}
+        written = write_config(folder, config.model_copy(update={"presets": later}))
+        assert written.fingerprint != config.fingerprint
+        assert load_artifact(folder).config.presets["captions"].min_answer_tokens == wait
+    assert write_config(folder, config).fingerprint == config.fingerprint
+    assert "min_answer_tokens" not in (folder / "config.json").read_text()
+
+
+def test_an_artifact_from_before_a_place_in_the_answer_could_be_named_keeps_its_fingerprint():
+    recorded = read_config(BUNDLED)
+    assert compute_fingerprint(BUNDLED, recorded) == recorded.fingerprint
+    assert recorded.fingerprint == "57b6afc649646957306c7127e80894c878b0e87dbcb5a2811817973ad79246b2"
+    assert {preset.min_answer_tokens for preset in recorded.presets.values()} == {None}
 
 
 def _flip_byte(file):

@@ -17,7 +17,7 @@ from steering.hooks import steer
 from steering.intervention import Intervention, Pass, SequenceSteering
 from steering.request import SteeringRequest, merge_sources
 from steering.settings import resolve
-from tests.steering.engines.driving import ask, make_request
+from tests.steering.engines.driving import LATER_TURN, ask, make_request
 from tests.tiny_models import drawn_image, save_tiny_artifact, save_tiny_llava, tiny_presets
 
 PROMPT = "USER: <image>\nwhat is this? ASSISTANT:"
@@ -30,11 +30,13 @@ def own_model(tiny_llava) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(tiny_llava)
 
 
-def generate(own_model, seeds=(3,)):
+def generate(own_model, seeds=(3,), prompts=(PROMPT,)):
+    """Each seed's image with its prompt, or all with the only one; padded on the left."""
     model, processor = own_model
     inputs = processor(
-        text=[PROMPT] * len(seeds), images=[drawn_image(seed) for seed in seeds], return_tensors="pt", padding=True
-    )
+        text=list(prompts) * (len(seeds) // len(prompts)), images=[drawn_image(seed) for seed in seeds],
+        return_tensors="pt", padding=True, padding_side="left",
+    )  # fmt: skip
     made = model.generate(
         **inputs, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
@@ -63,6 +65,22 @@ def test_a_batch_of_rows_is_steered_row_by_row(own_model, tiny_artifact):
         _, alone_logits = generate(own_model, (4,))
     torch.testing.assert_close(together_logits[1, 0], alone_logits[0, 0], atol=1e-4, rtol=0)
     assert together.shape[0] == 2
+
+
+@pytest.mark.parametrize("wait", [0, 3])
+async def test_steering_begins_at_a_place_in_the_answer_as_on_the_engine(own_model, tiny_artifact, engine, wait):
+    """In every row of a padded batch: the answer begins behind the row's own prompt, earlier answers and all."""
+    asked = STRONG.model_copy(update={"min_answer_tokens": wait})
+    texts = ("what is this?", LATER_TURN)
+    with steer(own_model[0], load_artifact(tiny_artifact), asked) as steering:
+        made, _ = generate(own_model, (3, 4), [f"USER: <image>\n{text} ASSISTANT:" for text in texts])
+    for row, (text, seed) in enumerate(zip(texts, (3, 4), strict=True)):
+        answer = await ask(engine, text, (seed,), asked.model_dump(exclude_none=True), max_tokens=10)
+        tokens = answer.tokens()
+        assert made[row, : len(tokens)].tolist() == tokens
+        assert answer.end.receipt.positions == [10 - wait]
+        assert steering.tallies[row].positions == 10 - wait
+        assert steering.tallies[row].relative_shift == pytest.approx(answer.end.receipt.relative_shift[0], rel=1e-4)
 
 
 def test_the_hook_goes_away_when_generation_fails(own_model, tiny_artifact):
@@ -114,7 +132,7 @@ def test_autocast_does_not_reach_the_realignment(own_model, tiny_artifact):
     image_1T = (torch.arange(9) < 4)[None]
 
     def steered() -> torch.Tensor:
-        rows = [SequenceSteering(settings=settings)]
+        rows = [SequenceSteering(settings=settings, prompt_text_tokens=5)]
         intervention.prepare(Pass(rows=rows, image_BT=image_1T, text_B=[range(4, 9)]))
         return intervention(hidden_1TD)
 

@@ -33,6 +33,14 @@ def test_fields_left_out_come_from_the_preset():
     assert (settings.alpha, settings.beta_up, settings.strength, settings.preset) == (2.0, 0.4, 0.5, "captions")
 
 
+def test_where_in_the_answer_steering_begins_comes_from_the_preset_and_0_is_a_wish_of_its_own():
+    presets = PRESETS | {"later": Preset(alpha=2.0, min_answer_tokens=6)}
+    assert decide(presets=presets).min_answer_tokens is None
+    assert decide(SteeringRequest(preset="later"), presets=presets).min_answer_tokens == 6
+    assert decide(SteeringRequest(preset="later", min_answer_tokens=0), presets=presets).min_answer_tokens == 0
+    assert decide(server=(SteeringRequest(min_answer_tokens=3),), presets=presets).min_answer_tokens == 3
+
+
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
@@ -151,7 +159,8 @@ def test_by_default_and_impossible_is_reported():
 @pytest.mark.parametrize(
     "fields",
     [{"strength": -1}, {"strength": 7}, {"strength": float("nan")}, {"alpha": 4.1}, {"strength": "0.5"},
-     {"beta_up": True}, {"mode": "fast"}, {"surprise": 1}, {"control_seed": 1.5}],
+     {"beta_up": True}, {"mode": "fast"}, {"surprise": 1}, {"control_seed": 1.5},
+     {"min_answer_tokens": -1}, {"min_answer_tokens": 1025}, {"min_answer_tokens": 2.0}, {"min_answer_tokens": True}],
 )  # fmt: skip
 def test_bad_fields_are_refused(fields):
     with pytest.raises(ValidationError) as caught:

@@ -14,7 +14,7 @@ from steering.settings import Preset
 from training.evaluate_hallucination import EvaluationSettings, evaluate, make_report
 from training.evaluation.asking import Question, Reply, ask_all
 from training.evaluation.benchmark import Benchmark
-from training.evaluation.conditions import FORMS, NAMES, RANDOM_SEEDS, TunedPresets, conditions
+from training.evaluation.conditions import FORMS, NAMES, RANDOM_SEEDS, TunedPresets, as_request, conditions
 from training.evaluation.measuring import measure
 from training.evaluation.miniature_benchmark import miniature_benchmark
 from training.miniature.language import shapes_named
@@ -158,6 +158,12 @@ def test_where_a_preset_is_off_its_controls_stand_beside_the_form():
     assert control.requests["questions"].alpha == 0.7
     assert control.requests["questions"].strength == 1
     assert "preset questions is off" in (control.note or "")
+
+
+def test_a_place_in_the_answer_is_sent_where_a_preset_names_one():
+    sent = [as_request(preset).model_dump(exclude_none=True) for preset in (Preset(), Preset(min_answer_tokens=0))]
+    assert sent[1] == sent[0] | {"min_answer_tokens": 0}
+    assert "min_answer_tokens" not in sent[0]
 
 
 def test_each_form_has_its_own_settings_or_the_presets_with_the_form_replaced():

@@ -133,7 +133,10 @@ def _by_preset(
 
 
 def as_request(preset: Preset, *, mode: Mode | None = None, control: Control | None = None) -> SteeringRequest:
-    """A preset spelled out field by field, so that it need not be in the artifact that answers."""
+    """A preset spelled out field by field, so that it need not be in the artifact that answers.
+
+    But a `min_answer_tokens` of None cannot be spelled: there the default preset of the artifact that answers decides.
+    """
     settings = preset.model_dump(exclude={"dev_scores"}) | {"enabled": True, "control": control}
     if mode is not None:
         settings["mode"] = mode

@@ -51,10 +51,11 @@ class BatchRunner:
         image_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
         texts = []
         for index, (sequence, length) in enumerate(zip(new, lengths, strict=True)):
-            spans, sequence.steering = sequence.request.spans, SequenceSteering(settings=sequence.request.settings)
+            spans = sequence.request.spans
             tokens_BT[index, :length] = torch.tensor(sequence.tokens)
             image_BT[index, list(spans.image_positions)] = True
             texts.append(range(length if spans.text_start is None else spans.text_start, length))
+            sequence.steering = SequenceSteering(settings=sequence.request.settings, prompt_text_tokens=len(texts[-1]))
         inputs = join_image_inputs([sequence.request.image_inputs for sequence in new])
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         tokens_BT, image_BT = tokens_BT.to(self.device), image_BT.to(self.device)
@@ -139,7 +140,7 @@ class BatchRunner:
     def _run_tail_by_mode(
         self, running: Rows[Sequence], rows: list[int], hidden: Tensor, places: Places, last_B: Tensor
     ) -> Tensor:
-        """All rows run their new token; 'exact' rows then run their whole text span again, over what that gave.
+        """All rows run their new token; 'exact' rows then run their span of the text again, over what that gave.
 
         So the tail sees the same batch whatever its rows' modes are: a row's logits do not depend on its neighbours'.
         """
@@ -153,7 +154,8 @@ class BatchRunner:
 
     def _run_spans(self, running: Rows[Sequence], exact: list[int], spans: list[Tensor]) -> Tensor:
         hidden_BTD = nn.utils.rnn.pad_sequence(spans, batch_first=True)
-        starts_B = torch.tensor([running[row].request.spans.text_start for row in exact], device=self.device)
+        starts = [len(running[row].tokens) - len(span) for row, span in zip(exact, spans, strict=True)]
+        starts_B = torch.tensor(starts, device=self.device)
         indices_BT = starts_B[:, None] + torch.arange(hidden_BTD.shape[1], device=self.device)
         places = self._place_text([running[row] for row in exact], indices_BT)
         last_B = torch.tensor([len(span) - 1 for span in spans], device=self.device)

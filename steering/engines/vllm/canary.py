@@ -42,7 +42,7 @@ async def _pooled_states(
     prompt = {
         "prompt_token_ids": token_ids,
         "multi_modal_data": {"image": [image]},
-        "cache_salt": cache_salt(wire, fingerprint=None, last_image_index=None, tenant=name),
+        "cache_salt": cache_salt(wire, fingerprint=None, last_image_index=None, prompt_length=None, tenant=name),
     }
     parameters = SamplingParams(max_tokens=PROBE_TOKENS, temperature=0, detokenize=False, extra_args=wire.extra_args())
     try:

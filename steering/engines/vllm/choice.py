@@ -14,6 +14,7 @@ from steering.engines.vllm.plugin.wire import WireSteering, cache_salt, wire_ste
 from steering.engines.vllm.tokens import read_logprobs, sampling_params
 from steering.engines.vllm.worker_client import WorkerClient
 from steering.errors import EngineUnavailable, InvalidSteering
+from steering.lvlm.token_spans import first_steered_position
 from steering.tally import Tally
 
 if TYPE_CHECKING:
@@ -100,9 +101,16 @@ class ChoiceRunner:
         if told is None or artifact is None or text_start is None:
             return Tally()
         computed = sequence.request.prompt_length + sequence.completion_tokens - 1
-        most = max(0, computed - (text_start + artifact.config.min_text_tokens - 1))
+        first = first_steered_position(
+            text_start=text_start,
+            prompt_length=sequence.request.prompt_length,
+            min_text_tokens=artifact.config.min_text_tokens,
+            min_answer_tokens=sequence.request.settings.min_answer_tokens,
+        )
+        if computed <= first:
+            return Tally(visited=told["visited"])
         return Tally(
-            positions=min(told["positions"], most),
+            positions=min(told["positions"], computed - first),
             relative_shift=told["relative_shift"],
             visited=told["visited"],
             visited_text=told["visited_text"],
@@ -117,6 +125,7 @@ class ChoiceRunner:
             wire,
             fingerprint=artifact.config.fingerprint if artifact else None,
             last_image_index=text_start - 1 if text_start is not None else None,
+            prompt_length=sequence.request.prompt_length,
             tenant=request.tenant,
         )
         return prompt if salt is None else prompt | {"cache_salt": salt}

@@ -12,7 +12,7 @@ import pytest
 
 from steering.engines.base import Sampling
 from steering.errors import EngineUnavailable, InvalidSteering
-from tests.steering.engines.driving import ask, make_request, send
+from tests.steering.engines.driving import LATER_TURN, ask, make_request, prompt_text_tokens, send
 from tests.tiny_models import drawn_image
 
 VOCABULARY = 261
@@ -128,6 +128,35 @@ async def test_images_reach_the_answer(engine):
     two = await ask(engine, images=(2,), max_tokens=1, top_logprobs=VOCABULARY)
     assert one.logprobs() != two.logprobs()
     assert drawn_image(1).tobytes() != drawn_image(2).tobytes()
+
+
+async def test_a_later_turn_s_earlier_answer_is_steered_only_where_no_place_in_the_answer_is_named(engine):
+    def positions(answer):
+        return answer.end.receipt.min_answer_tokens, answer.end.receipt.positions[0]
+
+    settings = {"max_tokens": 6, "logit_bias": {257: -100.0}}
+    request = make_request(engine, LATER_TURN, **settings)
+    assert positions(await send(engine, request)) == (None, prompt_text_tokens(request) + 5)
+    for wait, steered in ((0, 6), (2, 4), (5, 1)):
+        answer = await ask(engine, LATER_TURN, steering={"min_answer_tokens": wait}, **settings)
+        assert positions(answer) == (wait, steered)
+
+
+@pytest.mark.parametrize("ended_by", ["length", "stop"])
+async def test_an_answer_that_ends_before_steering_begins_is_the_plain_one_and_says_so(engine, ended_by):
+    """Also where the engine has computed ahead, behind a stop string."""
+    settings = {"max_tokens": 12, "logit_bias": {257: -100.0}, "top_logprobs": VOCABULARY}
+    plain = await ask(engine, steering={"enabled": False}, **settings)
+    if ended_by == "stop":
+        settings["stop"] = (plain.text()[4:6],)
+        plain = await ask(engine, steering={"enabled": False}, **settings)
+    (generated,) = plain.end.completion_tokens
+    late = await ask(engine, steering={"strength": 1.0, "min_answer_tokens": generated}, **settings)
+    assert (late.tokens(), late.logprobs(), late.text()) == (plain.tokens(), plain.logprobs(), plain.text())
+    assert late.finish_reasons() == {0: ended_by}
+    receipt = late.end.receipt
+    assert (receipt.applied, receipt.reason) == (False, "no_text_position")
+    assert (receipt.positions, receipt.relative_shift, receipt.min_answer_tokens) == ([0], [0.0], generated)
 
 
 async def test_what_cannot_be_done_is_refused_with_the_field(engine):

@@ -50,6 +50,15 @@ def make_request(
     )
 
 
+LATER_TURN = "what is this? ASSISTANT: a cat, I think. USER: and the rest?"
+"""For `make_request`: a second turn, whose prompt holds the answer of the first."""
+
+
+def prompt_text_tokens(request: GenerationRequest) -> int:
+    """Tokens of a prompt of `make_request` behind its last image."""
+    return request.prompt_token_ids[::-1].index(260)
+
+
 async def ask(engine, *args, **kwargs) -> Answer:
     """Send a request and wait for its end."""
     return await send(engine, make_request(engine, *args, **kwargs))

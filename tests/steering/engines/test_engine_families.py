@@ -132,6 +132,11 @@ async def test_steered_requests_of_all_kinds_in_one_batch_follow_the_equations(e
         for index, (settings, sizes) in enumerate(zip(SETTINGS, itertools.cycle(SIZES), strict=False))
     ]
     requests += [ending_at_its_image(engine, settings) for settings in (SETTINGS[0], SETTINGS[3])]
+    requests += [
+        family_request(engine, SIZES[wait], "from here on", settings | {"min_answer_tokens": wait})
+        for wait, settings in enumerate(SETTINGS[:4])
+    ]
+    requests.append(ending_at_its_image(engine, SETTINGS[2] | {"min_answer_tokens": 0}))
     text_only = family_request(engine, (), "hello")
     answers = await asyncio.gather(*(send(engine, request) for request in [text_only, *requests]))
     artifact = load_artifact(tiny_family_artifact)

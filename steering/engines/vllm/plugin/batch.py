@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from steering.engines.vllm.plugin.wire import WireSteering
+from steering.lvlm.token_spans import first_steered_position
 
 log = logging.getLogger(__name__)
 OTHER, IMAGE, TEXT = 0, 1, 2
@@ -27,7 +28,8 @@ _BOOK = np.dtype(
     [
         ("slot", "i4"),  # in the tables on the device; 0: none now
         ("last_image", "i8"),  # position of the prompt's last image token
-        ("prompt_end", "i8"),  # position of the prompt's last token
+        ("prompt_end", "i8"),  # position of the prompt's last token; what is computed again after it is still answer
+        ("steer_from", "i8"),  # first position that is steered
         ("reused", "i8"),  # positions that came steered out of the prefix cache; -1: no step had rows of it yet
         ("counted", "i8"),  # positions below are counted already; a preempted sequence computes them again
         ("encoded", "?"),  # its image's code is at its slot
@@ -150,7 +152,7 @@ class Batch:
         tally_s, start_s, first_s = tally_B[place_s], starts[place_s], firsts[place_s]
         length_s = starts[place_s + 1] - start_s
         last_s, known = first_s + length_s - 1, self.book[tally_s]
-        steer_from_s = known["last_image"] + self._min_text_tokens
+        steer_from_s = known["steer_from"]
         unseen_s = known["reused"] < 0
         self.book["reused"][tally_s[unseen_s]] = np.maximum(0, first_s - steer_from_s)[unseen_s]
 
@@ -226,6 +228,12 @@ class Batch:
         row["slot"] = row["counted"] = 0
         row["encoded"] = row["visited"] = row["visited_text"] = row["pooled"] = False
         row["last_image"], row["prompt_end"] = np.flatnonzero(is_image)[-1], len(is_image) - 1
+        row["steer_from"] = first_steered_position(
+            text_start=int(row["last_image"]) + 1,
+            prompt_length=len(is_image),
+            min_text_tokens=self._min_text_tokens,
+            min_answer_tokens=wire.min_answer_tokens,
+        )
         row["reused"], row["probe"], row["two"] = -1, wire.task == "probe", wire.branches == 2
         self._by_id[wire.id] = self._by_tally[state.tally] = state
         return state

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steering.errors import InvalidSteering
-from steering.request import Control, Form
+from steering.request import MAX_MIN_ANSWER_TOKENS, Control, Form
 from steering.settings import ResolvedSteering
 
 EXTRA_ARG = "vl_sae"
@@ -35,6 +35,8 @@ class WireSteering(BaseModel):
     beta_down: float = Field(default=0.0, ge=0, le=1)
     gamma: float = Field(default=1.0, ge=0, le=1)
     plausibility: float = Field(default=0.0, ge=0, le=1)
+    min_answer_tokens: int | None = Field(default=None, ge=0, le=MAX_MIN_ANSWER_TOKENS)
+    """See `first_steered_position`; the prompt's length is that of the tokens that vLLM admits with it."""
     control: Control = "none"
     control_seed: int = Field(default=0, ge=0, le=2**31 - 1)
 
@@ -58,6 +60,7 @@ def wire_steering(sequence_id: str, settings: ResolvedSteering) -> WireSteering:
         beta_down=settings.beta_down,
         gamma=settings.gamma,
         plausibility=settings.plausibility,
+        min_answer_tokens=settings.min_answer_tokens,
         control=settings.control,
         control_seed=settings.control_seed,
     )
@@ -79,17 +82,29 @@ def parse_extra_args(extra_args: Mapping[str, Any] | None) -> WireSteering | Non
 
 
 def cache_salt(
-    wire: WireSteering | None, *, fingerprint: str | None, last_image_index: int | None, tenant: str
+    wire: WireSteering | None,
+    *,
+    fingerprint: str | None,
+    last_image_index: int | None,
+    prompt_length: int | None,
+    tenant: str,
 ) -> str | None:
     """Salt of the prefix cache; None lets a request share with every other plain one.
 
     Cached states after the hook layer depend on everything here. `last_image_index`, the position of the prompt's last
     image token, is part of it because it decides what counts as text: the same beginning with another image in a later
     turn is steered differently. gamma and plausibility act on logits only; that there are two branches, on states.
+
+    `prompt_length`, in expanded tokens, is part of it where `min_answer_tokens` is set, since it then decides what is
+    steered: an answer's cached states are steered ones, and in a later turn the same tokens are prompt, which is not.
+    The price: such requests share a cached prompt only with those of the same length, so each turn of a conversation
+    prefills its whole prompt, images included, again.
     """
     parts: dict[str, Any] = {"tenant": tenant} if tenant else {}
     if wire is not None:
         relevant = wire.model_dump(exclude={"id", "gamma", "plausibility"})
+        if wire.min_answer_tokens is not None:
+            relevant["prompt_length"] = prompt_length
         parts |= {"artifact": fingerprint, "last_image": last_image_index, "branches": wire.branches, **relevant}
     if not parts:
         return None

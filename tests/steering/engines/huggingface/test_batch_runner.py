@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from steering.engines.base import GenerationRequest, Sampling
@@ -63,7 +64,15 @@ def test_an_off_row_has_the_plain_model_s_logits_bit_for_bit(tiny_llava, tiny_ar
     assert not torch.allclose(steered, plain_logits, atol=1e-2)
 
 
-def test_image_positions_are_left_alone(tiny_llava, tiny_artifact):
+@pytest.mark.parametrize("mode", ["causal", "exact"])
+@pytest.mark.parametrize(
+    ("wait", "steered_tokens"),
+    [(None, None), (0, 1), (2, 0)],
+    ids=["from the text's beginning", "from the prompt's last token", "two tokens into the answer"],
+)
+def test_image_positions_and_what_stands_before_steering_begins_are_left_alone(
+    tiny_llava, tiny_artifact, mode, wait, steered_tokens
+):
     loaded = load_model(str(tiny_llava), tiny_artifact, "cpu", "float32", None)
     assert loaded.checkpoint.artifact is not None
     layer, seen = loaded.checkpoint.artifact.config.hook_layer, {}
@@ -75,13 +84,13 @@ def test_image_positions_are_left_alone(tiny_llava, tiny_artifact):
         return seen["steered"]
 
     runner = BatchRunner(loaded.model, loaded.decoder, intervention, layer)
-    for mode in ("causal", "exact"):
-        sequence = prepare_with_pixels(
-            loaded.checkpoint, request(loaded, 3, {"mode": mode}), lambda _event: None
-        ).sequences[0]
-        with output_hook(loaded.decoder.layers[layer], watch), torch.inference_mode():
-            runner.prefill([sequence], 0)
-        text_start = sequence.request.spans.text_start
-        assert torch.equal(seen["steered"][0, :text_start], seen["base"][0, :text_start])
-        changed = (seen["steered"] != seen["base"])[0, text_start:].any(-1)
-        assert changed.all()
+    asked = request(loaded, 3, {"mode": mode, "min_answer_tokens": wait})
+    sequence = prepare_with_pixels(loaded.checkpoint, asked, lambda _event: None).sequences[0]
+    with output_hook(loaded.decoder.layers[layer], watch), torch.inference_mode():
+        runner.prefill([sequence], 0)
+    text_start = sequence.request.spans.text_start
+    assert text_start is not None
+    length = len(sequence.tokens)
+    expected = length - text_start if steered_tokens is None else steered_tokens
+    changed = (seen["steered"] != seen["base"])[0].any(-1)
+    assert changed.tolist() == [False] * (length - expected) + [True] * expected

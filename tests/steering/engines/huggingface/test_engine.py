@@ -17,7 +17,7 @@ from steering.lvlm.token_spans import expand_image_tokens
 from steering.request import SteeringRequest, merge_sources
 from steering.settings import resolve
 from tests.steering.engines.contract import *  # noqa: F403 - the tests every engine must pass
-from tests.steering.engines.driving import ask, make_request, send
+from tests.steering.engines.driving import LATER_TURN, ask, make_request, prompt_text_tokens, send
 from tests.steering.reference import next_token_logprobs
 from tests.tiny_models import save_tiny_artifact, save_tiny_llava
 
@@ -66,6 +66,23 @@ async def test_every_form_mode_and_branch_count_follows_the_equations(engine, pl
     assert_matches_reference(plain_model, load_artifact(tiny_artifact), request, answer)
 
 
+@pytest.mark.parametrize("wait", [0, 2, 6])
+async def test_steering_begins_at_a_place_in_the_answer_of_a_later_turn(engine, plain_model, tiny_artifact, wait):
+    """Every mode and branch count, together; the length of what stands before the answer plays no part."""
+    requests = [
+        make_request(
+            engine, LATER_TURN + "?" * index, steering=settings | {"min_answer_tokens": wait}, max_tokens=9,
+            top_logprobs=VOCABULARY, logit_bias={257: -100.0},
+        )
+        for index, settings in enumerate(SETTINGS[:4])
+    ]  # fmt: skip
+    answers = await asyncio.gather(*(send(engine, request) for request in requests))
+    for request, answer in zip(requests, answers, strict=True):
+        assert_matches_reference(plain_model, load_artifact(tiny_artifact), request, answer)
+        assert answer.end.receipt.positions == [9 - wait]
+        assert answer.end.receipt.relative_shift[0] > 0.01
+
+
 async def test_concurrent_requests_with_different_settings_follow_the_equations(engine, plain_model, tiny_artifact):
     asked = [*SETTINGS, {"strength": 0.0}, {"control": "reversed"}]
     requests = [
@@ -86,13 +103,20 @@ async def test_min_text_tokens_delays_the_first_steered_position(tiny_llava, pla
     folder = save_tiny_artifact(tmp_path / "artifact", tiny_llava, min_text_tokens=30)
     engine = HuggingFaceEngine(tiny_llava, folder)
     await engine.start()
-    settings = SETTINGS[0] | {"mode": mode}
-    request = make_request(engine, steering=settings, max_tokens=6, top_logprobs=VOCABULARY)
-    answer = await send(engine, request)
+    requests = [
+        make_request(engine, steering=SETTINGS[0] | {"mode": mode} | wait, max_tokens=11, top_logprobs=VOCABULARY)
+        for wait in ({}, {"min_answer_tokens": 2}, {"min_answer_tokens": 8})
+    ]
+    answers = [await send(engine, request) for request in requests]
     await engine.stop()
-    assert_matches_reference(plain_model, load_artifact(folder), request, answer, min_text_tokens=30)
-    text_tokens = len(request.prompt_token_ids) - request.prompt_token_ids.index(260) - 1 + 5
-    assert answer.end.receipt.positions == [text_tokens - 29 if mode == "causal" else text_tokens]
+    for request, answer in zip(requests, answers, strict=True):
+        assert_matches_reference(plain_model, load_artifact(folder), request, answer, min_text_tokens=30)
+    prompt_text = prompt_text_tokens(requests[0])
+    assert prompt_text + 2 < 30 < prompt_text + 8, "either place is the later one once"
+    by_text, by_answer = prompt_text + 10 - 29, 11 - 8
+    assert [answer.end.receipt.positions for answer in answers] == [
+        [by_text if mode == "causal" else prompt_text + 10], [by_text], [by_answer]
+    ]  # fmt: skip
 
 
 async def test_a_prompt_that_ends_at_the_image_is_steered_from_its_first_token(engine, plain_model, tiny_artifact):

@@ -26,6 +26,13 @@ def conversation(
     return replace(made, prompt_token_ids=tuple(token_ids), tenant=tenant)
 
 
+def later_turn(engine, first: GenerationRequest, answer: Answer) -> GenerationRequest:
+    """The turn after `first`: its prompt, the answer that it got, and another question."""
+    token_ids = engine.processor.tokenizer(" USER: and then? ASSISTANT:", add_special_tokens=False)["input_ids"]
+    prompt = (*first.prompt_token_ids, *answer.tokens(), *token_ids)
+    return replace(first, request_id=f"{first.request_id}, later", prompt_token_ids=prompt)
+
+
 async def in_turn(engine, requests: list[GenerationRequest]) -> list[Answer]:
     """Each sent when the one before has ended."""
     return [await send(engine, request) for request in requests]

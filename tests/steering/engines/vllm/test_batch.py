@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -111,6 +112,31 @@ def test_min_text_tokens_counts_from_the_last_image():
     batch = batch_with("a", min_text_tokens=3)
     assert steered(step(batch, [0, 8], [0])) == []
     assert steered(step(batch, [0, 1], [8])) == [0]
+
+
+@pytest.mark.parametrize(
+    ("min_text_tokens", "wait", "first"), [(1, 0, 7), (1, 2, 9), (5, 2, 10), (2, None, 7), (4, 0, 9)]
+)
+def test_a_place_in_the_answer_counts_from_the_prompt_s_end_however_the_steps_fall(min_text_tokens, wait, first):
+    """Whole prompt then tokens one by one; chunks; and all of it again in one step, after a preemption."""
+    expected = list(range(first, 12))
+    batch = batch_with("a", min_text_tokens=min_text_tokens, min_answer_tokens=wait)
+    whole = steered(step(batch, [0, 8], [0]))
+    assert whole + [place for place in range(8, 12) if steered(step(batch, [0, 1], [place]))] == expected
+    batch.inside[0] = 0
+    batch.enter(0, WireSteering(id="a", scale=1.0, min_answer_tokens=wait), PROMPT)
+    again = step(batch, [0, 12], [0])
+    assert again is not None
+    assert (steered(again), again.counts_R.any()) == (expected, False)
+    assert again.class_N.tolist() == CLASSES + [TEXT] * 4
+    chunked, places = batch_with("a", min_text_tokens=min_text_tokens, min_answer_tokens=wait), [0, 3, 7, 8, 9, 10, 12]
+    got = []
+    for place, following in itertools.pairwise(places):
+        got += [place + row for row in steered(step(chunked, [0, following - place], [place]))]
+    assert got == expected
+    known = chunked.leave("a")
+    assert known is not None
+    assert known[1]["reused"] == 0
 
 
 def test_rows_of_others_are_left_alone():
@@ -225,8 +251,12 @@ def test_nothing_to_do():
 def test_many_sequences_are_what_each_is_alone():
     """The vectorised description against one sequence at a time."""
     rng = random.Random(3)
-    together = batch_with(*(str(index) for index in range(8)), min_text_tokens=2)
-    apart = [batch_with(str(index), min_text_tokens=2) for index in range(8)]
+    together = batch_with(min_text_tokens=2)
+    apart = [batch_with(min_text_tokens=2) for _ in range(8)]
+    for index, alone in enumerate(apart):
+        wire = WireSteering(id=str(index), scale=1.0, min_answer_tokens=(None, 0, 3)[index % 3])
+        together.enter(index, wire, PROMPT)
+        alone.enter(0, wire, PROMPT)
     places = [0] * 8
     for _ in range(6):
         chosen = sorted(rng.sample(range(8), rng.randrange(1, 9)))

@@ -21,6 +21,7 @@ def random_request(engine, rng: random.Random, index: int):
         "beta_down": rng.random(),
         "gamma": rng.choice([1.0, rng.random()]),
         "plausibility": rng.choice([0.0, 0.0, rng.random()]),
+        "min_answer_tokens": rng.choice([None, None, 0, 3]),
     }
     images = tuple(rng.sample(range(20), rng.choice([1, 1, 2])))
     text = f"{index}: " + "z" * rng.randrange(60)

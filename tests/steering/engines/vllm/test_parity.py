@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from steering.errors import EngineUnavailable
-from tests.steering.engines.driving import make_request, send
+from tests.steering.engines.driving import LATER_TURN, make_request, send
 from tests.steering.engines.vllm.agreement import VOCABULARY, assert_agree
 from tests.steering.engines.vllm.conftest import running_engine
 from tests.steering.engines.vllm.conversations import SHORT, conversation, image_end, in_turn
@@ -30,6 +30,9 @@ MIXED = [
     {"control": "random", "control_seed": 4},
     {"control": "other_image", "control_seed": 2},
     {"gamma": 1.0, "plausibility": 0.5},
+    {"min_answer_tokens": 0},
+    {"min_answer_tokens": 2, "gamma": 0.6, "plausibility": 0.3},
+    {"min_answer_tokens": 6},
 ]
 
 
@@ -143,6 +146,25 @@ async def test_an_image_added_in_a_later_turn(pair, steering):
     answers, expected = await in_turn(engine, requests), await in_turn(reference, requests)
     for ours, theirs in zip(answers, expected, strict=True):
         assert_agree([ours], [theirs])
+
+
+@pytest.mark.parametrize("wait", [0, 2, 6])
+async def test_a_later_turn_is_steered_from_a_place_in_its_own_answer(pair, wait):
+    """With one branch and with two, side by side."""
+    configuration, engine, reference = pair
+    requests = [
+        make_request(
+            engine, LATER_TURN, (2,), {"strength": 1.0, "gamma": gamma, "min_answer_tokens": wait},
+            max_tokens=configuration.max_tokens, top_logprobs=VOCABULARY,
+        )
+        for gamma in (1.0, 0.6)
+    ]  # fmt: skip
+    answers = await asyncio.gather(*(send(engine, request) for request in requests))
+    expected = await in_turn(reference, requests)
+    assert_agree(answers, expected)
+    for ours, theirs in zip(answers, expected, strict=True):
+        assert ours.end.receipt.positions == theirs.end.receipt.positions
+        assert ours.end.receipt.positions == [ours.end.completion_tokens[0] - wait]
 
 
 @pytest.mark.parametrize("steering", [{"strength": 1.0}, {"strength": 1.0, "gamma": 0.5}], ids=["one", "two"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from steering.engines.base import GenerationRequest
 from steering.engines.vllm import choice as choice_module
 from tests.steering.engines.driving import Answer, make_request, send
 from tests.steering.engines.vllm.agreement import VOCABULARY, Disagreement, assert_agree
-from tests.steering.engines.vllm.conversations import LONG, SHORT, conversation, in_one_step, in_turn
+from tests.steering.engines.vllm.conftest import BLOCK_TOKENS
+from tests.steering.engines.vllm.conversations import LONG, SHORT, conversation, in_one_step, in_turn, later_turn
 
 FULL, HALF, OFF = {"strength": 1.0}, {"strength": 0.5}, {"enabled": False}
 TWO = {"strength": 1.0, "gamma": 0.6, "plausibility": 0.2}
@@ -68,6 +72,43 @@ async def test_tenants_do_not_share(engine):
     assert engine.progress.cached_tokens == before
     await send(engine, conversation(engine, (8,), tenant="one"))
     assert engine.progress.cached_tokens > before
+
+
+async def two_turns(engine, steering: dict) -> tuple[list[GenerationRequest], list[Answer]]:
+    """A turn whose answer fills more than a block of the cache, and the turn after it."""
+    asked = make_request(
+        engine, SHORT, (21,), steering, max_tokens=2 * BLOCK_TOKENS, top_logprobs=VOCABULARY,
+        logit_bias={257: -100.0, engine.processor.image_token_id: -100.0},
+    )  # fmt: skip
+    first = await send(engine, asked)
+    later = replace(later_turn(engine, asked, first), sampling=replace(asked.sampling, max_tokens=6))
+    return [asked, later], [first, await send(engine, later)]
+
+
+@pytest.mark.parametrize("wait", [0, 2])
+@pytest.mark.parametrize("branches", [FULL, TWO], ids=["one branch", "two branches"])
+async def test_a_steered_answer_is_unsteered_prompt_in_the_next_turn(engine, reference, branches, wait):
+    """Its blocks lie in the cache as they were steered: they must not be hit, and the prompt runs again."""
+    before = engine.progress.cached_tokens
+    requests, answers = await two_turns(engine, branches | {"min_answer_tokens": wait})
+    assert engine.progress.cached_tokens == before
+    assert_agree(answers, await in_turn(reference, requests))
+    assert [one.end.receipt.positions for one in answers] == [[2 * BLOCK_TOKENS - wait], [6 - wait]]
+    again = await send(engine, requests[1])
+    assert engine.progress.cached_tokens > before, "the same prompt may share"
+    assert_agree([again], [answers[1]])
+
+
+async def test_without_the_prompt_s_length_in_the_salt_the_next_turn_is_wrong(engine, reference, monkeypatch):
+    true_salt = choice_module.cache_salt
+    monkeypatch.setattr(
+        choice_module, "cache_salt", lambda *args, **named: true_salt(*args, **{**named, "prompt_length": 0})
+    )
+    requests, answers = await two_turns(engine, FULL | {"min_answer_tokens": 1})
+    expected = await in_turn(reference, requests)
+    assert_agree(answers[:1], expected[:1])
+    with pytest.raises(Disagreement):
+        assert_agree(answers[1:], expected[1:])
 
 
 async def test_without_the_salt_steered_after_off_is_wrong(engine, reference, monkeypatch):

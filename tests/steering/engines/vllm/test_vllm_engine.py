@@ -94,6 +94,7 @@ async def test_cancelled_before_its_first_step(engine):
         ('{"id": "a", "gamma": 1.5}', "vl_sae.gamma"),
         ('{"id": "a", "form": "sideways"}', "vl_sae.form"),
         ('{"id": "a", "control_seed": 1.5}', "vl_sae.control_seed"),
+        ('{"id": "a", "min_answer_tokens": -1}', "vl_sae.min_answer_tokens"),
         ('{"id": "a", "concepts": {}}', "vl_sae.concepts"),
         ('{"scale": 1}', "vl_sae.id"),
         ("{", "vl_sae"),

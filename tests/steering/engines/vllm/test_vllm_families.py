@@ -17,7 +17,7 @@ SETTINGS = [
     {"strength": 0.8, "form": "difference"},
     {"strength": 1.0, "form": "published", "gamma": 0.6, "plausibility": 0.2},
     {"enabled": False},
-    {"strength": 1.0, "form": "union"},
+    {"strength": 1.0, "form": "union", "min_answer_tokens": 2},
     {"strength": 0.5, "gamma": 0.5},
 ]
 RUNNERS = {"first runner": "cpu_model_runner", "second runner": "cpu.model_runner"}
