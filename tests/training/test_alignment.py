@@ -7,11 +7,20 @@ from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.sparse_autoencoder import VisionLanguageSAE
 from training.alignment import FAITHFULNESS, alignment_gate, measure_alignment
 from training.errors import InvalidTraining
+from training.losses import unexplained_variance
 from training.store.reader import PairBatch
 
 WIDTH = 16
 ALIGNED = {"paired_overlap": 0.6, "stranger_overlap": 0.2, "overlap_beyond_chance": 0.35, "recall_at_1": 0.3}
 FAITHFUL = dict.fromkeys(FAITHFULNESS, 0.1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +147,15 @@ def test_a_few_unrelated_pairs_do_not_pass_by_chance(autoencoders):
     assert passed <= 2
 
 
+@torch.no_grad()
 def test_agreement_is_of_whole_texts_and_reconstruction_of_begun_ones(autoencoders):
     torch.manual_seed(1)
-    image, begun = torch.randn(40, WIDTH), 100 + torch.randn(40, WIDTH)
+    auxiliary, sae = autoencoders
+    image, begun = torch.randn(40, WIDTH), torch.randn(40, WIDTH)
     whole, prefixes = (measure_alignment(*autoencoders, batch(image, image, other)) for other in (None, begun))
-    assert prefixes.text_unexplained > 1000 > whole.text_unexplained
+    for found, text in ((whole, image), (prefixes, begun)):
+        rebuilt = auxiliary.text_decoder(sae.decode(sae.encode(auxiliary.text_projection(text)), "text"))
+        assert found.text_unexplained == pytest.approx(unexplained_variance(rebuilt, text))
+    assert whole.text_unexplained != pytest.approx(prefixes.text_unexplained)
     for name in ("paired_overlap", "stranger_overlap", "overlap_beyond_chance", "recall_at_1", "image_unexplained"):
         assert getattr(whole, name) == getattr(prefixes, name)
