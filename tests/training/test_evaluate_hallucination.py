@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from steering.artifact_config import read_config
+from steering.artifact_config import read_config, write_config
 from steering.request import SteeringRequest
 from steering.settings import Preset
 from tests.training.witness import Invents, Witness
@@ -158,6 +160,35 @@ async def test_a_server_default_that_is_off_is_called_nothing(capsys):
     assert "exactly as plain" in sentence(report, "default: captions score")
     assert "no answer was changed" in sentence(report, "default: no question is answered worse")
     assert "exactly as plain" in sentence(report, "steered: questions score")
+
+
+async def test_a_sampled_evaluation_is_repeatable_and_says_so(tiny_llava: Path, tiny_artifact: Path):
+    async def captions(**changed: Any) -> list[str]:
+        settings = EvaluationSettings(
+            model=tiny_llava, artifact=tiny_artifact, captions=4, questions=0, resamples=100, conditions=(), **changed
+        )
+        report = await evaluate(settings)
+        decoding = report["manifest"]["decoding"]
+        assert decoding == {"temperature": changed.get("temperature", 0.0), "sampling_seed": changed["sampling_seed"]}
+        return [row["caption"] for row in report["conditions"]["plain"]["examples"]]
+
+    first = await captions(temperature=1.0, sampling_seed=1)
+    assert first == await captions(temperature=1.0, sampling_seed=1)
+    assert first != await captions(temperature=1.0, sampling_seed=2)
+    assert await captions(sampling_seed=1) == await captions(sampling_seed=2) != first
+
+
+async def test_where_every_preset_is_off_an_evaluation_runs_all_the_same(
+    tiny_artifact: Path, tiny_llava: Path, tmp_path: Path
+):
+    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    config = read_config(folder)
+    write_config(folder, config.model_copy(update={"presets": dict.fromkeys(config.presets, Preset(strength=0.0))}))
+    report = await evaluate(
+        EvaluationSettings(model=tiny_llava, artifact=folder, captions=2, questions=2, resamples=100)
+    )
+    assert tuple(report["conditions"]) == NAMES
+    assert report["conditions"]["decoding_only"]["receipts"]["captions"]["applied"] == 0
 
 
 @pytest.mark.skipif(not (ARTIFACT / "config.json").exists(), reason="the miniature has not been built")
