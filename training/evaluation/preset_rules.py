@@ -10,7 +10,7 @@ from training.evaluation.benchmark import Turn
 from training.evaluation.conditions import Task
 from training.evaluation.non_inferiority import judge, judge_captions, judge_questions
 from training.evaluation.paired_bootstrap import Interval
-from training.evaluation.scores import Scoreboard, Scores
+from training.evaluation.scores import Scoreboard, Scores, as_field
 from training.evaluation.verdict import MAX_RECALL_DROP
 
 FORGETS = f"recall may drop by more than {MAX_RECALL_DROP}"
@@ -109,8 +109,7 @@ def dev_scores(board: Scoreboard, task: Task) -> dict[str, float]:
             values = {metric: scores.chair[metric].value for metric in ("chair_s", "recall", "length")}
         else:
             values = {
-                f"{asked.replace(', ', '_').replace(' ', '_')}_accuracy": metrics["accuracy"].value
-                for asked, metrics in scores.questions.items()
+                f"{as_field(asked)}_accuracy": metrics["accuracy"].value for asked, metrics in scores.questions.items()
             }
         figures |= {f"{prefix}{metric}": round(value, 4) for metric, value in values.items()}
     return figures

@@ -23,6 +23,11 @@ def is_zero(change: Mapping[str, Interval]) -> bool:
     return all(interval == (0, 0, 0) for interval in change.values())
 
 
+def as_field(asked: str) -> str:
+    """A key of `Scores.questions` where it is part of a name: adversarial_second_turn."""
+    return asked.replace(",", "").replace(" ", "_")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """One condition, or one condition minus another; a benchmark of which nothing was asked has no metrics."""
