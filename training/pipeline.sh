@@ -47,11 +47,11 @@ if [ "$miniature" = llava ]; then
     INTERPRET="--top-texts 5 --top-images 3 --clip training/miniature/bundle/clip ${INTERPRET:-}"
     ARTIFACT="--name miniature-llava --card training/miniature/card.json ${ARTIFACT:-}"
     if [ -z "$thorough" ]; then
-        TUNE=${TUNE-"--alphas 1.5 --search-captions 60 --search-questions 60 --refined 0 --finalists 1
+        TUNE=${TUNE-"--alphas 2.5 --search-captions 60 --search-questions 60 --refined 0 --finalists 1
             --final-captions 200 --final-questions 200"}
         EVALUATE=${EVALUATE-"--captions 200 --questions 200 --conditions steered default other_image"}
     else
-        TUNE=${TUNE-"--batch 64"}
+        TUNE=${TUNE-"--alphas 1 2 3 --search-questions 100 --final-questions 4000 --finalists 2"}
     fi
 elif [ "$miniature" = clip ]; then
     export OMP_NUM_THREADS=1

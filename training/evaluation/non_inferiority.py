@@ -13,14 +13,15 @@ from typing import NamedTuple
 from training.evaluation.paired_bootstrap import Interval
 
 ACCURACY_MARGIN = 0.01
-"""One answer in a hundred. What a preset is to gain is several points, and nobody notices one; half of it would take
-four times as many questions."""
+"""One answer in a hundred: well below the several points that a preset is to gain. Half of it would take four times as
+many questions."""
 CHAIR_S_MARGIN = 0.02
 """Two captions in a hundred: small beside what the preset `captions` is to take away, which is half of them. 500
 captions show it where one in fifty changes; where more do, more are to be asked for."""
 RECALL_MARGIN = 0.01
-"""Share of the true objects that captions may lose for a preset that is not for them; the preset `captions`, which
-gives something for it, may cost twice that."""
+"""Share of the true objects that captions may lose for a preset that is not for them."""
+MAX_RECALL_DROP = 0.02
+"""The same for a preset that is for captions: it gives something for it."""
 WORSE = "WORSE"
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 from training.evaluation.benchmark import Turn
 from training.evaluation.conditions import Task
-from training.evaluation.non_inferiority import judge, judge_captions, judge_questions
+from training.evaluation.non_inferiority import MAX_RECALL_DROP, judge, judge_captions, judge_questions
 from training.evaluation.paired_bootstrap import Interval
 from training.evaluation.scores import Scoreboard, as_field
-from training.evaluation.verdict import MAX_RECALL_DROP
 
 FORGETS = f"recall may drop by more than {MAX_RECALL_DROP}"
 FOREIGN = "other scenes' images do as well: not alignment"

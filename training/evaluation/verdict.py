@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from training.evaluation.conditions import CONTROLS, FORMS
-from training.evaluation.non_inferiority import WORSE, judge, judge_captions, judge_questions
+from training.evaluation.non_inferiority import MAX_RECALL_DROP, WORSE, judge, judge_captions, judge_questions
 from training.evaluation.paired_bootstrap import Interval
 from training.evaluation.scores import Scoreboard, is_zero
 
-MAX_RECALL_DROP = 0.02
-"""Share of the true objects that a steered caption may lose."""
 NOT_ALIGNMENT = "An effect that other_image also has is not alignment"
 
 
