@@ -7,6 +7,7 @@ ends with the bytes of a run that was never interrupted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,8 @@ from training.collection.run import CollectionOptions, collect_store
 from training.command_line import parse_settings, run_stage
 from training.errors import InvalidTraining
 
-_FOR_LVLMS = ("layers", "point", "text_in", "prompts", "prefixes", "shortest_prefix")
+_FOR_ANSWERS = ("prompts", "prefixes", "shortest_prefix")
+_FOR_LVLMS = ("layers", "point", "text_in", *_FOR_ANSWERS)
 
 
 class CommandLine(CollectionOptions):
@@ -55,11 +57,10 @@ class CommandLine(CollectionOptions):
         """Of the model that is in the folder."""
         model = self.model.absolute()
         if (model / CONFIG_FILE).exists():
-            for name in _FOR_LVLMS:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    option = name.replace("_", "-")
-                    raise InvalidTraining(f"--{option} is for LVLMs; {self.model} is an open_clip model")
+            self._refuse(_FOR_LVLMS, f"for LVLMs; {self.model} is an open_clip model")
             return ClipSettings(model=model, dtype=self.dtype, device=self.device)
+        if self.text_in == "user_turn":
+            self._refuse(_FOR_ANSWERS, "for --text-in answer, not for a text in the user's turn")
         layers = self.layers or (read_checkpoint(model)[0].get_text_config().num_hidden_layers - 2,)
         return LvlmSettings(
             model=model,
@@ -72,6 +73,12 @@ class CommandLine(CollectionOptions):
             prefixes=self.prefixes if self.text_in == "answer" else 0,
             shortest_prefix=self.shortest_prefix,
         )
+
+    def _refuse(self, names: Sequence[str], why: str) -> None:
+        """Raises InvalidTraining for an option that would do nothing; 0 prefixes is as it is."""
+        for name in names:
+            if getattr(self, name) not in (type(self).model_fields[name].default, 0):
+                raise InvalidTraining(f"--{name.replace('_', '-')} is {why}")
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import TemplateError
+
 from training.errors import InvalidTraining
 
 TextPlace = Literal["answer", "user_turn"]
@@ -70,11 +72,12 @@ class TextPlacer:
     """Puts texts where `place` says, as the checkpoint's chat template has it."""
 
     def __init__(self, processor: Any, family: str, image_token: int, place: TextPlace, prompts: Sequence[str]) -> None:
-        """`image_token`: id of the family's. Raises InvalidTraining for prompts that hold not exactly one image."""
+        """`image_token`: id of the family's. Raises InvalidTraining for prompts that hold not exactly one image, or no
+        place for the text."""
         self._tokenizer, self._place = processor.tokenizer, place
         self._tokenizing = threading.Lock()  # fast tokenizers are not for several threads
         if place == "answer":
-            _check_prompts(prompts, special_tokens(self._tokenizer))
+            check_prompts(prompts, special_tokens(self._tokenizer))
             self.templates = tuple(_answer_template(processor, prompt) for prompt in prompts)
         else:
             self.templates = (_user_turn_template(processor, family),)
@@ -111,7 +114,8 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
-def _check_prompts(prompts: Sequence[str], special: Sequence[str]) -> None:
+def check_prompts(prompts: Sequence[str], special: Sequence[str]) -> None:
+    """Raises InvalidTraining where there is none, or one spells a special token."""
     if not prompts:
         raise InvalidTraining("--prompts: the list is empty; give at least one prompt that the texts answer")
     for prompt in prompts:
@@ -126,8 +130,7 @@ def _answer_template(processor: Any, prompt: str) -> PromptTemplate:
     """The conversation up to the end of the answer."""
     user: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     answered = [*user, {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}]
-    asked = processor.apply_chat_template(user, add_generation_prompt=True)
-    whole = processor.apply_chat_template(answered, add_generation_prompt=False)
+    asked, whole = _render(processor, user, ask=True), _render(processor, answered, ask=False)
     lead, marked, _ = whole.removeprefix(asked).partition(_MARK)
     if not whole.startswith(asked) or not marked or lead.strip():
         raise InvalidTraining(
@@ -142,6 +145,23 @@ def _user_turn_template(processor: Any, family: str) -> PromptTemplate:
         whole = PUBLISHED_PROMPT
     else:
         content = [{"type": "image"}, {"type": "text", "text": _MARK}]
-        whole = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    before, _, after = whole.partition(_MARK)
+        whole = _render(processor, [{"role": "user", "content": content}], ask=True)
+    before, marked, after = whole.partition(_MARK)
+    if not marked:
+        raise InvalidTraining(
+            f"the chat template leaves a text in the user's turn out: {whole!r}; mend the checkpoint's chat template"
+        )
     return PromptTemplate(before, "", after)
+
+
+def _render(processor: Any, turns: list[Any], *, ask: bool) -> str:
+    """`ask`: up to where the model answers. Raises InvalidTraining for a template that refuses, or where there is none.
+
+    Templates of models that know no pictures take a turn's content for a string: a TypeError.
+    """
+    try:
+        return processor.apply_chat_template(turns, add_generation_prompt=ask, tokenize=False)
+    except (ValueError, TypeError, TemplateError) as error:
+        raise InvalidTraining(
+            f"the checkpoint's chat template takes no turn with a picture and a text: {error}; mend the template"
+        ) from error

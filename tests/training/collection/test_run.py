@@ -32,6 +32,10 @@ OPTIONS = CollectionOptions(workers=(0,), batch_size=4, portion_size=16, threads
 MODEL = LvlmSettings(model=LLAVA, layers=(2,))
 
 
+def changed(**settings):
+    return MODEL.model_copy(update=settings)
+
+
 def collect(output, pairs=PAIRS, representer=MODEL, **changes):
     said = []
     manifest = collect_store(output, pairs, representer, OPTIONS.model_copy(update=changes), said.append)
@@ -53,6 +57,9 @@ def test_a_store_holds_every_pair_with_its_states_in_the_source_s_order(tmp_path
         alone = representer.represent([prepared])["layer_2"]
         torch.testing.assert_close(batch.image_ND[row], alone.image_BD[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(batch.text_ND[row], alone.text_BD[0], atol=1e-5, rtol=1e-4)
+        begun = [store.read([row], epoch=epoch).begun_ND[0] for epoch in range(4)]
+        for prefix_D in alone.prefix_BND[0]:
+            assert sum(torch.allclose(prefix_D, begun_D, atol=1e-5, rtol=1e-4) for begun_D in begun) >= 1
     assert said[-1].startswith("40 of 40 pairs (100.0 %), 0 skipped")
     assert "is complete: 40 pairs" in collect(tmp_path)[1][-1]
 
@@ -79,11 +86,15 @@ def test_only_what_is_missing_or_damaged_is_made_again(tmp_path):
     [
         ({"batch_size": 8}, "batch_size 4, this one 8"),
         ({"stored_dtype": "float16"}, "stored_dtype 'float32', this one 'float16'"),
-        ({"representer": LvlmSettings(model=LLAVA, layers=(1,))}, "names .*layer_2.*, this one .*layer_1"),
-        ({"representer": LvlmSettings(model=LLAVA, layers=(2,), point="input")}, "point 'output', this one 'input'"),
+        ({"representer": changed(layers=(1,))}, "names .*layer_2.*, this one .*layer_1"),
+        ({"representer": changed(point="input")}, "point 'output', this one 'input'"),
         ({"pairs": "miniature:dev:41"}, "source .*40.*, this one .*41"),
         ({"skip_not_finite": True}, "skip_not_finite False, this one True"),
         ({"device": "cuda"}, "device 'cpu', this one 'cuda'"),
+        ({"representer": changed(text_in="user_turn", prefixes=0)}, "text_in 'answer', this one 'user_turn'"),
+        ({"representer": changed(prompts=("What?",))}, "prompts .*Describe the image.*, this one .*What"),
+        ({"representer": changed(prefixes=2)}, "prefixes 3, this one 2"),
+        ({"representer": changed(shortest_prefix=2)}, "shortest_prefix 1, this one 2"),
     ],
 )
 def test_changed_settings_are_not_gone_on_with(changes, named, tmp_path, monkeypatch):
@@ -168,6 +179,44 @@ def test_what_cannot_be_used_is_listed_beside_its_shard(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:4]))
     with pytest.raises(InvalidTraining, match="none of the 3 pairs could be used"):
         collect(tmp_path / "nothing", f"jsonl:{tmp_path}/pairs.jsonl")
+
+
+def test_captions_shorter_than_the_shortest_prefix_are_listed_beside_their_shard(tmp_path, tiny_llava):
+    drawn_image(0).save(tmp_path / "a.png")
+    spec = write_pairs(tmp_path, ["a star", "star", "a longer star", "-"])  # a token per byte, and a space before
+    model = LvlmSettings(model=tiny_llava, layers=(1,), prefixes=2, shortest_prefix=7)
+    manifest, said = collect(tmp_path / "store", spec, model)
+    assert (manifest.pairs, manifest.skipped) == (2, 2)
+    assert "4 of 4 pairs (100.0 %), 2 skipped" in said[-1]
+    listed = [json.loads(line) for line in shard_file(tmp_path / "store", 0, "skipped.jsonl").read_text().splitlines()]
+    assert [(row["pair"], row["reason"]) for row in listed] == [
+        (1, "the caption has 5 tokens, the shortest prefix 7"),
+        (3, "the caption has 2 tokens, the shortest prefix 7"),
+    ]
+    assert [row.text for row in open_store(tmp_path / "store").pairs()] == ["a star", "a longer star"]
+
+
+@pytest.mark.parametrize("text_in", ["answer", "user_turn"])
+def test_an_interrupted_collection_ends_with_the_same_bytes(tmp_path, text_in, monkeypatch):
+    """With prefixes and without."""
+    settings = changed(text_in=text_in, prefixes=3 if text_in == "answer" else 0, layers=(1, 3))
+    collect(tmp_path / "whole", representer=settings)
+    made = []
+
+    def interrupt(work, source, representer, shard, place):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(shard)
+        return make_shard(work, source, representer, shard, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "make_shard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            collect(tmp_path / "broken", representer=settings)
+    assert not read_manifest(tmp_path / "broken").complete
+    again = LvlmSettings.model_validate_json(settings.model_dump_json())
+    collect(tmp_path / "broken", representer=again)
+    assert all_bytes(tmp_path / "broken") == all_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from training.collection.representer import States
 from training.errors import InvalidTraining
-from training.store.layout import Collected, read_manifest, shard_file
+from training.store.layout import Collected, hash_text, read_manifest, shard_file
 from training.store.reader import open_store, require_model
 from training.store.writer import (
     PairRecord,
@@ -19,7 +21,7 @@ from training.store.writer import (
     write_shard,
 )
 
-WIDTH = 6
+WIDTH, PREFIXES = 6, 2
 SIZES = (3, 0, 4, 2)
 """Pairs of each portion; one of them holds nothing that could be used."""
 
@@ -33,7 +35,10 @@ def collected(**changes):
         "width": WIDTH,
         "num_layers": 4,
         "pooling": "text_after_last_image",
-        "prompt": "{text}",
+        "text_in": "answer",
+        "prompts": ("Say {text}", "Tell {text}"),
+        "prefixes": PREFIXES,
+        "shortest_prefix": 3,
         "model_dtype": "float32",
         "stored_dtype": "float32",
         "batch_size": 2,
@@ -43,14 +48,17 @@ def collected(**changes):
     return Collected.model_validate(given | changes)
 
 
-def portion(shard):
+def portion(shard, prefixes=PREFIXES):
+    """Two rows each show one picture; rows of all portions say the same."""
     draw = torch.Generator().manual_seed(shard)
     count = SIZES[shard]
     states = {
-        name: (torch.randn(count, WIDTH, generator=draw), torch.randn(count, WIDTH, generator=draw))
+        name: States.of([torch.randn(count, WIDTH, generator=draw) for _ in range(2 + prefixes)])
         for name in ("layer_1", "layer_2")
     }
-    pairs = [PairRecord(pair=10 * shard + row, text=f"text {row}", image=f"{shard}/{row}.png") for row in range(count)]
+    pairs = [
+        PairRecord(pair=10 * shard + row, text=f"text {row}", image=f"{shard}/{row // 2}.png") for row in range(count)
+    ]
     skipped = [SkippedRecord(pair=10 * shard + 9, image=f"{shard}/9.png", reason="not an image")]
     return Portion(states=states, pairs=pairs, skipped=skipped)
 
@@ -76,27 +84,86 @@ def store_folder(tmp_path):
     return finish(fill(tmp_path / "store"))
 
 
+ORDER = torch.tensor([8, 0, 3, 2, 4, 4, 7])
+
+
+def whole(name="layer_2", prefixes=PREFIXES):
+    """What was put in, all portions in a row."""
+    parts = [portion(shard, prefixes).states[name] for shard in range(len(SIZES))]
+    return States(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
 def test_rows_come_back_in_the_order_asked_for(store_folder):
     store = open_store(store_folder, 2)
     assert (len(store), store.width, store.layer) == (9, WIDTH, 2)
-    image_ND = torch.cat([portion(shard).states["layer_2"][0] for shard in range(len(SIZES))])
-    text_ND = torch.cat([portion(shard).states["layer_2"][1] for shard in range(len(SIZES))])
-    order = torch.tensor([8, 0, 3, 2, 4, 4, 7])
-    batch = store.read(order)
-    assert torch.equal(batch.image_ND, image_ND[order])
-    assert torch.equal(batch.text_ND, text_ND[order])
+    for epoch in (0, 1, 7):
+        batch = store.read(ORDER, epoch=epoch)
+        assert torch.equal(batch.image_ND, whole().image_BD[ORDER])
+        assert torch.equal(batch.text_ND, whole().text_BD[ORDER])
 
 
-def test_equal_texts_have_equal_numbers(store_folder):
+def test_prefixes_and_the_whole_take_turns_from_epoch_to_epoch(store_folder):
+    store, stored = open_store(store_folder, 2), whole()
+    choices = torch.cat((stored.prefix_BND, stored.text_BD[:, None]), dim=1)
+    seen = []
+    for epoch in range(2 * (PREFIXES + 1)):
+        begun_ND = store.read(ORDER, epoch=epoch).begun_ND
+        hits = (choices[ORDER] == begun_ND[:, None]).all(2)
+        assert hits.sum(1).tolist() == [1] * len(ORDER)
+        seen.append(hits.int().argmax(1))
+    turns = torch.stack(seen)
+    for column in range(len(ORDER)):
+        assert sorted(turns[: PREFIXES + 1, column].tolist()) == list(range(PREFIXES + 1))
+        assert torch.equal(turns[: PREFIXES + 1, column], turns[PREFIXES + 1 :, column])
+    assert len(set(turns[0].tolist())) > 1, "the turns of an epoch are not all the same"
+    assert torch.equal(store.read(ORDER).begun_ND, store.read(ORDER, epoch=0).begun_ND)
+    assert torch.equal(store.read([4], epoch=5).begun_ND, store.read(ORDER, epoch=5).begun_ND[4:5])
+
+
+def test_without_prefixes_what_is_begun_is_the_whole(tmp_path):
+    plain = collected(prefixes=0)
+    begin_store(tmp_path, plain, len(SIZES))
+    for shard in range(len(SIZES)):
+        write_shard(tmp_path, shard, portion(shard, prefixes=0), plain)
+    store = open_store(finish(tmp_path), 2)
+    for epoch in range(3):
+        batch = store.read(ORDER, epoch=epoch)
+        assert torch.equal(batch.text_ND, whole(prefixes=0).text_BD[ORDER])
+        assert torch.equal(batch.begun_ND, batch.text_ND)
+    assert not any("prefixes" in name for name in load_file(shard_file(tmp_path, 0, "safetensors")))
+
+
+def test_a_shard_holds_what_the_layout_says(store_folder):
+    """As any reader of safetensors finds it."""
+    for shard, count in enumerate(SIZES):
+        tensors, states = load_file(shard_file(store_folder, shard, "safetensors")), portion(shard)
+        expected = {"text_hash": [hash_text(row.text) for row in states.pairs],
+                    "image_hash": [hash_text(row.image) for row in states.pairs]}  # fmt: skip
+        for name, numbers in expected.items():
+            assert tensors.pop(name).tolist() == numbers
+        for name, (image_ND, text_ND, prefix_NPD) in states.states.items():
+            assert torch.equal(tensors.pop(f"{name}.image"), image_ND)
+            assert torch.equal(tensors.pop(f"{name}.text"), text_ND)
+            assert torch.equal(tensors.pop(f"{name}.prefixes").view(count, PREFIXES, WIDTH), prefix_NPD)
+        assert not tensors
+
+
+def test_equal_texts_and_equal_pictures_have_equal_numbers(store_folder):
     store = open_store(store_folder, 1)
-    texts = [pair.text for pair in store.pairs()]
-    ids = store.read(range(len(store))).text_ids_N.tolist()
-    assert all((texts[i] == texts[j]) == (ids[i] == ids[j]) for i in range(9) for j in range(9))
+    pairs, batch = list(store.pairs()), store.read(range(len(store)))
+    for said, ids in (
+        ([pair.text for pair in pairs], batch.text_ids_N.tolist()),
+        ([pair.image for pair in pairs], batch.image_ids_N.tolist()),
+    ):
+        assert 1 < len(set(said)) < 9
+        assert all((said[i] == said[j]) == (ids[i] == ids[j]) for i in range(9) for j in range(9))
+    assert batch.image_ids_N.dtype == torch.int64
+    assert torch.equal(store.read(ORDER).image_ids_N, batch.image_ids_N[ORDER])
 
 
 def test_pairs_and_batches_cover_a_range(store_folder):
     store = open_store(store_folder, 1)
-    assert [pair.image for pair in store.pairs(range(2, 5))] == ["0/2.png", "2/0.png", "2/1.png"]
+    assert [pair.image for pair in store.pairs(range(2, 5))] == ["0/1.png", "2/0.png", "2/0.png"]
     assert [pair.row for pair in store.pairs(range(2, 5))] == [2, 3, 4]
     assert [list(rows) for rows, _ in store.batches(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
 
@@ -106,9 +173,12 @@ def test_half_precision_on_disk_is_float32_in_memory(tmp_path):
     begin_store(tmp_path, half, 1)
     record = write_shard(tmp_path, 0, portion(0), half)
     complete_store(tmp_path, {0: record})
+    stored = portion(0).states["layer_1"]
     batch = open_store(tmp_path, 1).read([2, 0])
-    assert batch.image_ND.dtype == torch.float32
-    assert torch.equal(batch.image_ND, portion(0).states["layer_1"][0][[2, 0]].bfloat16().float())
+    assert batch.image_ND.dtype == batch.begun_ND.dtype == torch.float32
+    assert torch.equal(batch.image_ND, stored.image_BD[[2, 0]].bfloat16().float())
+    prefix = open_store(tmp_path, 1).read([0], epoch=1).begun_ND
+    assert torch.equal(prefix, stored.prefix_BND[[0], 1].bfloat16().float())
 
 
 def test_an_interrupted_store_ends_with_the_same_bytes(tmp_path):
@@ -140,21 +210,24 @@ def test_a_flipped_byte_is_found_and_made_again(store_folder, ending):
     assert all_bytes(finish(fill(store_folder, shards=[2]))) == before
 
 
-def test_what_is_not_finite_is_named_with_its_file(tmp_path):
+@pytest.mark.parametrize(("part", "named"), [(0, "image"), (1, "text"), (2, "prefixes")])
+def test_what_is_not_finite_is_named_with_its_file(tmp_path, part, named):
     broken = portion(0)
-    broken.states["layer_1"][1][2, 3] = torch.nan
+    broken.states["layer_1"][part][2, ..., 3] = torch.nan
     begin_store(tmp_path, collected(), 1)
     complete_store(tmp_path, {0: write_shard(tmp_path, 0, broken, collected())})
     store = open_store(tmp_path, 1)
     assert len(store.read([0, 1]).text_ND) == 2
-    with pytest.raises(InvalidTraining, match=r"000000.safetensors: layer_1.text of row 2 is not finite"):
-        store.read([1, 2])
+    with pytest.raises(InvalidTraining, match=rf"000000.safetensors: layer_1.{named} of row 2 is not finite"):
+        store.read([1, 2], epoch=1)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"model_sha256": "cd"}, "model_sha256"), ({"stored_dtype": "bfloat16"}, "stored_dtype"),
-     ({"names": ("layer_1",)}, "names"), ({"source": {"kind": "miniature"}}, "source")],
+     ({"names": ("layer_1",)}, "names"), ({"source": {"kind": "miniature"}}, "source"),
+     ({"text_in": "user_turn"}, "text_in"), ({"prompts": ("Say {text}",)}, "prompts"), ({"prefixes": 3}, "prefixes"),
+     ({"shortest_prefix": 1}, "shortest_prefix")],
 )  # fmt: skip
 def test_a_store_is_gone_on_with_only_as_it_was_begun(store_folder, changes, named):
     before = all_bytes(store_folder)
@@ -175,6 +248,23 @@ def test_other_layers_models_and_unfinished_stores_are_refused(store_folder, tmp
     require_model(open_store(store_folder, 1), "ab", "tiny")
     with pytest.raises(InvalidTraining, match="--model other"):
         require_model(open_store(store_folder, 1), "cd", "other")
+
+
+def test_stores_of_an_earlier_version_are_refused_with_what_to_do(store_folder):
+    """They have no prefixes and no numbers of their pictures."""
+    file = store_folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert manifest["format_version"] == 2
+    before = {**manifest["collected"], "prompt": "USER: <image>\n{text} ASSISTANT:"}
+    for name in ("text_in", "prompts", "prefixes", "shortest_prefix"):
+        del before[name]
+    for old in (manifest | {"format_version": 1, "collected": before}, manifest | {"format_version": 1}):
+        file.write_text(json.dumps(old))
+        for use in (lambda: open_store(store_folder, 1), lambda: begin_store(store_folder, collected(), len(SIZES))):
+            with pytest.raises(
+                InvalidTraining, match=r"manifest\.json is not a manifest .* of format 2; collect again"
+            ):
+                use()
 
 
 def test_no_usable_pair_at_all_is_an_error(tmp_path):
