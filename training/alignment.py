@@ -93,16 +93,16 @@ def alignment_gate(alignment: Mapping[str, float], faithfulness: Mapping[str, fl
         )
     paired, strangers = alignment["paired_overlap"], alignment["stranger_overlap"]
     beyond = alignment["overlap_beyond_chance"]
-    failures = {
-        f"at least {MIN_OVERLAP_RATIO} times as much is needed": paired < MIN_OVERLAP_RATIO * strangers,
-        f"at least {MIN_OVERLAP_BEYOND_CHANCE} beyond chance is needed": beyond < MIN_OVERLAP_BEYOND_CHANCE,
-        f"at most {MAX_UNEXPLAINED} may be unexplained": any(faithfulness[n] > MAX_UNEXPLAINED for n in FAITHFULNESS),
-    }
+    needed = {
+        f"at least {MIN_OVERLAP_RATIO} times as much is needed": paired >= MIN_OVERLAP_RATIO * strangers,
+        f"at least {MIN_OVERLAP_BEYOND_CHANCE} beyond chance is needed": beyond >= MIN_OVERLAP_BEYOND_CHANCE,
+        f"at most {MAX_UNEXPLAINED} may be unexplained": all(faithfulness[n] <= MAX_UNEXPLAINED for n in FAITHFULNESS),
+    }  # what is not a number fails
     figures = (
         f"codes of a pair overlap {paired:.3f}, of strangers {strangers:.3f}, {beyond:.3f} beyond chance; unexplained "
         f"while generating: image {faithfulness['image_unexplained']:.3f}, text "
         f"{faithfulness['text_unexplained']:.3f} (free-running {faithfulness['text_unexplained_free']:.3f}); "
         f"cross-modal R@1 {alignment.get('recall_at_1', float('nan')):.3f}"
     )
-    found = [reason for reason, holds in failures.items() if holds]
-    return not found, "; ".join([figures, *found])
+    failures = [reason for reason, holds in needed.items() if not holds]
+    return not failures, "; ".join([figures, *failures])
