@@ -11,6 +11,7 @@ from steering.artifact import load_artifact
 from steering.artifact_config import read_config, write_config
 from steering.settings import Preset
 from tests.training.witness import Invents, Witness
+from training.alignment import FAITHFULNESS
 from training.evaluation.asking import Question
 from training.evaluation.conditions import FORMS, TASKS, form_preset_key
 from training.evaluation.miniature_benchmark import miniature_benchmark
@@ -18,6 +19,7 @@ from training.evaluation.tuner import SEEDS, Tuner
 from training.tune_presets import TuningSettings, choose_default, tune
 
 QUICK = TuningSettings(final_captions=200, final_questions=200)
+FAITHFUL = dict.fromkeys(FAITHFULNESS, 0.1)
 PRESETS = {"captions": Preset(alpha=2.0), "questions": Preset(alpha=3.0), "off": Preset(strength=0)}
 
 
@@ -69,7 +71,8 @@ async def test_a_preset_that_is_off_is_never_the_default():
 async def test_without_alignment_every_preset_is_off(tiny_artifact: Path, tiny_llava: Path, tmp_path: Path):
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
     config = read_config(folder)
-    write_config(folder, config.model_copy(update={"alignment": {"paired_overlap": 0.2, "shuffled_overlap": 0.2}}))
+    unaligned = {"paired_overlap": 0.2, "stranger_overlap": 0.2, "overlap_beyond_chance": 0.0}
+    write_config(folder, config.model_copy(update={"alignment": unaligned, "faithfulness": FAITHFUL}))
     written, trials = await tune(TuningSettings(model=tiny_llava, artifact=folder), report=lambda line: None)
     assert {name: preset.strength for name, preset in written.presets.items()} == {
         "off": 0,

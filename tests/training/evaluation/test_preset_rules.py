@@ -9,7 +9,7 @@ from tests.training.made_up import board, captioned
 from training import pope
 from training.evaluation.benchmark import Turn
 from training.evaluation.measuring import answers_key
-from training.evaluation.preset_rules import FOREIGN, against_questions, alignment_gate, dev_scores, harm
+from training.evaluation.preset_rules import FOREIGN, against_questions, caption_fitness, dev_scores, harm
 from training.evaluation.scores import Scoreboard
 from training.evaluation.tuner import SearchSettings
 
@@ -126,11 +126,11 @@ def test_figures_are_named_by_split_and_turn():
     assert set(figures) == {"adversarial_second_turn_accuracy", "plain_adversarial_second_turn_accuracy"}
 
 
-@pytest.mark.parametrize(("paired", "passed"), [(0.31, True), (0.29, False)])
-def test_the_gate(paired: float, passed: bool):
-    assert alignment_gate({"paired_overlap": paired, "shuffled_overlap": 0.2, "recall_at_1": 0.3})[0] is passed
-
-
-def test_the_gate_needs_figures():
-    with pytest.raises(ValueError, match="records no alignment"):
-        alignment_gate({})
+def test_what_other_images_take_away_is_no_merit():
+    """Of two settings with the same CHAIR_s and recall the one that needs the picture is the fitter."""
+    needs = board(plain=captioned(0.6), own=captioned(0.2), other_image=captioned(0.58))
+    other = board(plain=captioned(0.6), own=captioned(0.2), other_image=captioned(0.4))
+    assert caption_fitness(needs) == pytest.approx(0.2)
+    assert caption_fitness(other) == pytest.approx(0.2 + 0.2 - 0.04)
+    forgets = board(plain=captioned(0.6), own=captioned(0.15, both_named=0.9))
+    assert caption_fitness(forgets) > caption_fitness(needs), "an object in twenty is worth more than a caption"

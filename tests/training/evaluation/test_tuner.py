@@ -16,6 +16,7 @@ from training.evaluation.preset_rules import FOREIGN, FORGETS, harm
 from training.evaluation.tuner import (
     FIRST_LOOK,
     SEEDS,
+    STARTS,
     Portion,
     SearchSettings,
     Stage,
@@ -195,13 +196,17 @@ async def test_a_first_look_spares_what_need_not_be_asked(
 
 
 def test_every_form_gets_the_same_budget():
-    budgets = {form: [preset.model_dump(exclude={"form"}) for preset in grid(form, (1.0, 2.0))] for form in FORMS}
-    assert budgets["published"] == budgets["difference"] == budgets["union"]
+    for task in TASKS:
+        published, *others = ([one.model_dump(exclude={"form"}) for one in grid(f, (1.0, 2.0), task)] for f in FORMS)
+        assert others == [published, published]
+        assert {preset.min_answer_tokens for preset in grid("union", (1.0,), task)} == {STARTS[task][0]}
 
 
 def test_neighbours_stay_in_range():
     for preset in (Preset(alpha=4, beta_up=0, beta_down=0), Preset(alpha=0.1, beta_up=1, beta_down=1)):
-        assert all(Preset.model_validate(near.model_dump()) for near in neighbours(preset))
+        for task in TASKS:
+            near = [Preset.model_validate(one.model_dump()) for one in neighbours(preset, task)]
+            assert {one.min_answer_tokens for one in near} == {None, *STARTS[task]}
 
 
 def test_presets_are_tuned_on_pictures_that_the_final_does_not_share(coco: CocoFolders):
