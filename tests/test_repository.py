@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from steering.artifact import load_artifact, save_artifact
+from training.alignment import FAITHFULNESS, alignment_gate
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "steering/README.md")
