@@ -6,6 +6,7 @@ Shapes: N pairs, S shared width, k active concepts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -74,6 +75,16 @@ def measure_alignment(auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE, p
         image_unexplained=unexplained_variance(image_rebuilt, pairs.image_ND),
         text_unexplained=unexplained_variance(begun_rebuilt, pairs.begun_ND),
     )
+
+
+def check_finite(figures: Mapping[str, float]) -> None:
+    """Raises InvalidTraining, naming it, for a figure that an artifact's config.json cannot hold."""
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise InvalidTraining(
+                f"{name} is {value}: the states are not finite, or all the same; measure on more varied pairs, or run "
+                "the model with another --dtype"
+            )
 
 
 def alignment_gate(alignment: Mapping[str, float], faithfulness: Mapping[str, float]) -> tuple[bool, str]:

@@ -5,11 +5,13 @@
 One pass over the store keeps the top texts and pictures of every concept and counts the corpus's phrases; a label is
 the phrases that a concept's texts have and the corpus has not. One pass over the pictures makes thumbnails and, with
 --clip, the paper's similarity scores. Leaves DIR/concepts.jsonl (what an artifact takes), DIR/similarity.json and
-DIR/atlas/index.html. Knows no LVLM: a store, a sparse autoencoder of any kind, for an LVLM's store the auxiliary one.
+DIR/atlas/index.html, and in DIR/interpreted.json whose concepts they are. Knows no LVLM: a store, a sparse autoencoder
+of any kind, for an LVLM's store the auxiliary one.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,8 @@ from training.run_folder import MODEL_FILE, read_auxiliary, read_centre, read_ru
 from training.store.reader import RepresentationStore, open_store
 
 CONCEPTS_FILE, SIMILARITY_FILE, ATLAS_FOLDER = "concepts.jsonl", "similarity.json", "atlas"
+INTERPRETED_FILE = "interpreted.json"
+"""Which weights' concepts these are."""
 Report = Callable[[str], None]
 
 
@@ -167,7 +171,24 @@ def interpret_store(settings: CommandLine) -> None:
         f"{encoder.num_concepts:,} concepts of {collected.model} ({store.name}), {kind}; "
         f"described by {len(store):,} pairs"
     )
+    (settings.output / INTERPRETED_FILE).unlink(missing_ok=True)
     write_interpretation(settings.output, found, settings, source=source, clip=clip, about=about)
+    write_json(settings.output / INTERPRETED_FILE, {"sparse_sha256": sha256_of(settings.sparse / MODEL_FILE)})
+
+
+def require_concepts_of(sparse: Path, concepts: Path) -> None:
+    """Raises InvalidTraining unless the concepts in a folder are those of the run's weights."""
+    file = concepts / INTERPRETED_FILE
+    try:
+        interpreted = json.loads(file.read_text(encoding="utf-8"))["sparse_sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidTraining(
+            f"--concepts: {file}, which says whose concepts these are, cannot be read; run interpret_concepts again"
+        ) from error
+    if interpreted != sha256_of(sparse / MODEL_FILE):
+        raise InvalidTraining(
+            f"--concepts {concepts} are those of another run than --sparse {sparse}; run interpret_concepts on this one"
+        )
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class StoreIdentity(_Strict):
     point: str
     """Side of the layer that was read."""
     pooling: str
-    text_in: TextPlace | None = "user_turn"
+    text_in: TextPlace | None
     """Where the texts stood; None for CLIP."""
     width: int
     """D."""
@@ -70,6 +70,14 @@ class StoreIdentity(_Strict):
     """Rows of the store, held-out ones included."""
     data_sha256: str
     """Digest of how they were collected and of every shard's bytes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before_text_in_was_recorded(cls, given: Any) -> Any:
+        """Texts of an LVLM stood in the user's turn, those of CLIP in no prompt."""
+        if isinstance(given, dict) and "text_in" not in given:
+            return given | {"text_in": None if given.get("family") == "open_clip" else "user_turn"}
+        return given
 
 
 class RunConfig(_Strict):

@@ -27,12 +27,12 @@ from steering.concepts import StoredConcepts, read_concepts
 from steering.errors import BadArtifact
 from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
-from training.alignment import Alignment, measure_alignment
+from training.alignment import Alignment, check_finite, measure_alignment
 from training.collection.lvlm import LvlmRepresenter, LvlmSettings
 from training.collection.representer import ModelDtype, Prepared
 from training.command_line import Settings, parse_settings, run_stage
 from training.errors import InvalidTraining
-from training.interpret_concepts import read_encoder
+from training.interpret_concepts import read_encoder, require_concepts_of
 from training.pairs import Pair, PairSource, open_pairs
 from training.run_folder import CONFIG_FILE, fold_centre, read_run_config
 from training.store.reader import RepresentationStore, open_store, require_model
@@ -94,19 +94,20 @@ def write_artifact(settings: ArtifactSettings) -> ArtifactConfig:
     kept = _held_out(settings)
     held_out = store.read(range(len(store) - kept, len(store)))
     alignment = measure_alignment(auxiliary, sae, held_out)
+    check_finite(alignment.as_dict())
     artifact = Artifact(
         config=artifact_config(settings, store, alignment),
         auxiliary=auxiliary,
         sae=sae,
         canary=make_canary(model, _source(settings, store)),
         control_image_MD=held_out.image_ND[-settings.control_images :],
-        concepts=stored_concepts(settings.concepts, len(sae.encoder)),
+        concepts=stored_concepts(settings, len(sae.encoder)),
     )
     return save_artifact(settings.output, artifact)
 
 
 def collected_with(store: RepresentationStore, settings: ArtifactSettings) -> LvlmSettings:
-    """How the model is read for the canary: as it was for the store, but for the prefixes."""
+    """How the model is read for the canary: as for the store, but without prefixes and with the usual prompts."""
     assert store.layer is not None
     text_in = store.manifest.collected.text_in or "user_turn"
     return LvlmSettings(
@@ -175,7 +176,7 @@ def artifact_config(settings: ArtifactSettings, store: RepresentationStore, alig
             "pairs": len(store) - _held_out(settings),
             "skipped_pairs": store.manifest.skipped,
             "source": collected.source,
-            "prompts": collected.prompts,
+            "prompts": list(collected.prompts),
             "prefixes": collected.prefixes,
             "shortest_prefix": collected.shortest_prefix,
             "model_dtype": collected.model_dtype,
@@ -215,8 +216,10 @@ def _usable(representer: LvlmRepresenter, source: PairSource) -> Iterator[tuple[
                     yield small, prepared
 
 
-def stored_concepts(folder: Path, num_concepts: int) -> StoredConcepts:
-    """What interpret_concepts left. Raises InvalidTraining unless there is one record per concept, in order."""
+def stored_concepts(settings: ArtifactSettings, num_concepts: int) -> StoredConcepts:
+    """What interpret_concepts left of this run. Raises InvalidTraining unless each concept has its record, in order."""
+    folder = settings.concepts
+    require_concepts_of(settings.sparse, folder)
     try:
         concepts = StoredConcepts(folder)
         ids = [concept["id"] for concept in read_concepts(folder, thumbnails=False)]
@@ -224,7 +227,7 @@ def stored_concepts(folder: Path, num_concepts: int) -> StoredConcepts:
         raise InvalidTraining(f"--concepts: {error.message}; or run interpret_concepts again") from error
     if ids != list(range(num_concepts)):
         raise InvalidTraining(
-            f"--concepts {folder} has not one record for each of the {num_concepts} concepts: another --sparse's?"
+            f"--concepts {folder} has not one record for each of the {num_concepts} concepts; interpret them again"
         )
     return concepts
 

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
+from training.collection.representer import States
 from training.durable_files import sha256_of
 from training.errors import InvalidTraining
-from training.interpret_concepts import main
+from training.interpret_concepts import main, require_concepts_of
 from training.miniature.paths import CLIP
 from training.miniature.world import SHAPES, scene_from_seed
 from training.pairs import open_pairs
@@ -40,7 +41,7 @@ def store(tmp_path_factory):
     source = open_pairs(SPEC)
     collected = Collected(
         model="made up", model_sha256="0" * 64, family="llava", names=("layer_3",), width=SIZE, num_layers=5,
-        pooling="text_after_last_image", prompt="{text}", model_dtype="float32", stored_dtype="float32", batch_size=8,
+        pooling="text_after_last_image", text_in="answer", model_dtype="float32", stored_dtype="float32", batch_size=8,
         portion_size=PER_SHARD, source=source.describe(),
     )  # fmt: skip
     portions = source.portions(PER_SHARD)
@@ -52,7 +53,7 @@ def store(tmp_path_factory):
         states = torch.stack([shapes_of(seed) for seed in seeds])
         rows = [PairRecord(pair=index, text=miniature_pair(seed).text, image=f"scene:{seed}")
                 for (index, _), seed in zip(pairs, seeds, strict=True)]  # fmt: skip
-        portion = Portion(states={"layer_3": (states, states.clone())}, pairs=rows, skipped=[])
+        portion = Portion(states={"layer_3": States.of([states, states.clone()])}, pairs=rows, skipped=[])
         records[number] = write_shard(folder, number, portion, collected)
     complete_store(folder, records)
     return folder
@@ -198,11 +199,33 @@ def test_what_does_not_fit_is_named(store, runs, tmp_path, options, message):
         run("--representations", store, *options, "--output", tmp_path)
 
 
-def test_a_store_of_another_model_is_refused(store, runs, tmp_path):
-    config = json.loads((runs / "vl_sae_alone/config.json").read_text())
-    config["store"]["model_sha256"] = "1" * 64
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InvalidTraining, match="model_sha256"):
-        run("--representations", store, "--sparse", other, "--output", tmp_path / "out")
+@pytest.mark.parametrize(("field", "value"), [("model_sha256", "1" * 64), ("text_in", "user_turn"), ("point", "input")])
+@pytest.mark.parametrize("which", ["sparse", "auxiliary"])
+def test_a_run_on_other_states_is_refused(store, runs, tmp_path, which, field, value):
+    given = {"sparse": runs / "vl_sae", "auxiliary": runs / "auxiliary"}
+    config = json.loads((given[which] / "config.json").read_text())
+    config["store"][field] = value
+    given[which] = tmp_path / "other"
+    given[which].mkdir()
+    (given[which] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InvalidTraining, match=rf"manifest\.json: {field} is .*, but .*other/config\.json was trained on"
+    ):
+        run("--representations", store, "--sparse", given["sparse"], "--auxiliary", given["auxiliary"],
+            "--output", tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_written_down_whose_concepts_these_are(output, runs, tmp_path):
+    require_concepts_of(runs / "vl_sae", output)
+    with pytest.raises(
+        InvalidTraining, match=r"are those of another run than --sparse .*sae_d; run interpret_concepts"
+    ):
+        require_concepts_of(runs / "sae_d", output)
+    for content in (None, "", "[", "{}"):
+        if content is not None:
+            (tmp_path / "interpreted.json").write_text(content)
+        with pytest.raises(
+            InvalidTraining, match=r"interpreted\.json, which says whose .*; run interpret_concepts again"
+        ):
+            require_concepts_of(runs / "vl_sae", tmp_path)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -15,15 +17,14 @@ from training.run_folder import (
     read_sparse,
     shared_representations,
 )
-from training.store.reader import PairBatch
 
 WIDTH, SHARED = 6, 4
 
 
 def write_run(folder, kind, module, **sizes):
     identity = StoreIdentity(
-        model="m", model_sha256="0", family="llava", name="layer_3", point="output", pooling="p", width=WIDTH, pairs=9,
-        data_sha256="0",
+        model="m", model_sha256="0", family="llava", name="layer_3", point="output", pooling="p", text_in="answer",
+        width=WIDTH, pairs=9, data_sha256="0",
     )  # fmt: skip
     config = RunConfig(kind=kind, settings={}, shared_size=SHARED, store=identity, **sizes)
     write_json(folder / "config.json", config.model_dump(mode="json"))
@@ -60,22 +61,34 @@ def test_what_is_no_finished_run_is_named(tmp_path):
         read_auxiliary(run)
 
 
+@pytest.mark.parametrize(("family", "expected"), [("llava", "user_turn"), ("open_clip", None)])
+def test_runs_of_an_earlier_version_are_of_texts_in_the_user_s_turn(tmp_path, family, expected):
+    """CLIP's texts stood in no prompt then either."""
+    run = write_run(tmp_path / "run", "auxiliary", AuxiliaryAutoencoder(WIDTH, SHARED))
+    config = json.loads((run / "config.json").read_text())
+    assert config["store"]["text_in"] == "answer"
+    del config["store"]["text_in"]
+    config["store"]["family"] = family
+    write_json(run / "config.json", config)
+    assert read_run_config(run).store.text_in == expected
+
+
 def test_a_folded_centre_is_the_same_model():
     torch.manual_seed(0)
     auxiliary, sae = AuxiliaryAutoencoder(WIDTH, SHARED).double(), VisionLanguageSAE(SHARED, 8, 2).double()
     centre = Centre(torch.randn(SHARED).double() * 3, torch.randn(SHARED).double() * 3)
-    batch = PairBatch(torch.randn(20, WIDTH).double(), torch.randn(20, WIDTH).double(), torch.arange(20))
-    image_NS, text_NS = shared_representations(batch, auxiliary, centre)
+    image_ND, text_ND = torch.randn(20, WIDTH).double(), torch.randn(20, WIDTH).double()
+    image_NS, text_NS = shared_representations(image_ND, text_ND, auxiliary, centre)
     rebuilt = auxiliary.reconstruct(
         sae.decode(sae.encode(image_NS), "image") + centre.image_S,
         sae.decode(sae.encode(text_NS), "text") + centre.text_S,
     )
     folded = fold_centre(auxiliary, centre)
-    folded_NS = shared_representations(batch, folded)
+    folded_NS = shared_representations(image_ND, text_ND, folded)
     for found, expected in zip(folded_NS, (image_NS, text_NS), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     codes = [sae.encode(rows_NS) for rows_NS in folded_NS]
     again = folded.reconstruct(sae.decode(codes[0], "image"), sae.decode(codes[1], "text"))
     for found, expected in zip(again, rebuilt, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert (shared_representations(batch, auxiliary)[0] - image_NS).abs().max() > 1
+    assert (shared_representations(image_ND, text_ND, auxiliary)[0] - image_NS).abs().max() > 1

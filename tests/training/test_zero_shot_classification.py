@@ -99,7 +99,8 @@ def write_run(folder, **changed):
     folder.mkdir()
     store = {
         "model": "clip", "model_sha256": weights_digest(CLIP), "data_sha256": "0" * 64, "family": "open_clip",
-        "name": "embedding", "point": "output", "pooling": "embedding", "width": WIDTH, "pairs": 10,
+        "name": "embedding", "point": "output", "pooling": "embedding", "text_in": None,
+        "width": WIDTH, "pairs": 10,
     } | changed  # fmt: skip
     config = RunConfig(kind="vl_sae", settings={}, shared_size=WIDTH, num_concepts=CONCEPTS, active_concepts=ACTIVE,
                        store=StoreIdentity(**store))  # fmt: skip
