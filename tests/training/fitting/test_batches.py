@@ -33,7 +33,8 @@ def test_workers_share_a_batch(opened):
         ShuffledBatches(opened, held_out=HELD_OUT, batch_size=64, seed=1, rank=rank, workers=4) for rank in range(4)
     ]
     assert torch.equal(torch.cat([share.rows(7) for share in shares]), whole.rows(7))
-    assert torch.equal(shares[2].whole(7).image_ND, opened.read(whole.rows(7)).image_ND)
+    for one, other in zip(shares[2].whole(7), opened.read(whole.rows(7), epoch=1), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_is_read_ahead_is_what_was_asked_for(opened):
@@ -41,9 +42,23 @@ def test_what_is_read_ahead_is_what_was_asked_for(opened):
     found = list(batches.between(3, 17))
     assert len(found) == 14
     for step, batch in enumerate(found, start=3):
-        expected = opened.read(batches.rows(step))
+        expected = opened.read(batches.rows(step), epoch=step // batches.steps_per_epoch)
         assert all(torch.equal(one, other) for one, other in zip(batch, expected, strict=True))
     assert list(batches.between(5, 5)) == []
+
+
+def test_every_text_goes_through_its_prefixes_and_the_whole_as_epochs_pass(opened):
+    """Within as many epochs as there are of them, whatever the order of the rows, and again in the next ones."""
+    batches = ShuffledBatches(opened, held_out=HELD_OUT, batch_size=70, seed=0)
+    seen: dict[int, list[torch.Tensor]] = {}
+    for step, batch in enumerate(batches.between(0, 8 * batches.steps_per_epoch)):
+        for row, begun_D in zip(batches.rows(step).tolist(), batch.begun_ND, strict=True):
+            seen.setdefault(row, []).append(begun_D)
+    assert len(seen) == 350
+    for row, begun in seen.items():
+        assert len({tuple(one.tolist()) for one in begun[:4]}) == 4
+        assert torch.equal(torch.stack(begun[:4]), torch.stack(begun[4:]))
+        assert any(torch.equal(one, opened.read([row]).text_ND[0]) for one in begun)
 
 
 def test_fewer_pairs_than_a_batch_are_one_smaller_batch_of_one_worker(opened):

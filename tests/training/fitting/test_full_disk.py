@@ -49,7 +49,7 @@ def test_a_full_disk_is_named_and_with_room_the_same_command_finishes(make_store
         subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", tmp_path], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no file system of our own can be mounted here")
-    make_store(tmp_path / "store", names=("embedding",), num_layers=None, prompt=None)
+    make_store(tmp_path / "store", names=("embedding",), num_layers=None, text_in=None, prefixes=0)
     (tmp_path / "disk").mkdir()
     places = [str(tmp_path / name) for name in ("disk", "elsewhere", "store")]
     command = [*OWN_MOUNTS, sys.executable, "-c", ON_A_SMALL_DISK, *places]
