@@ -50,22 +50,12 @@ def coco_benchmark(
     objects = object_names() if synonyms is None else names_from_synonyms(synonyms)
     read = read_annotations(annotations, split)
     chosen = _draw(read, max(captions, questions // 2), seed=seed, skip=skip)
-    truths = [read.truth(picture, objects) for picture in chosen]
-    pictures = pictures_in(images, [read.file_names[picture] for picture in chosen])
+    scenes = _scenes(read, chosen, objects, images)
     return Benchmark(
         name="coco",
-        scenes=tuple(
-            BenchmarkScene(
-                name=read.file_names[picture],
-                seed=picture,
-                read=pictures[read.file_names[picture]],
-                truth=truth,
-                caption=read.captions[picture][0],
-            )
-            for picture, truth in zip(chosen, truths, strict=True)
-        ),
+        scenes=scenes,
         captions=captions,
-        questions=_questions(truths[: questions // 2], objects, seed),
+        questions=_questions([scene.truth for scene in scenes[: questions // 2]], objects, seed),
         caption_prompt=caption_prompt,
         mentions=objects.mentioned,
         caption_max_tokens=caption_max_tokens,
@@ -92,6 +82,20 @@ def _draw(read: CocoAnnotations, number: int, *, seed: int, skip: int) -> list[i
             f"--captions, --questions: {skip + number} pictures are needed, the annotations have {len(usable)}"
         )
     return usable[skip : skip + number]
+
+
+def _scenes(read: CocoAnnotations, chosen: list[int], objects: ObjectNames, images: Path) -> tuple[BenchmarkScene, ...]:
+    pictures = pictures_in(images, [read.file_names[picture] for picture in chosen])
+    return tuple(
+        BenchmarkScene(
+            name=read.file_names[picture],
+            seed=picture,
+            read=pictures[read.file_names[picture]],
+            truth=read.truth(picture, objects),
+            caption=read.captions[picture][0],
+        )
+        for picture in chosen
+    )
 
 
 def _questions(truths: list[frozenset[str]], objects: ObjectNames, seed: int) -> tuple[BenchmarkQuestion, ...]:
