@@ -45,21 +45,14 @@ def test_the_artifact_is_whole_aligned_and_faithful(output: Path) -> None:
     assert sum(bool(concept["label"]) for concept in artifact.concepts) > 100
 
 
-def test_it_steers_this_miniature_away_from_inventions(output: Path) -> None:
+def test_it_steers_this_miniature_away_from_inventions_and_leaves_answers_alone(output: Path) -> None:
     report = json.loads((output / "evaluation.json").read_text())
-    assert read_config(output / "artifact").presets["captions"].strength > 0
-    helped = report["differences"]["steered_minus_plain"]["chair_s"]
-    assert helped["high"] < 0, helped
+    assert read_config(output / "artifact").default_preset == "captions"
+    changed = report["differences"]["default_minus_plain"]
+    assert changed["chair_s"]["high"] < 0, changed["chair_s"]
+    for turn in ("pope", "pope_second_turn"):
+        assert {split["accuracy"]["value"] for split in changed[turn].values()} == {0.0}
     assert report["differences"]["steered_minus_other_image"]["chair_s"]["high"] < 0
-
-
-def test_what_is_not_shown_to_harm_nothing_is_not_the_default(output: Path) -> None:
-    """The preset changes answers in second turns, and so few questions do not rule out that they suffer."""
-    assert read_config(output / "artifact").default_preset == "off"
-    report = json.loads((output / "evaluation.json").read_text())
-    assert report["conditions"]["default"]["receipts"]["questions, second turn"]["applied"] == 0
-    changed = report["differences"]["steered_minus_plain"]
-    assert {"pope", "pope_second_turn"} < changed.keys()
 
 
 def test_the_concepts_are_named_after_what_is_in_the_pictures(output: Path) -> None:
