@@ -46,3 +46,11 @@ def test_gradients_reach_every_parameter_even_where_a_row_meets_its_concept():
 def test_more_active_concepts_than_there_are_is_refused():
     with pytest.raises(ValueError, match="active_concepts is 31"):
         VisionLanguageSAE(8, 30, 31)
+
+
+def test_concept_vectors_begin_about_as_long_as_the_authors_do():
+    """Kaiming-uniform entries: in training a vector's length divides its steps, in serving it is of no account."""
+    torch.manual_seed(0)
+    encoder = VisionLanguageSAE(256, 512, 4).encoder.detach()
+    assert float(encoder.abs().max()) == pytest.approx(256**-0.5, rel=1e-3)
+    torch.testing.assert_close(encoder.norm(dim=1), torch.full((512,), 3**-0.5), atol=0.06, rtol=0)

@@ -19,10 +19,10 @@ def test_the_prompt_is_the_services(processor: str, tiny_llava: Path):
     loaded = AutoProcessor.from_pretrained(tiny_llava) if processor == "tiny" else build_processor()
     respondent = InProcess(engine=None, processor=loaded)  # type: ignore[arg-type]
     text, earlier = "Is there a star in the image?", ("Describe the image.", "There is a circle in red.")
-    first = respondent._prompt(question(0, text=text))
+    first = respondent.prompt(question(0, text=text))
     assert list(first) == ChatTokenizer(loaded).encode([Turn(role="user", parts=(None, text))])
     assert first.count(loaded.image_token_id) == 1
-    later = respondent._prompt(question(0, text=text, earlier=earlier))
+    later = respondent.prompt(question(0, text=text, earlier=earlier))
     turns = [
         Turn(role="user", parts=(None, earlier[0])),
         Turn(role="assistant", parts=(earlier[1],)),

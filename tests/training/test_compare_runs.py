@@ -13,6 +13,7 @@ def write_run(folder, kind, metrics):
     folder.mkdir()
     store = StoreIdentity(
         model="m", model_sha256="0", data_sha256="1", family="llava", name="layer_1", point="output", pooling="p",
+        text_in="answer",
         width=4, pairs=9,
     )  # fmt: skip
     (folder / "config.json").write_text(RunConfig(kind=kind, settings={}, shared_size=4, store=store).model_dump_json())

@@ -124,43 +124,43 @@ def test_the_product_in_bfloat16_keeps_codes_in_full():
 
 
 def near_ties(seed):
-    """Rows whose k-th and next concepts differ by less than bfloat16 tells apart: its cosines have steps of .004."""
+    """Rows whose k-th and next concepts differ by less than bfloat16 tells apart: around .2 its steps are .001."""
     torch.manual_seed(seed)
-    sae = VisionLanguageSAE(64, 512, 16)
-    rows_NS = torch.randn(400, 64)
-    gaps = sae.cosines(rows_NS).topk(17, dim=1).values.diff(dim=1).abs()
-    assert gaps[:, -1].median() < 2e-3
+    sae, rows_NS = VisionLanguageSAE(128, 2048, 32), torch.randn(300, 128)
+    nearest = sae.cosines(rows_NS).topk(33, dim=1).values
+    assert nearest[:, -1].median() > 0.125
+    assert (nearest[:, -2] - nearest[:, -1]).median() < 1e-3
     return sae, rows_NS
 
 
+@torch.no_grad()
 def test_the_product_in_bfloat16_finds_the_concepts_that_float32_finds():
     """Of twice as many candidates: none of the nearest is left out for its rounding, but for a row now and then."""
     sae, rows_NS = near_ties(0)
-    expected = sae.encode(rows_NS)
     scale_K = sparse_step._inverse_norms(sae.encoder)
-    settings = sparse_step._Settings(16, True, sparse_step._Workspace())
+    settings = sparse_step._Settings(32, True, sparse_step._Workspace())
     unit_NS = F.normalize(rows_NS, dim=1)
     cosine_Nk, ids_Nk = sparse_step._nearest_concepts(unit_NS, sae.encoder, scale_K, settings)
-    same = (ids_Nk.sort(1).values == expected.concept_ids.sort(1).values).all(1)
+    same = (ids_Nk.sort(1).values == sae.encode(rows_NS).concept_ids.sort(1).values).all(1)
     assert same.float().mean() > 0.99
     torch.testing.assert_close(cosine_Nk, sae.cosines(rows_NS).gather(1, ids_Nk), rtol=0, atol=1e-6)
 
 
-def test_training_in_bfloat16_is_training_in_float32_where_the_codes_are_the_same():
+def test_training_in_bfloat16_is_training_in_float32():
+    """As far as the codes are the same."""
     sae, rows_NS = near_ties(1)
     losses, gradients = [], []
     for bfloat16_product in (False, True):
         trainable = TrainableVLSAE(sae, bfloat16_product=bfloat16_product)
-        step = trainable(rows_NS[:200], rows_NS[200:])
+        step = trainable(rows_NS[:150], rows_NS[150:])
         step.loss.backward()
-        assert int(step.counts_2K.sum()) == 400 * 16
         losses.append(step.loss.item())
-        gradients.append(gradient(trainable.encoder_KS).clone())
+        gradients.append(gradient(trainable.encoder_KS).flatten())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert torch.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0) > 0.999
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("active", [200, 512])
+@pytest.mark.parametrize("active", [1200, 2048])
 def test_candidates_are_never_more_than_there_are_concepts(active):
     sae, rows_NS = near_ties(2)
     sae.active_concepts = active
