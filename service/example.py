@@ -19,10 +19,10 @@ def example_picture() -> bytes:
     """A PNG with a red circle, a blue square and a green cross, drawn as in the bundled model's world."""
     picture = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
     draw = ImageDraw.Draw(picture)
-    draw.ellipse((4, 36, 27, 59), fill=RED)
-    draw.rectangle((38, 6, 58, 26), fill=BLUE)
-    draw.rectangle((68, 76, 92, 84), fill=GREEN)
-    draw.rectangle((76, 68, 84, 92), fill=GREEN)
+    draw.ellipse((4, 4, 27, 27), fill=RED)
+    draw.rectangle((38, 38, 58, 58), fill=BLUE)
+    draw.rectangle((68, 44, 92, 52), fill=GREEN)
+    draw.rectangle((76, 36, 84, 60), fill=GREEN)
     buffer = io.BytesIO()
     picture.quantize(8).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -50,7 +50,7 @@ def example_answer(model: str) -> dict:
     """What the bundled model answers to it. With steering off it also names a ring and a star that are not there."""
     message = {
         "role": "assistant",
-        "content": " There is a square in blue, a cross in green, a circle in red.",
+        "content": " There is a square in blue, a circle in red, a cross in green.",
         "refusal": None,
     }
     return {
@@ -58,7 +58,7 @@ def example_answer(model: str) -> dict:
         "object": "chat.completion",
         "created": 1795204306,
         "model": model,
-        "system_fingerprint": "fp_25d608234658",
+        "system_fingerprint": "fp_3ce2aa307d4f",
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 20, "completion_tokens": 18, "total_tokens": 38},
         "steering": dict(EXAMPLE_RECEIPT),
@@ -68,7 +68,7 @@ def example_answer(model: str) -> dict:
 EXAMPLE_RECEIPT = {
     "applied": True,
     "reason": None,
-    "artifact": "57b6afc649646957306c7127e80894c878b0e87dbcb5a2811817973ad79246b2",
+    "artifact": "4a5d81515b3f8757e272624f79a14beb313f5fa83f37b9bc18cbe464844174b9",
     "canary": "verified",
     "layer": 3,
     "preset": "captions",
@@ -76,14 +76,14 @@ EXAMPLE_RECEIPT = {
     "mode": "causal",
     "branches": 1,
     "strength": 1.0,
-    "alpha": 1.5,
+    "alpha": 2.4,
     "beta_up": 1.0,
-    "beta_down": 0.0,
+    "beta_down": 0.1,
     "gamma": 1.0,
     "plausibility": 0.0,
-    "min_answer_tokens": None,
+    "min_answer_tokens": 3,
     "control": None,
-    "positions": [13],
-    "relative_shift": [0.197],
+    "positions": [15],
+    "relative_shift": [0.25],
     "arm": None,
 }

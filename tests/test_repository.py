@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from steering.artifact import load_artifact, save_artifact
+from training.alignment import FAITHFULNESS, alignment_gate
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "steering/README.md")
@@ -90,10 +91,11 @@ def test_the_bundled_artifact_is_as_artifacts_are_written(tmp_path):
     assert written == bundled
 
 
-def test_the_bundled_artifact_passes_its_alignment_gate_and_names_its_presets():
+def test_the_bundled_artifact_passes_its_gate_and_names_its_presets():
     config = json.loads((BUNDLE / "artifact/config.json").read_text())
-    gate = config["alignment"]
-    assert gate["paired_overlap"] >= 1.5 * gate["shuffled_overlap"]
+    passed, figures = alignment_gate(config["alignment"], config["faithfulness"])
+    assert passed, figures
+    assert max(config["faithfulness"][name] for name in FAITHFULNESS) < 0.3
     assert set(config["presets"]) == {"captions", "questions", "off", "paper_pope", "paper_chair"}
 
 

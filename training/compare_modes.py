@@ -20,11 +20,12 @@ from steering.request import Mode, SteeringRequest
 from training.command_line import parse_settings, run_stage
 from training.durable_files import write_json
 from training.errors import InvalidTraining
-from training.evaluate_hallucination import EvaluationSettings, respondent
+from training.evaluate_hallucination import EvaluationSettings
 from training.evaluation.asking import InProcess, Question, Reply, ask_all
 from training.evaluation.benchmark import Benchmark
 from training.evaluation.benchmark_settings import build_benchmark
 from training.evaluation.conditions import TASKS, Condition, TunedPresets, as_request, tuned_presets
+from training.evaluation.engines import respondent
 from training.evaluation.manifest import describe_benchmark, describe_run, weights_digest
 from training.evaluation.measuring import measure
 from training.evaluation.scores import Scoreboard
@@ -46,6 +47,8 @@ class ComparisonSettings(EvaluationSettings):
 
 async def compare(settings: ComparisonSettings) -> dict[str, Any]:
     """Run both modes and return the report."""
+    if settings.temperature > 0:
+        raise InvalidTraining("--temperature: modes are compared greedily, since answers are led token by token")
     benchmark = build_benchmark(settings)
     config = read_config(settings.artifact)
     tuned = tuned_presets(config)

@@ -5,14 +5,14 @@
     python -m training.evaluate_hallucination --benchmark coco --annotations annotations --images val2014 ...
 
 Runs the conditions of `training.evaluation.conditions` on scenes that nothing was trained or tuned on, CHAIR on
-captions and POPE on yes/no questions, each number with a paired-bootstrap interval, and says in words what they show.
+captions and POPE on yes/no questions of first and second turns, each number with a paired-bootstrap interval, and says
+in words what they show.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +20,30 @@ from pydantic import Field
 
 from steering.artifact_config import read_config
 from steering.request import Mode
-from training.command_line import Settings, parse_settings, run_stage
+from training.command_line import parse_settings, run_stage
 from training.durable_files import write_json
-from training.errors import InvalidTraining
-from training.evaluation.asking import InProcess, OverHttp, Respondent
+from training.evaluation.asking import Decoding
 from training.evaluation.benchmark import Benchmark
 from training.evaluation.benchmark_settings import BenchmarkSettings, build_benchmark
 from training.evaluation.conditions import NAMES, Condition, conditions, tuned_presets
+from training.evaluation.engines import EngineSettings, respondent
 from training.evaluation.manifest import describe_benchmark, describe_run, weights_digest
 from training.evaluation.measuring import Measurement, measure
 from training.evaluation.scores import RESAMPLES, Scoreboard
 from training.evaluation.table import caption_table, question_table
 from training.evaluation.verdict import verdict
-from training.miniature.paths import ARTIFACT, LLAVA
 
 EXAMPLES = 8
 """Captions kept in the report, for reading."""
 
 
-class EngineSettings(Settings):
-    """Who answers, and with what."""
-
-    model: Path = LLAVA
-    """Folder of the LVLM; the bundled miniature by default."""
-    artifact: Path = ARTIFACT
-    """Folder of the steering artifact; over HTTP it must be the one that the server has loaded."""
-    engine: str = "huggingface"
-    """huggingface, vllm, or the URL of a running service (http://127.0.0.1:8000)."""
-    device: str = "cpu"
-    """Device of an engine in this process."""
-    dtype: str = "float32"
-    """Number format of an engine in this process."""
-    batch: int = Field(default=64, ge=1)
-    """Sequences that an engine in this process decodes together."""
-    threads: int = Field(default=1, ge=1)
-    """CPU threads of torch; a miniature is fastest on one."""
-
-
 class EvaluationSettings(EngineSettings, BenchmarkSettings):
     """CHAIR and POPE under steering and its controls, on scenes unused in training, with paired intervals."""
 
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """Of all conditions, plain among them; 0 is greedy. The paper samples at 1."""
+    sampling_seed: int = Field(default=0, ge=0)
+    """Seeds the drawing of tokens; a scene draws alike under every condition."""
     conditions: tuple[str, ...] = NAMES
     """Conditions to run; `plain` is always among them."""
     mode: Mode | None = None
@@ -81,53 +65,18 @@ async def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
         mode=settings.mode,
         over_http=settings.engine.startswith("http"),
     )
+    decoding = Decoding(temperature=settings.temperature, sampling_seed=settings.sampling_seed)
     measurements = {}
     async with respondent(settings) as answers:
         for number, condition in enumerate(chosen, start=1):
             print(f"[{number}/{len(chosen)}] {condition.name}", flush=True)
-            measurements[condition.name] = await measure(benchmark, condition, answers, concurrency=2 * settings.batch)
+            measurements[condition.name] = await measure(
+                benchmark, condition, answers, concurrency=2 * settings.batch, decoding=decoding
+            )
     manifest = describe_run(settings.model_dump(mode="json"))
-    manifest |= {"benchmark": described, "artifact": config.fingerprint}
+    manifest |= {"benchmark": described, "decoding": asdict(decoding), "artifact": config.fingerprint}
     manifest |= {"alignment": config.alignment, "model_sha256": weights_digest(settings.model)}
     return make_report(benchmark, chosen, measurements, manifest, seed=settings.seed, resamples=settings.resamples)
-
-
-@asynccontextmanager
-async def respondent(settings: EngineSettings) -> AsyncIterator[Respondent]:
-    """Whoever answers, started and stopped."""
-    if settings.engine.startswith(("http://", "https://")):
-        async with OverHttp(settings.engine, artifact=read_config(settings.artifact).fingerprint) as client:
-            yield client
-        return
-    import torch
-    from transformers import AutoProcessor
-
-    torch.set_num_threads(settings.threads)
-    engine = _engine(settings)
-    await engine.start()
-    try:
-        yield InProcess(engine, AutoProcessor.from_pretrained(settings.model))
-    finally:
-        await engine.stop()
-
-
-def _engine(settings: EngineSettings) -> Any:
-    arguments = {
-        "model": str(settings.model),
-        "artifact": str(settings.artifact),
-        "device": settings.device,
-        "dtype": settings.dtype,
-        "max_batch_size": settings.batch,
-    }
-    if settings.engine == "huggingface":
-        from steering.engines.huggingface.engine import HuggingFaceEngine
-
-        return HuggingFaceEngine(**arguments)
-    if settings.engine == "vllm":
-        from steering.engines.vllm.engine import VllmEngine  # pyright: ignore[reportMissingImports]
-
-        return VllmEngine(**arguments)
-    raise InvalidTraining(f"--engine: {settings.engine!r} is none of huggingface, vllm, http://...")
 
 
 def make_report(

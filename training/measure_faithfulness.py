@@ -28,8 +28,8 @@ from training.collection.placing import PROMPTS, check_prompts, read_prompts, sp
 from training.collection.prefill import prompt_inputs
 from training.command_line import parse_settings, run_stage
 from training.errors import InvalidTraining
-from training.evaluate_hallucination import EngineSettings, respondent
 from training.evaluation.asking import InProcess, Question, ask_all
+from training.evaluation.engines import EngineSettings, respondent
 from training.evaluation.faithfulness import Answered, Faithfulness
 from training.pairs import Pair, PairSource, open_pairs
 

@@ -10,9 +10,9 @@
 #
 # Stopped during collection or training, the same command goes on where it was; the later stages start anew. Further
 # options of a stage are given in an environment
-# variable: COLLECT, AUXILIARY, SPARSE, INTERPRET, ARTIFACT, TUNE, EVALUATE, ZERO_SHOT, each as on that stage's command
-# line (SPARSE="--num-concepts 65536"). TUNE, EVALUATE and ZERO_SHOT say what is tuned and judged on; where they are not
-# set for a real model, that is left out and the presets stay off.
+# variable: COLLECT, AUXILIARY, SPARSE, INTERPRET, ARTIFACT, FAITHFUL, TUNE, EVALUATE, ZERO_SHOT, each as on that stage's
+# command line (SPARSE="--num-concepts 65536"). TUNE, EVALUATE and ZERO_SHOT say what is tuned and judged on; where they
+# are not set for a real model, that is left out and the presets stay off.
 set -euo pipefail -f
 here=$(pwd)
 cd "$(dirname "$0")/.."
@@ -41,21 +41,17 @@ if [ "$miniature" = llava ]; then
     model=${model:-training/miniature/bundle/llava} pairs=${pairs:-miniature:vl_sae_pairs:6000} layer=${layer:-3}
     output=${output:-build/pipeline}
     COLLECT="--batch-size 64 --portion-size 1000 ${COLLECT:-}"
-    # contrastive weight a twentieth of the paper's: here .01 to 1 steer about equally well (miniature/README.md)
-    AUXILIARY="--shared-size 128 --contrastive-weight 0.05 --learning-rate 1e-3 --batch-size 512 --epochs 60
-        --held-out 500 ${AUXILIARY:-}"
+    AUXILIARY="--shared-size 128 --learning-rate 1e-3 --batch-size 512 --epochs 60 --held-out 500 ${AUXILIARY:-}"
     SPARSE="--num-concepts 1024 --active-concepts 32 --learning-rate 2e-3 --batch-size 256 --epochs 20
         --held-out 500 ${SPARSE:-}"
     INTERPRET="--top-texts 5 --top-images 3 --clip training/miniature/bundle/clip ${INTERPRET:-}"
-    # a caption's second object is reached at the twelfth text token; a short yes/no question ends before
-    ARTIFACT="--name miniature-llava --min-text-tokens 12 --card training/miniature/card.json
-        ${ARTIFACT:-}"
+    ARTIFACT="--name miniature-llava --card training/miniature/card.json ${ARTIFACT:-}"
     if [ -z "$thorough" ]; then
-        TUNE=${TUNE-"--alphas 1.5 --search-captions 60 --search-questions 60 --refined 0 --finalists 1
+        TUNE=${TUNE-"--alphas 2.5 --search-captions 60 --search-questions 60 --refined 0 --finalists 1
             --final-captions 200 --final-questions 200"}
         EVALUATE=${EVALUATE-"--captions 200 --questions 200 --conditions steered default other_image"}
     else
-        TUNE=${TUNE-"--batch 64"}
+        TUNE=${TUNE-"--alphas 1 2 3 --search-questions 100 --final-questions 4000 --finalists 2"}
     fi
 elif [ "$miniature" = clip ]; then
     export OMP_NUM_THREADS=1
@@ -117,6 +113,8 @@ train_lvlm() {
     stage write_artifact --model "$model" --representations "$output/store" --layer "$layer" \
         --auxiliary "$output/auxiliary" --sparse "$output/sparse" --concepts "$output/concepts" \
         --device "$device" --dtype "$dtype" --output "$artifact" ${ARTIFACT:-}
+    stage measure_faithfulness --model "$model" --artifact "$artifact" --device "$device" --dtype "$dtype" \
+        ${FAITHFUL:-}
     if [ -n "${TUNE:-}" ]; then
         stage tune_presets --model "$model" --artifact "$artifact" --device "$device" --dtype "$dtype" \
             --json "$output/presets.json" $TUNE

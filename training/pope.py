@@ -1,4 +1,4 @@
-"""POPE: balanced yes/no questions about objects, and how answers count. Knows no world, no model and no HTTP.
+"""POPE: balanced yes/no questions about objects, and how answers count. Knows no wording, no world and no model.
 
 Li et al. 2023 (arXiv 2305.10355): half of the questions of a split ask for an object that is there; the splits differ
 in how the absent one is chosen.
@@ -9,13 +9,11 @@ in how the absent one is chosen.
 All splits ask the same questions about present objects, as in the published sets, so their answers differ only where
 the absent objects do.
 
-Deviation: the authors count every answer without 'no' or 'not' as a yes; here an answer with neither a yes nor a
-negation is unparsed, which is wrong and is reported.
+An answer that says neither yes nor no (`training.yes_or_no`) is wrong and is reported as unparsed.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -78,19 +76,6 @@ def build_questions(
     return questions
 
 
-_NEGATIONS = frozenset({"no", "not", "none", "never", "nope", "cannot"})
-
-
-def parse_answer(text: str) -> bool | None:
-    """True for yes, False for no, None for neither: the first word that is a yes or a negation decides."""
-    for word in re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower().replace("’", "'")):
-        if word == "yes":
-            return True
-        if word in _NEGATIONS or word.endswith("n't"):
-            return False
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class AnswerCounts:
     """What one answer adds to the sums that POPE is made of; the sums of many answers look the same."""
@@ -103,14 +88,14 @@ class AnswerCounts:
     said_yes_rightly: int
     right: int
     unparsed: int
-    """Answers with neither a yes nor a negation; never right."""
+    """Answers that say neither yes nor no; never right."""
 
 
 COUNT_NAMES = tuple(field.name for field in fields(AnswerCounts))
 
 
 def count_answer(answer: bool | None, truth: bool) -> AnswerCounts:
-    """`answer` as `parse_answer` gives it."""
+    """`answer`: None where it says neither yes nor no."""
     return AnswerCounts(
         questions=1,
         present=int(truth),

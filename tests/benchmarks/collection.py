@@ -38,7 +38,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from steering.hooks import output_hook
 from steering.lvlm.decoder_layers import find_decoder
 from steering.lvlm.token_spans import find_spans
-from training.collection.lvlm import PROMPT, LvlmRepresenter
+from training.collection.lvlm import LvlmRepresenter, LvlmSettings
+from training.collection.placing import TextPlacer
 from training.collection.portion import ShardWork, collect_portion
 from training.evaluation.manifest import describe_run
 from training.pairs import Pair
@@ -83,7 +84,9 @@ class Setup:
         self.processor: Any = AutoProcessor.from_pretrained(folder)
         self.layer = shape.layers - 2
         self.pairs = [_pair(index, shape.image_size) for index in range(case.pairs)]
-        self._representer = LvlmRepresenter(self.model, self.processor, [self.layer], "output")
+        settings = LvlmSettings(model=folder, layers=(self.layer,), text_in="user_turn", prefixes=0)
+        self._placer = TextPlacer(self.processor, "llava", self.model.config.image_token_id, settings.text_in, ())
+        self._representer = LvlmRepresenter(self.model, self.processor, self._placer, settings)
         self._work = ShardWork(store=folder, collected=_collected(self.layer, shape, case, dtype), threads=_threads())
 
     @property
@@ -94,7 +97,8 @@ class Setup:
         """As a worker collects a portion."""
         portion = collect_portion(self._work, enumerate(self.pairs), self._representer)
         assert not portion.skipped
-        return portion.states[layer_name(self.layer)]
+        image_ND, text_ND, _ = portion.states[layer_name(self.layer)]
+        return image_ND, text_ND
 
     @torch.inference_mode()
     def generate(self) -> Pooled:
@@ -103,7 +107,7 @@ class Setup:
         states = []
         with output_hook(find_decoder(self.model).layers[self.layer], lambda hidden: seen.append(hidden) or hidden):
             for pair in self.pairs:
-                text = PROMPT.format(text=pair.text)
+                text = str(self._placer.templates[0]).replace("{text}", pair.text)
                 inputs = self.processor(images=[pair.image], text=[text], return_tensors="pt").to(self.case.device)
                 seen.clear()
                 self.model.generate(**inputs, max_new_tokens=1, do_sample=False)
@@ -156,7 +160,7 @@ def _pair(index: int, side: int) -> Pair:
 def _collected(layer: int, shape: LlavaShape, case: Case, dtype: str) -> Collected:
     return Collected(
         model="random", model_sha256="", family="llava", names=(layer_name(layer),), width=shape.hidden,
-        num_layers=shape.layers, pooling="text_after_last_image", prompt=PROMPT, model_dtype=dtype,
+        num_layers=shape.layers, pooling="text_after_last_image", model_dtype=dtype,
         stored_dtype="float32", batch_size=case.batch_size, portion_size=case.pairs, source={}, device=case.device,
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ class RandomStates:
     def describe(self) -> Described:
         return Described(
             model="random", model_sha256="", family="random", names=(NAME,), width=WIDTH, num_layers=1, pooling="none",
-            prompt=None, model_dtype="float32",
+            model_dtype="float32",
         )  # fmt: skip
 
     def load(self) -> RandomStates:
@@ -54,7 +54,7 @@ class RandomStates:
         return Prepared(length=len(pair.text), inputs=pair.image.size)
 
     def represent(self, batch: Sequence[Prepared]) -> Mapping[str, States]:
-        return {NAME: States(torch.randn(len(batch), WIDTH), torch.randn(len(batch), WIDTH))}
+        return {NAME: States.of([torch.randn(len(batch), WIDTH), torch.randn(len(batch), WIDTH)])}
 
 
 def collect(pairs: int, workers: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from training.collection.representer import States
 from training.evaluation.manifest import describe_run
 from training.store.layout import Collected
 from training.store.writer import PairRecord, Portion, begin_store, complete_store, write_shard
@@ -35,7 +36,7 @@ def write_random_store(folder: Path, pairs: int, width: int) -> None:
     """Images and texts that share half of what they are."""
     collected = Collected(
         model="random", model_sha256="0" * 64, family="llava", names=("layer_1",), width=width, num_layers=4,
-        pooling="text_after_last_image", prompt="{text}", model_dtype="float32", stored_dtype="bfloat16", batch_size=1,
+        pooling="text_after_last_image", model_dtype="float32", stored_dtype="bfloat16", batch_size=1,
         portion_size=PORTION, source={"kind": "random"},
     )  # fmt: skip
     starts = range(0, pairs, PORTION)
@@ -45,7 +46,7 @@ def write_random_store(folder: Path, pairs: int, width: int) -> None:
         rows = range(start, min(start + PORTION, pairs))
         content_ND, image_ND, text_ND = torch.randn(3, len(rows), width)
         portion = Portion(
-            states={"layer_1": (content_ND + image_ND, content_ND + text_ND)},
+            states={"layer_1": States.of([content_ND + image_ND, content_ND + text_ND])},
             pairs=[PairRecord(pair=row, text=f"text {row}", image=f"image {row}") for row in rows],
             skipped=[],
         )

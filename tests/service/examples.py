@@ -114,7 +114,7 @@ class ScriptedModel:
         capabilities = Capabilities(
             engine="scripted", model_family="llava", context_tokens=256, forms=("difference",), modes=("causal",),
             branches=(1,), response_format=False, artifact="a" * 64, presets=("captions", "off"),
-            alignment={"paired_overlap": 0.5},
+            alignment={"paired_overlap": 0.5}, faithfulness={"text_unexplained": 0.2},
         )  # fmt: skip
         return ModelStatus(health=self.health, capabilities=capabilities, system_fingerprint="fp_test")
 

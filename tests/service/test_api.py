@@ -190,6 +190,7 @@ async def test_version_says_what_is_served(serve) -> None:
     version = (await serve().client.get("/version")).json()
     assert (version["version"], version["model"], version["artifact"]) == (VERSION, "tiny", "a" * 64)
     assert version["alignment"] == {"paired_overlap": 0.5}
+    assert version["faithfulness"] == {"text_unexplained": 0.2}
     assert "/models" not in json.dumps(version), "no server paths"
 
 

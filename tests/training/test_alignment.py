@@ -5,7 +5,7 @@ import torch
 
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.sparse_autoencoder import VisionLanguageSAE
-from training.alignment import FAITHFULNESS, alignment_gate, measure_alignment
+from training.alignment import FAITHFULNESS, Alignment, alignment_gate, measure_alignment
 from training.errors import InvalidTraining
 from training.losses import unexplained_variance
 from training.store.reader import PairBatch
@@ -31,6 +31,11 @@ def autoencoders():
     with torch.no_grad():
         auxiliary.text_projection.load_state_dict(auxiliary.vision_projection.state_dict())
     return auxiliary, sae
+
+
+def measured(autoencoders: tuple[AuxiliaryAutoencoder, VisionLanguageSAE], pairs: PairBatch) -> Alignment:
+    auxiliary, sae = autoencoders
+    return measure_alignment(auxiliary, sae, pairs)
 
 
 def batch(image_ND, text_ND, begun_ND=None, image_ids=None):
@@ -103,8 +108,8 @@ def test_an_artifact_without_faithfulness_says_what_to_do(missing):
 def test_equal_modalities_pass_the_gate_and_unrelated_ones_do_not(autoencoders):
     torch.manual_seed(1)
     image, other = torch.randn(50, WIDTH), torch.randn(50, WIDTH)
-    aligned = measure_alignment(*autoencoders, batch(image, image))
-    strangers = measure_alignment(*autoencoders, batch(image, other))
+    aligned = measured(autoencoders, batch(image, image))
+    strangers = measured(autoencoders, batch(image, other))
     assert (aligned.paired_overlap, aligned.recall_at_1, aligned.pairs) == (1.0, 1.0, 50.0)
     assert aligned.stranger_overlap == pytest.approx(strangers.stranger_overlap, abs=0.1)
     assert gate(aligned.as_dict())[0]
@@ -117,19 +122,19 @@ def test_five_captions_of_each_picture_in_order_pass_where_codes_agree(autoencod
     torch.manual_seed(1)
     pictures = torch.arange(30).repeat_interleave(5)
     image = torch.randn(30, WIDTH)[pictures]
-    found = measure_alignment(*autoencoders, batch(image, image + 1e-3 * torch.randn(150, WIDTH), image_ids=pictures))
+    found = measured(autoencoders, batch(image, image + 1e-3 * torch.randn(150, WIDTH), image_ids=pictures))
     assert found.paired_overlap > 0.95
     assert found.stranger_overlap < 0.3
     assert found.recall_at_1 == 1.0
     assert gate(found.as_dict())[0]
-    as_if_all_differed = measure_alignment(*autoencoders, batch(image, image))
+    as_if_all_differed = measured(autoencoders, batch(image, image))
     assert not gate(as_if_all_differed.as_dict())[0]
 
 
 def test_one_picture_alone_fails(autoencoders):
     torch.manual_seed(1)
     image = torch.randn(6, WIDTH)
-    found = measure_alignment(*autoencoders, batch(image, image, image_ids=torch.zeros(6, dtype=torch.long)))
+    found = measured(autoencoders, batch(image, image, image_ids=torch.zeros(6, dtype=torch.long)))
     assert found.overlap_beyond_chance <= 0
     assert not gate(found.as_dict())[0]
 
@@ -139,7 +144,7 @@ def test_a_few_unrelated_pairs_do_not_pass_by_chance(autoencoders):
     lucky = passed = 0
     for seed in range(100):
         torch.manual_seed(seed)
-        found = measure_alignment(*autoencoders, batch(torch.randn(8, WIDTH), torch.randn(8, WIDTH)))
+        found = measured(autoencoders, batch(torch.randn(8, WIDTH), torch.randn(8, WIDTH)))
         gap = found.paired_overlap - found.stranger_overlap
         lucky += found.paired_overlap >= 1.5 * found.stranger_overlap and gap >= 0.05
         passed += gate(found.as_dict())[0]
@@ -152,7 +157,7 @@ def test_agreement_is_of_whole_texts_and_reconstruction_of_begun_ones(autoencode
     torch.manual_seed(1)
     auxiliary, sae = autoencoders
     image, begun = torch.randn(40, WIDTH), torch.randn(40, WIDTH)
-    whole, prefixes = (measure_alignment(*autoencoders, batch(image, image, other)) for other in (None, begun))
+    whole, prefixes = (measured(autoencoders, batch(image, image, other)) for other in (None, begun))
     for found, text in ((whole, image), (prefixes, begun)):
         rebuilt = auxiliary.text_decoder(sae.decode(sae.encode(auxiliary.text_projection(text)), "text"))
         assert found.text_unexplained == pytest.approx(unexplained_variance(rebuilt, text))

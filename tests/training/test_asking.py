@@ -57,6 +57,14 @@ async def test_replies_come_in_the_order_of_the_questions_with_their_receipts(ti
     assert all(reply.applied and reply.positions > 0 and reply.relative_shift > 0 for reply in together)
 
 
+async def test_a_seed_draws_the_same_answer_again_in_any_company(tiny: InProcess):
+    sampled = [question(0, temperature=1.0, seed=seed) for seed in (1, 2, 3, 4, 1)]
+    together = await ask_all(tiny, sampled, total=5, concurrency=5, report=lambda line: None)
+    alone = await tiny.reply(sampled[0])
+    assert together[0].token_ids == together[4].token_ids == alone.token_ids
+    assert len({reply.token_ids for reply in together}) > 1
+
+
 async def test_off_says_so(tiny: InProcess):
     reply = await tiny.reply(question(0, steering=SteeringRequest(enabled=False)))
     assert (reply.applied, reply.reason, reply.positions) == (False, "disabled", 0)

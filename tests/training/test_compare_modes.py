@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from training.compare_modes import ComparisonSettings, _followable, compare
+from training.errors import InvalidTraining
 from training.evaluation.asking import Reply
 
 
@@ -19,6 +20,11 @@ async def test_a_whole_comparison(tiny_llava: Path, tiny_artifact: Path):
     assert 0 <= agreement["exact_match"] <= 1
     assert set(report["conditions"]) == {"plain", "causal", "exact"}
     assert report["differences"]["causal_minus_exact"]["chair_s"].keys() == {"value", "low", "high"}
+
+
+async def test_modes_are_not_compared_on_drawn_tokens(tiny_llava: Path, tiny_artifact: Path):
+    with pytest.raises(InvalidTraining, match="--temperature: modes are compared greedily"):
+        await compare(ComparisonSettings(model=tiny_llava, artifact=tiny_artifact, temperature=1.0))
 
 
 @pytest.mark.parametrize(("token_ids", "steps"), [((5, 6), 3), ((5, 6, 7, 8), 4), ((5, 9, 6), 1), ((), 1)])

@@ -14,6 +14,7 @@ import pytest
 
 from steering.artifact import load_artifact
 from steering.artifact_config import read_config
+from training.alignment import alignment_gate
 from training.miniature.label_quality import label_quality
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,18 +36,22 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_artifact_is_whole_and_aligned(output: Path) -> None:
+def test_the_artifact_is_whole_aligned_and_faithful(output: Path) -> None:
     artifact = load_artifact(output / "artifact")
-    assert artifact.config.alignment["paired_overlap"] >= 1.5 * artifact.config.alignment["shuffled_overlap"]
+    passed, figures = alignment_gate(artifact.config.alignment, artifact.config.faithfulness)
+    assert passed, figures
+    assert artifact.config.faithfulness["cross_entropy_recovered"] > 0.9
     assert len(artifact.canary.images) == 4
     assert sum(bool(concept["label"]) for concept in artifact.concepts) > 100
 
 
-def test_it_steers_this_miniature_away_from_inventions(output: Path) -> None:
+def test_it_steers_this_miniature_away_from_inventions_and_leaves_answers_alone(output: Path) -> None:
     report = json.loads((output / "evaluation.json").read_text())
     assert read_config(output / "artifact").default_preset == "captions"
-    helped = report["differences"]["default_minus_plain"]["chair_s"]
-    assert helped["high"] < 0, helped
+    changed = report["differences"]["default_minus_plain"]
+    assert changed["chair_s"]["high"] < 0, changed["chair_s"]
+    for turn in ("pope", "pope_second_turn"):
+        assert {split["accuracy"]["value"] for split in changed[turn].values()} == {0.0}
     assert report["differences"]["steered_minus_other_image"]["chair_s"]["high"] < 0
 
 

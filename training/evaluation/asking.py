@@ -1,7 +1,7 @@
 """Puts a question about an image to an LVLM, in this process or over HTTP. Knows nothing of benchmarks.
 
 Both ways take the same `Question` and `SteeringRequest` and give the same `Reply`, so that a benchmark cannot tell
-them apart. Decoding is greedy. Many questions are on their way at once, up to a limit, so that they batch.
+them apart. Many questions are on their way at once, up to a limit, so that they batch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import io
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
@@ -33,8 +34,30 @@ class Question:
     """An empty one leaves everything to whoever answers (over HTTP: to the server's default)."""
     earlier: tuple[str, str] | None = None
     """Text and answer of the turn before, which then holds the image."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int | None = None
+    """Seeds the drawing of tokens; greedy decoding draws none."""
     answer_so_far: tuple[int, ...] = ()
     """Token ids that stand after the prompt, as if generated already (teacher forcing); only in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the tokens of all answers of an evaluation are chosen."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    sampling_seed: int = 0
+
+    def seed_of(self, scene_seed: int, text: str) -> int | None:
+        """The seed for what is asked about a scene: the same under every condition, so that differences are paired."""
+        if self.temperature == 0:
+            return None
+        return zlib.crc32(f"{self.sampling_seed} {scene_seed} {text}".encode())
+
+
+GREEDY = Decoding()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +101,7 @@ class InProcess:
             request_id=f"evaluation-{next(self._numbers)}",
             prompt_token_ids=self.prompt(question) + question.answer_so_far,
             images=(question.image,),
-            sampling=Sampling(max_tokens=question.max_tokens, temperature=0.0),
+            sampling=Sampling(max_tokens=question.max_tokens, temperature=question.temperature, seed=question.seed),
             steering=merge_sources(question.steering),
         )
         text: list[str] = []
@@ -146,7 +169,8 @@ class OverHttp:
             model=await self.model_name(),
             messages=_turns(question, await asyncio.to_thread(_image_part, question.image)),
             max_tokens=question.max_tokens,
-            temperature=0,
+            temperature=question.temperature,
+            seed=question.seed,
             extra_body={"steering": steering} if steering else None,
         )
         receipt = (completion.model_extra or {})["steering"]

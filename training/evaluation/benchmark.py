@@ -6,11 +6,16 @@ Pictures are read when they are asked about and not kept: thousands of photograp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from PIL.Image import Image
 
 from training.pope import SPLITS, Split
+
+Turn = Literal["first", "second"]
+"""When a question is asked: with the picture, or after a first turn in which the picture was described, truly."""
+TURNS: tuple[Turn, ...] = get_args(Turn)
 
 
 def nothing_mentioned(caption: str) -> list[str]:
@@ -65,18 +70,27 @@ class Benchmark:
     """The objects that a caption names, in order and with repetitions, in the vocabulary of `BenchmarkScene.truth`."""
     caption_max_tokens: int
     answer_max_tokens: int
-    second_turn: bool = False
-    """Questions are asked after a first turn in which the picture was described, truly."""
+    turns: tuple[Turn, ...] = ("first",)
+    """In which turns each question is asked; a second one needs the scenes' true captions."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """sha256 of each file that the questions and the truth were read from, by its name."""
 
-    def before_question(self, scene: int) -> tuple[str, str] | None:
+    def before_question(self, scene: int, turn: Turn) -> tuple[str, str] | None:
         """What is asked and answered before a question about a scene."""
-        if not self.second_turn:
+        if turn == "first":
             return None
         caption = self.scenes[scene].caption
         assert caption is not None, "a second turn needs true captions"
         return (self.caption_prompt, caption)
+
+    def with_suffix(self, suffix: str) -> Benchmark:
+        """The same with `suffix` after each question, a space before it."""
+        return replace(self, questions=tuple(replace(one, text=f"{one.text} {suffix}") for one in self.questions))
+
+    def part(self, *, scenes: int, turn: Turn) -> Benchmark:
+        """The questions of one turn about the first so many scenes."""
+        asked = tuple(question for question in self.questions if question.scene < scenes)
+        return replace(self, captions=0, questions=asked, turns=(turn,))
 
     @property
     def question_scenes(self) -> int:

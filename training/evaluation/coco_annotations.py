@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training.durable_files import sha256_of
 from training.errors import InvalidTraining
-from training.evaluation.coco_objects import coco_categories, objects_mentioned
+from training.evaluation.coco_objects import ObjectNames, coco_categories
 
 
 class _Entry(BaseModel):
@@ -64,10 +64,10 @@ class CocoAnnotations:
     sources: dict[str, str]
     """sha256 by file name."""
 
-    def truth(self, picture: int) -> frozenset[str]:
+    def truth(self, picture: int, objects: ObjectNames) -> frozenset[str]:
         """Rohrbach et al. 2018: an object is there if it is outlined or if a reference caption names it."""
-        named = {name for caption in self.captions.get(picture, ()) for name in objects_mentioned(caption)}
-        return self.outlined.get(picture, frozenset()) | named
+        named = {name for caption in self.captions.get(picture, ()) for name in objects.mentioned(caption)}
+        return frozenset(named | {objects.name_of(category) for category in self.outlined.get(picture, ())})
 
 
 @lru_cache(maxsize=2)

@@ -12,9 +12,10 @@ from pathlib import Path
 from random import Random
 
 from training.errors import InvalidTraining
-from training.evaluation.benchmark import Benchmark, BenchmarkQuestion, BenchmarkScene
+from training.evaluation.benchmark import Benchmark, BenchmarkQuestion, BenchmarkScene, Turn
 from training.evaluation.coco_annotations import CocoAnnotations, read_annotations
-from training.evaluation.coco_objects import coco_categories, objects_mentioned
+from training.evaluation.coco_objects import ObjectNames, object_names
+from training.evaluation.coco_synonyms import names_from_synonyms
 from training.evaluation.picture_files import pictures_in
 from training.pope import build_questions
 
@@ -33,7 +34,8 @@ def coco_benchmark(
     questions: int = 0,
     seed: int = 0,
     skip: int = 0,
-    second_turn: bool = False,
+    turns: tuple[Turn, ...] = ("first",),
+    synonyms: Path | None = None,
     caption_prompt: str = CAPTION_PROMPT,
     caption_max_tokens: int = CAPTION_MAX_TOKENS,
     answer_max_tokens: int = ANSWER_MAX_TOKENS,
@@ -41,33 +43,25 @@ def coco_benchmark(
     """`questions` per POPE split, half of them about an object that is there; one of each kind per picture and split.
 
     `seed` puts the pictures into an order of its own; the first are taken, or those after the first `skip`.
+    `synonyms`: a table of objects instead of our own.
     """
     if questions % 2:
         raise InvalidTraining(f"--questions: half are about objects that are there; {questions} is odd")
+    objects = object_names() if synonyms is None else names_from_synonyms(synonyms)
     read = read_annotations(annotations, split)
     chosen = _draw(read, max(captions, questions // 2), seed=seed, skip=skip)
-    truths = [read.truth(picture) for picture in chosen]
-    pictures = pictures_in(images, [read.file_names[picture] for picture in chosen])
+    scenes = _scenes(read, chosen, objects, images)
     return Benchmark(
         name="coco",
-        scenes=tuple(
-            BenchmarkScene(
-                name=read.file_names[picture],
-                seed=picture,
-                read=pictures[read.file_names[picture]],
-                truth=truth,
-                caption=read.captions[picture][0],
-            )
-            for picture, truth in zip(chosen, truths, strict=True)
-        ),
+        scenes=scenes,
         captions=captions,
-        questions=_questions(truths[: questions // 2], seed),
+        questions=_questions([scene.truth for scene in scenes[: questions // 2]], objects, seed),
         caption_prompt=caption_prompt,
-        mentions=objects_mentioned,
+        mentions=objects.mentioned,
         caption_max_tokens=caption_max_tokens,
         answer_max_tokens=answer_max_tokens,
-        second_turn=second_turn,
-        sources=read.sources,
+        turns=turns,
+        sources=read.sources | objects.sources,
     )
 
 
@@ -90,8 +84,22 @@ def _draw(read: CocoAnnotations, number: int, *, seed: int, skip: int) -> list[i
     return usable[skip : skip + number]
 
 
-def _questions(truths: list[frozenset[str]], seed: int) -> tuple[BenchmarkQuestion, ...]:
+def _scenes(read: CocoAnnotations, chosen: list[int], objects: ObjectNames, images: Path) -> tuple[BenchmarkScene, ...]:
+    pictures = pictures_in(images, [read.file_names[picture] for picture in chosen])
+    return tuple(
+        BenchmarkScene(
+            name=read.file_names[picture],
+            seed=picture,
+            read=pictures[read.file_names[picture]],
+            truth=read.truth(picture, objects),
+            caption=read.captions[picture][0],
+        )
+        for picture in chosen
+    )
+
+
+def _questions(truths: list[frozenset[str]], objects: ObjectNames, seed: int) -> tuple[BenchmarkQuestion, ...]:
     return tuple(
         BenchmarkQuestion(split=one.split, scene=one.scene, text=existence_question(one.object), truth=one.truth)
-        for one in build_questions(truths, coco_categories(), seed=seed)
+        for one in build_questions(truths, objects.names, seed=seed)
     )

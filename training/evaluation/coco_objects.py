@@ -1,21 +1,23 @@
 """Which of COCO's 80 object categories a caption names. Knows no picture, no annotation file and no model.
 
 A caption is cut at punctuation; each word is put into the singular (`inflect`, corrected where it errs) and the longest
-phrase of the table `data/coco_objects.json` that begins at a word counts: 'hot dog' is no dog, 'train track' names
-nothing, 'baby elephant' is one elephant and no person. The table is our own, so scores stand beside each other but not
-beside those of other tables to the last digit.
+phrase of a table that begins at a word counts: 'hot dog' is no dog, 'train track' names nothing, 'baby elephant' is one
+elephant and no person. The table is our own, `data/coco_objects.json`, so that scores stand beside each other but not
+beside those of other tables to the last digit; or the user's (`training.evaluation.coco_synonyms`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
 import inflect
 from pydantic import BaseModel, ConfigDict
+
+from training.errors import InvalidTraining
 
 TABLE_FILE = Path(__file__).parent / "data" / "coco_objects.json"
 Phrase = tuple[str, ...]
@@ -43,11 +45,13 @@ class ObjectTable(BaseModel):
     not_objects: tuple[str, ...]
     qualifiers: tuple[Qualifier, ...]
     singulars: dict[str, str]
+    silent_beside: dict[str, str] = {}
+    """A word that names nothing in a caption in which the other stands, too."""
 
 
 @cache
 def object_table() -> ObjectTable:
-    """The table, read once."""
+    """Our own table, read once."""
     return ObjectTable.model_validate_json(TABLE_FILE.read_bytes())
 
 
@@ -56,37 +60,63 @@ def coco_categories() -> tuple[str, ...]:
     return tuple(object_table().categories)
 
 
-def objects_mentioned(caption: str) -> list[str]:
-    """The categories that a caption names, in order and with repetitions."""
-    phrases, longest = _phrases(), _longest_phrase()
-    named = []
-    for clause in clauses(caption):
+class ObjectNames:
+    """A table made ready for reading captions."""
+
+    def __init__(self, table: ObjectTable, *, source: Path, sources: Mapping[str, str] | None = None) -> None:
+        """`source`: what an error calls the table; `sources`: sha256 of what the user gave, by the file's name."""
+        self.names = tuple(table.categories)
+        self.sources = dict(sources or {})
+        self.singular = lru_cache(maxsize=65536)(self._singular)
+        self._table, self._source = table, source
+        self._phrases = _phrases(table)
+        self._words = frozenset(word for phrase in self._phrases for word in phrase)
+        self._longest = max(map(len, self._phrases))
+
+    def mentioned(self, caption: str) -> list[str]:
+        """The objects that a caption names, in order and with repetitions."""
+        clauses = [[self.singular(word) for word in words] for words in words_by_clause(caption)]
+        said = {word for clause in clauses for word in clause}
+        silent = {(word,) for word, other in self._table.silent_beside.items() if other in said}
+        return [name for clause in clauses for phrase, name in self._named(clause) if phrase not in silent]
+
+    def name_of(self, category: str) -> str:
+        """What the table calls one of COCO's categories; one that it lacks is refused."""
+        name = self._phrases.get(tuple(category.split()))
+        if name is None:
+            raise InvalidTraining(f"{self._source}: no line holds COCO's category {category!r}; add one")
+        return name
+
+    def _named(self, clause: list[str]) -> Iterator[tuple[Phrase, str]]:
         start = 0
         while start < len(clause):
-            ends = range(min(len(clause), start + longest), start, -1)
-            end = next((end for end in ends if tuple(clause[start:end]) in phrases), None)
-            if end is not None and (category := phrases[tuple(clause[start:end])]) is not NOTHING:
-                named.append(category)
-            start = end or start + 1
-    return named
+            ends = range(min(len(clause), start + self._longest), start, -1)
+            end = next((end for end in ends if tuple(clause[start:end]) in self._phrases), start + 1)
+            phrase = tuple(clause[start:end])
+            if (name := self._phrases.get(phrase)) is not None:
+                yield phrase, name
+            start = end
+
+    def _singular(self, word: str) -> str:
+        """The word's singular; a word of the table is one already ('bus', 'scissors')."""
+        if word in self._words:
+            return word
+        if (known := self._table.singulars.get(word)) is not None:
+            return known
+        return _english().singular_noun(word) or word  # pyright: ignore[reportArgumentType]  (it takes any string)
 
 
-def clauses(caption: str) -> Iterator[list[str]]:
-    """Words in the singular, between one punctuation mark and the next; a possessive is its noun."""
-    text = re.sub(r"['’]s?\b", "", caption.lower())
-    for clause in re.split(r"[^\w\s/-]+", text):
-        yield [singular(word) for word in re.findall(r"[^\W_]+", clause)]
+@cache
+def object_names() -> ObjectNames:
+    """Our own table's."""
+    return ObjectNames(object_table(), source=TABLE_FILE)
 
 
-@lru_cache(maxsize=65536)
-def singular(word: str) -> str:
-    """The word's singular; a word of the table is one already ('bus', 'scissors')."""
-    table_words = _table_words()
-    if word in table_words:
-        return word
-    if (known := object_table().singulars.get(word)) is not None:
-        return known
-    return _english().singular_noun(word) or word  # pyright: ignore[reportArgumentType]  (it takes any string)
+def words_by_clause(text: str) -> Iterator[list[str]]:
+    """Words in lower case, between one punctuation mark and the next; a possessive is its noun."""
+    without_possessives = re.sub(r"['’]s?\b", "", text.lower())
+    for clause in re.split(r"[^\w\s/-]+", without_possessives):
+        yield re.findall(r"[^\W_]+", clause)
 
 
 @cache
@@ -94,20 +124,8 @@ def _english() -> inflect.engine:
     return inflect.engine()
 
 
-@cache
-def _table_words() -> frozenset[str]:
-    return frozenset(word for phrase in _phrases() for word in phrase)
-
-
-@cache
-def _longest_phrase() -> int:
-    return max(map(len, _phrases()))
-
-
-@cache
-def _phrases() -> dict[Phrase, str | None]:
-    """From phrase to category; what is listed stands before what qualifiers make of it."""
-    table = object_table()
+def _phrases(table: ObjectTable) -> dict[Phrase, str | None]:
+    """From phrase to object; what is listed stands before what qualifiers make of it."""
     listed: dict[Phrase, str | None] = {tuple(phrase.split()): NOTHING for phrase in table.not_objects}
     for category, phrases in table.categories.items():
         listed |= {tuple(phrase.split()): category for phrase in phrases}

@@ -1,13 +1,17 @@
 """The conditions of an evaluation: what is asked of steering under each name (design, section 8). Asks nobody.
 
-plain          no steering, greedy
-decoding_only  the decoding of `steered` with alpha 0: what blending and the plausibility mask do alone
+plain          no steering
+decoding_only  the decoding of `steered` without its deltas: what the plausibility mask does alone (receipts then count
+               the deltas of a branch that has no say)
 steered        preset `captions` for captions, `questions` for questions
 default        what the server does for a caller who asks for nothing
 published, difference, union
                each form with its own best settings from dev scenes
 random, reversed, other_image
-               controls of `steered`: the same size in a random direction, the opposite sign, another scene's image
+               controls of `steered`: the same size in a random direction, the opposite sign, other scenes' images
+
+Controls that draw are asked several times per scene, and all answers are pooled: `random` with five directions,
+`other_image` with four images, since one image may happen to hold what this one holds.
 
 Where a preset is off there is nothing to control: the controls then stand beside the form that `captions` names, with
 that form's best settings for the task, and `Condition.note` says so.
@@ -15,6 +19,7 @@ that form's best settings for the task, and `Condition.note` says so.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -30,6 +35,11 @@ FORMS: tuple[Form, ...] = get_args(Form)
 CONTROLS: tuple[Control, ...] = ("random", "reversed", "other_image")
 NAMES = ("plain", "decoding_only", "steered", "default", *FORMS, *CONTROLS)
 RANDOM_SEEDS = 5
+"""Directions of the control `random` for each scene."""
+OTHER_IMAGES = 4
+"""Images of the control `other_image` for each scene."""
+_FIRST_SEEDS = 2_000_000_000
+"""Where a scene's first control seed may lie: the seeds after it stay below the 2**31 that a request may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +54,21 @@ class Condition:
     """What a reader of the numbers must know."""
 
     def request(self, task: Task, *, seed: int, scene_seed: int) -> SteeringRequest:
-        """What is sent for one scene: a control draws anew for each scene and seed."""
+        """What is sent for one scene.
+
+        A scene's control seeds are consecutive numbers from a place of its own: an engine takes image number seed %
+        images, so that n seeds draw n different ones of any n or more, and scenes are spread over all of them.
+        """
         request = self.requests[task]
         if request.control in (None, "none"):
             return request
-        return request.model_copy(update={"control_seed": (seed * 1_000_003 + scene_seed) % 2**31})
+        first = zlib.crc32(str(scene_seed).encode()) % _FIRST_SEEDS
+        return request.model_copy(update={"control_seed": first + seed})
+
+
+def control_seeds(control: Control) -> tuple[int, ...]:
+    """How often a control is asked about each scene."""
+    return tuple(range({"random": RANDOM_SEEDS, "other_image": OTHER_IMAGES}.get(control, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +124,8 @@ def _condition(name: str, tuned: TunedPresets, mode: Mode | None, over_http: boo
         request = SteeringRequest(mode=mode, preset=None if over_http else tuned.default)
         return Condition(name=name, requests=dict.fromkeys(TASKS, request))
     if name in ("steered", "decoding_only"):
-        alpha = 0.0 if name == "decoding_only" else None
-        return Condition(name=name, requests={task: _by_preset(task, mode, alpha=alpha) for task in TASKS})
+        gamma = 0.0 if name == "decoding_only" else None
+        return Condition(name=name, requests={task: _by_preset(task, mode, gamma=gamma) for task in TASKS})
     for form in FORMS:
         if name == form:
             return Condition(
@@ -122,22 +142,22 @@ def _control(control: Control, tuned: TunedPresets, mode: Mode | None) -> Condit
         else:
             requests[task] = as_request(tuned.of_form(tuned.form, task), mode=mode, control=control)
             notes.append(f"preset {task} is off: controls form {tuned.form} with its own best settings for {task}")
-    seeds = tuple(range(RANDOM_SEEDS)) if control == "random" else (0,)
-    return Condition(name=control, requests=requests, seeds=seeds, note="; ".join(notes) or None)
+    return Condition(name=control, requests=requests, seeds=control_seeds(control), note="; ".join(notes) or None)
 
 
 def _by_preset(
-    task: Task, mode: Mode | None, *, alpha: float | None = None, control: Control | None = None
+    task: Task, mode: Mode | None, *, gamma: float | None = None, control: Control | None = None
 ) -> SteeringRequest:
-    return SteeringRequest(enabled=True, preset=task, mode=mode, alpha=alpha, control=control)
+    """With `gamma` 0 the steered branch has no say: an alpha of 0 would switch off the plausibility mask as well."""
+    return SteeringRequest(enabled=True, preset=task, mode=mode, gamma=gamma, control=control)
 
 
 def as_request(preset: Preset, *, mode: Mode | None = None, control: Control | None = None) -> SteeringRequest:
     """A preset spelled out field by field, so that it need not be in the artifact that answers.
 
-    But a `min_answer_tokens` of None cannot be spelled: there the default preset of the artifact that answers decides.
+    What cannot be spelled, a `min_answer_tokens` of None, is taken from `off`, which every artifact has.
     """
-    settings = preset.model_dump(exclude={"dev_scores"}) | {"enabled": True, "control": control}
+    settings = preset.model_dump(exclude={"dev_scores"}) | {"enabled": True, "preset": "off", "control": control}
     if mode is not None:
         settings["mode"] = mode
     return SteeringRequest.model_validate(settings)

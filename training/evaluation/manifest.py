@@ -34,7 +34,7 @@ def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_benchmark(benchmark: Benchmark) -> dict[str, Any]:
-    """Scenes, files, prompts and decoding; the digests change with any scene, pixel or question.
+    """Scenes, files and prompts; the digests change with any scene, pixel or question.
 
     Every picture is read once for it: one that cannot be read is found before anything is asked.
     """
@@ -42,7 +42,8 @@ def describe_benchmark(benchmark: Benchmark) -> dict[str, Any]:
     for scene in benchmark.scenes:
         pixels.update(f"{scene.seed}{sorted(scene.truth)}".encode() + scene.image.tobytes())
     for question in benchmark.questions:
-        questions.update(repr(question).encode())
+        before = [benchmark.before_question(question.scene, turn) for turn in benchmark.turns]
+        questions.update(repr((question, before)).encode())
     seeds = [scene.seed for scene in benchmark.scenes]
     return {
         "name": benchmark.name,
@@ -56,7 +57,7 @@ def describe_benchmark(benchmark: Benchmark) -> dict[str, Any]:
         "questions_sha256": questions.hexdigest(),
         "caption_prompt": benchmark.caption_prompt,
         "question_prompt": benchmark.questions[0].text if benchmark.questions else None,
-        "decoding": "greedy",
+        "turns": list(benchmark.turns),
         "caption_max_tokens": benchmark.caption_max_tokens,
         "answer_max_tokens": benchmark.answer_max_tokens,
     }

@@ -11,7 +11,7 @@ from functools import cache, partial
 from itertools import islice
 
 from training.errors import InvalidTraining
-from training.evaluation.benchmark import Benchmark, BenchmarkQuestion, BenchmarkScene
+from training.evaluation.benchmark import Benchmark, BenchmarkQuestion, BenchmarkScene, Turn
 from training.miniature import language
 from training.miniature.drawing import draw_scene
 from training.miniature.world import PARTNERS, SEED_RANGES, SHAPES, Scene, scenes
@@ -25,7 +25,7 @@ ANSWER_MAX_TOKENS = 3
 
 @cache
 def miniature_benchmark(
-    *, captions: int, questions: int, seed: int, scene_range: str = "held_out", second_turn: bool = False
+    *, captions: int, questions: int, seed: int, scene_range: str = "held_out", turns: tuple[Turn, ...] = ("first",)
 ) -> Benchmark:
     """`questions` per POPE split, half of them about a present shape; one of each kind per scene and split."""
     if questions % 2:
@@ -51,7 +51,7 @@ def miniature_benchmark(
         mentions=language.shapes_mentioned,
         caption_max_tokens=CAPTION_MAX_TOKENS,
         answer_max_tokens=ANSWER_MAX_TOKENS,
-        second_turn=second_turn,
+        turns=turns,
     )
 
 

@@ -10,6 +10,7 @@ Letters: R resamples, N scenes, C counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -34,18 +35,25 @@ class Interval(NamedTuple):
         """True where the whole interval lies above `bound`."""
         return self.low > bound
 
+    def negated(self) -> Interval:
+        """The same change where less is better."""
+        return Interval(-self.value, -self.high, -self.low)
+
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """numerator / denominator, and 0 where the denominator is 0 (no mention, no 'yes' at all)."""
     return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=np.asarray(denominator) != 0)
 
 
+@lru_cache(maxsize=2)  # the splits and turns of a benchmark have equally many scenes
 def draw_scenes(scenes: int, *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """How often each scene is drawn in each resample, [R, N]; each row sums to N."""
+    """How often each scene is drawn in each resample, [R, N], not to be written to; each row sums to N."""
     if scenes < 1:
         raise ValueError("a bootstrap needs at least one scene")
     generator = np.random.default_rng(seed)
-    return generator.multinomial(scenes, np.full(scenes, 1 / scenes), size=resamples).astype(np.float64)
+    drawn = generator.multinomial(scenes, np.full(scenes, 1 / scenes), size=resamples).astype(np.float64)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def intervals(metrics: Metrics, counts_NC: np.ndarray, weights_RN: np.ndarray, *, level: float = 0.95):

@@ -4,62 +4,87 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from training.evaluation.benchmark import Turn
 from training.evaluation.conditions import Task
-from training.evaluation.scores import Scoreboard, Scores
-from training.evaluation.verdict import MAX_RECALL_DROP
-from training.pope import SPLITS
+from training.evaluation.non_inferiority import MAX_RECALL_DROP, judge, judge_captions, judge_questions
+from training.evaluation.paired_bootstrap import Interval
+from training.evaluation.scores import Scoreboard, as_field
 
 FORGETS = f"recall may drop by more than {MAX_RECALL_DROP}"
+FOREIGN = "other scenes' images do as well: not alignment"
 
 
-def caption_fitness(own: Scores, plain: Scores) -> float:
-    """CHAIR_s; what recall drops beyond three quarters of the allowed weighs five times as much."""
-    excess = plain.chair["recall"].value - own.chair["recall"].value - 0.75 * MAX_RECALL_DROP
-    return own.chair["chair_s"].value + 5 * max(0.0, excess)
+FREE_RECALL_DROP = 0.25 * MAX_RECALL_DROP
+"""Of recall: nobody would notice one object in two hundred."""
+FOREIGN_SHARE = 0.1
+"""Of an effect: what other images may have of it before that counts against a setting."""
 
 
-def question_fitness(own: Scores, plain: Scores) -> float:
-    """Wrong answers to adversarial questions; what the other splits lose counts too."""
-    accuracy = {split: own.pope[split]["accuracy"].value for split in SPLITS}
-    lost = sum(max(0.0, plain.pope[split]["accuracy"].value - accuracy[split]) for split in ("random", "popular"))
-    return 1 - accuracy["adversarial"] + lost
+def caption_fitness(board: Scoreboard) -> float:
+    """CHAIR_s; recall that is lost weighs five times as much, and what other images take away without being the picture
+    is no merit."""
+    own, plain = board.scores("own"), board.scores("plain")
+    lost = plain.chair["recall"].value - own.chair["recall"].value - FREE_RECALL_DROP
+    fitness = own.chair["chair_s"].value + 5 * max(0.0, lost)
+    if "other_image" in board:
+        foreign = plain.chair["chair_s"].value - board.scores("other_image").chair["chair_s"].value
+        gained = plain.chair["chair_s"].value - own.chair["chair_s"].value
+        fitness += max(0.0, foreign - FOREIGN_SHARE * gained)
+    return fitness
 
 
-FITNESS: dict[Task, Callable[[Scores, Scores], float]] = {"captions": caption_fitness, "questions": question_fitness}
+def question_fitness(board: Scoreboard) -> float:
+    """Wrong answers to adversarial questions, mean over turns; what the other splits lose counts too."""
+    own, plain = board.scores("own"), board.scores("plain")
+    wrong = []
+    for turn, by_split in own.by_turn.items():
+        before = plain.by_turn[turn]
+        lost = [before[split]["accuracy"].value - by_split[split]["accuracy"].value for split in ("random", "popular")]
+        wrong.append(1 - by_split["adversarial"]["accuracy"].value + sum(max(0.0, loss) for loss in lost))
+    return sum(wrong) / len(wrong)
+
+
+FITNESS: dict[Task, Callable[[Scoreboard], float]] = {"captions": caption_fitness, "questions": question_fitness}
 
 
 def against_captions(board: Scoreboard) -> tuple[str, ...]:
-    """What forbids the preset `captions`; the board holds plain, own and other_image."""
-    change, gap = board.difference("own", "plain").chair, board.difference("own", "other_image").chair
+    """What forbids the preset `captions`; the board holds plain, own and, if that is to be judged, other_image."""
+    change = board.difference("own", "plain").chair
     found = {
         "CHAIR_s is not below plain beyond its interval": not change["chair_s"].below(),
-        FORGETS: change["recall"].low < -MAX_RECALL_DROP,
-        "another scene's image does as well: not alignment": not gap["chair_s"].below(),
+        FORGETS: not judge(change["recall"], MAX_RECALL_DROP).passed,
+        FOREIGN: "other_image" in board and not board.difference("own", "other_image").chair["chair_s"].below(),
     }
     return tuple(reason for reason, holds in found.items() if holds)
 
 
 def against_questions(board: Scoreboard) -> tuple[str, ...]:
-    """What forbids the preset `questions`; the board holds plain, own and other_image."""
-    change, gap = board.difference("own", "plain").pope, board.difference("own", "other_image").pope
+    """What forbids the preset `questions`; the board holds plain, own and, if that is to be judged, other_image.
+
+    It must answer adversarial questions better in some turn, and there better than with other images; and nothing may
+    be worse by more than the margin, in no split and no turn.
+    """
+    asked = list(board.scores("own").by_turn)
+    better: list[Turn] = [turn for turn in asked if _adversarial(board, "plain", turn).above()]
     found = {
-        "adversarial accuracy is not above plain beyond its interval": not change["adversarial"]["accuracy"].above(),
-        "another scene's image does as well: not alignment": not gap["adversarial"]["accuracy"].above(),
+        "adversarial accuracy is not above plain beyond its interval": not better,
+        FOREIGN: "other_image" in board
+        and not any(_adversarial(board, "other_image", turn).above() for turn in better or asked),
     }
-    found |= {f"{split} questions suffer": change[split]["accuracy"].below() for split in SPLITS}
-    return tuple(reason for reason, holds in found.items() if holds)
+    return (*(reason for reason, holds in found.items() if holds), *harm(board, "own", "questions"))
+
+
+def _adversarial(board: Scoreboard, other: str, turn: Turn) -> Interval:
+    """What the own condition gains on another in accuracy."""
+    return board.difference("own", other).by_turn[turn]["adversarial"]["accuracy"]
 
 
 def harm(board: Scoreboard, name: str, task: Task) -> tuple[str, ...]:
-    """What a preset that everybody gets would do to this task beyond its interval."""
+    """What a preset that everybody gets is not shown to leave unharmed."""
     change = board.difference(name, "plain")
-    if task == "questions":
-        return tuple(f"{split} accuracy falls" for split in SPLITS if change.pope[split]["accuracy"].below())
-    found = {
-        "CHAIR_s rises": change.chair["chair_s"].above(),
-        f"recall falls by more than {MAX_RECALL_DROP}": change.chair["recall"].value < -MAX_RECALL_DROP,
-    }
-    return tuple(reason for reason, holds in found.items() if holds)
+    judged = judge_questions(change.questions) if task == "questions" else judge_captions(change.chair)
+    subject = " accuracy" if task == "questions" else ""
+    return tuple(f"{what}{subject}: {judgement.told}" for what, judgement in judged.items() if not judgement.passed)
 
 
 AGAINST: dict[Task, Callable[[Scoreboard], tuple[str, ...]]] = {
@@ -78,6 +103,8 @@ def dev_scores(board: Scoreboard, task: Task) -> dict[str, float]:
         if task == "captions":
             values = {metric: scores.chair[metric].value for metric in ("chair_s", "recall", "length")}
         else:
-            values = {f"{split}_accuracy": scores.pope[split]["accuracy"].value for split in SPLITS}
+            values = {
+                f"{as_field(asked)}_accuracy": metrics["accuracy"].value for asked, metrics in scores.questions.items()
+            }
         figures |= {f"{prefix}{metric}": round(value, 4) for metric, value in values.items()}
     return figures

@@ -7,14 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.chair import chair_metrics
+from training.evaluation.benchmark import TURNS, Turn
 from training.evaluation.conditions import CONTROLS, FORMS
-from training.evaluation.measuring import Measurement
+from training.evaluation.measuring import Measurement, answers_key
 from training.evaluation.paired_bootstrap import Interval, Metrics, draw_scenes, intervals, paired_differences
-from training.pope import SPLITS, pope_metrics
+from training.pope import SPLITS, Split, pope_metrics
 
 RESAMPLES = 2000
-METRICS: dict[str, Metrics] = {"captions": chair_metrics} | dict.fromkeys(SPLITS, pope_metrics)
-"""By benchmark, as in `Measurement.counts`."""
+BySplit = Mapping[Split, Mapping[str, Interval]]
+"""POPE's metrics."""
+
+
+def is_zero(change: Mapping[str, Interval]) -> bool:
+    """Whether a difference is none at all, in no metric and no resample: no answer that counts was changed."""
+    return all(interval == (0, 0, 0) for interval in change.values())
+
+
+def as_field(asked: str) -> str:
+    """A key of `Scores.questions` where it is part of a name: adversarial_second_turn."""
+    return asked.replace(",", "").replace(" ", "_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +33,33 @@ class Scores:
     """One condition, or one condition minus another; a benchmark of which nothing was asked has no metrics."""
 
     chair: Mapping[str, Interval]
-    pope: Mapping[str, Mapping[str, Interval]]
-    """By split."""
+    pope: BySplit
+    """Of first turns."""
+    pope_second_turn: BySplit
+
+    @property
+    def by_turn(self) -> dict[Turn, BySplit]:
+        """POPE in the turns in which questions were asked."""
+        found: dict[Turn, BySplit] = {"first": self.pope, "second": self.pope_second_turn}
+        return {turn: by_split for turn, by_split in found.items() if by_split}
+
+    @property
+    def questions(self) -> dict[str, Mapping[str, Interval]]:
+        """POPE by split and turn, as 'adversarial' and 'adversarial, second turn'."""
+        return {
+            answers_key(split, turn): metrics
+            for turn, by_split in self.by_turn.items()
+            for split, metrics in by_split.items()
+        }
 
     def as_json(self) -> dict[str, Any]:
-        """`chair_s`, ... and `pope.<split>.<metric>`, each {"value", "low", "high"}."""
-        pope = {split: {name: value._asdict() for name, value in self.pope[split].items()} for split in self.pope}
-        return {name: value._asdict() for name, value in self.chair.items()} | ({"pope": pope} if pope else {})
+        """`chair_s`, ..., `pope.<split>.<metric>`, `pope_second_turn.<split>.<metric>`: {"value", "low", "high"}."""
+        pope = {"pope": self.pope, "pope_second_turn": self.pope_second_turn}
+        return {name: value._asdict() for name, value in self.chair.items()} | {
+            turn: {split: {name: value._asdict() for name, value in row.items()} for split, row in by_split.items()}
+            for turn, by_split in pope.items()
+            if by_split
+        }
 
 
 class Scoreboard:
@@ -48,7 +79,7 @@ class Scoreboard:
         """One condition's metrics."""
         counts = self._counts[name]
         return _sorted_by_benchmark(
-            {key: intervals(METRICS[key], counts[key], weights) for key, weights in self._weights.items()}
+            {key: intervals(_metrics(key), counts[key], weights) for key, weights in self._weights.items()}
         )
 
     def difference(self, name: str, other: str) -> Scores:
@@ -56,7 +87,7 @@ class Scoreboard:
         first, second = self._counts[name], self._counts[other]
         return _sorted_by_benchmark(
             {
-                key: paired_differences(METRICS[key], first[key], second[key], weights)
+                key: paired_differences(_metrics(key), first[key], second[key], weights)
                 for key, weights in self._weights.items()
             }
         )
@@ -69,6 +100,14 @@ class Scoreboard:
         return [(first, second) for first, second in pairs if first in self and second in self]
 
 
+def _metrics(benchmark: str) -> Metrics:
+    """By benchmark, as in `Measurement.counts`."""
+    return chair_metrics if benchmark == "captions" else pope_metrics
+
+
 def _sorted_by_benchmark(by_benchmark: dict[str, dict[str, Interval]]) -> Scores:
-    chair = by_benchmark.pop("captions", {})
-    return Scores(chair=chair, pope=by_benchmark)
+    by_turn: list[BySplit] = [
+        {split: by_benchmark[key] for split in SPLITS if (key := answers_key(split, turn)) in by_benchmark}
+        for turn in TURNS
+    ]
+    return Scores(chair=by_benchmark.get("captions", {}), pope=by_turn[0], pope_second_turn=by_turn[1])

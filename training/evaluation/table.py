@@ -19,17 +19,17 @@ def caption_table(scores: Mapping[str, Scores]) -> str:
 
 
 def question_table(scores: Mapping[str, Scores]) -> str:
-    """POPE by condition and split; the interval is given for the accuracy."""
+    """POPE by condition, split and turn; the interval is given for the accuracy."""
     header = ["questions", "split", *POPE_COLUMNS]
     rows = [
         [
             name if number == 0 else "",
             split,
-            _cell(row.pope[split]["accuracy"]),
-            *(f"{row.pope[split][column].value:.3f}" for column in POPE_COLUMNS[1:]),
+            _cell(metrics["accuracy"]),
+            *(f"{metrics[column].value:.3f}" for column in POPE_COLUMNS[1:]),
         ]
         for name, row in scores.items()
-        for number, split in enumerate(row.pope)
+        for number, (split, metrics) in enumerate(row.questions.items())
     ]
     return _align([header, *rows])
 

@@ -1,6 +1,7 @@
 """What the numbers mean, in sentences. Knows scores only.
 
-A difference counts where its whole interval lies on one side of zero. The rule that matters most (design, section 8):
+An effect counts where its whole interval lies on one side of zero, and 'no harm' where it lies on one side of a margin
+(`training.evaluation.non_inferiority`). The rule that matters most (design, section 8):
 an effect that `other_image` also has is not alignment.
 """
 
@@ -9,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from training.evaluation.conditions import CONTROLS, FORMS
+from training.evaluation.non_inferiority import MAX_RECALL_DROP, WORSE, judge, judge_captions, judge_questions
 from training.evaluation.paired_bootstrap import Interval
-from training.evaluation.scores import Scoreboard
+from training.evaluation.scores import Scoreboard, is_zero
 
-MAX_RECALL_DROP = 0.02
-"""Share of the true objects that a steered caption may lose."""
-NOTHING = Interval(0.0, 0.0, 0.0)
 NOT_ALIGNMENT = "An effect that other_image also has is not alignment"
 
 
@@ -28,7 +27,7 @@ def verdict(board: Scoreboard) -> list[str]:
             if name in board:
                 lines += _captions(board, name)
         lines += _forms(board)
-    if board.scores("plain").pope:
+    if board.scores("plain").questions:
         if "default" in board:
             lines += _default_questions(board)
         if "steered" in board:
@@ -39,13 +38,14 @@ def verdict(board: Scoreboard) -> list[str]:
 def _captions(board: Scoreboard, name: str) -> list[str]:
     plain, own = board.scores("plain").chair["chair_s"], board.scores(name).chair["chair_s"]
     change = board.difference(name, "plain").chair
-    if all(interval == NOTHING for interval in change.values()):
+    if is_zero(change):
         return [f"{name}: captions score exactly as plain's do (CHAIR_s {plain.value:.3f}): nothing was steered."]
     if not change["chair_s"].below():
         grown = " It RAISES it." if change["chair_s"].above() else ""
+        judged = "; ".join(f"{what} {found.told}" for what, found in judge_captions(change).items())
         return [
             f"{name}: CHAIR_s {own.value:.3f} is NOT below plain's {plain.value:.3f} "
-            f"(difference {_show(change['chair_s'])}).{grown}"
+            f"(difference {_show(change['chair_s'])}).{grown} {judged}."
         ]
     cut = 1 - own.value / plain.value
     lines = [
@@ -61,8 +61,8 @@ def _captions(board: Scoreboard, name: str) -> list[str]:
 
 
 def _recall(name: str, change: Interval) -> str:
-    kept = "within" if change.value >= -MAX_RECALL_DROP else "MORE THAN"
-    return f"{name}: recall changes by {_show(change)}, {kept} the allowed drop of {MAX_RECALL_DROP}."
+    kept = judge(change, MAX_RECALL_DROP, ask_more="captions")
+    return f"{name}: recall changes by {_show(change)}, allowed is a drop of {MAX_RECALL_DROP}: {kept.told}."
 
 
 def _length(name: str, change: Mapping[str, Interval]) -> str:
@@ -117,39 +117,44 @@ def _forms(board: Scoreboard) -> list[str]:
 
 
 def _default_questions(board: Scoreboard) -> list[str]:
-    change = board.difference("default", "plain").pope
-    if _is_nothing(change):
-        return ["default: no POPE split is worse than plain: every score is plain's own, since no answer was changed."]
-    worse = [split for split in change if change[split]["accuracy"].below()]
-    if worse:
-        told = "; ".join(f"{split} {_show(change[split]['accuracy'])}" for split in worse)
-        return [f"default: HARMS questions beyond its interval: accuracy {told}."]
-    told = "; ".join(f"{split} {_show(change[split]['accuracy'])}" for split in change)
-    return [f"default: no POPE split is worse than plain beyond its interval (accuracy {told})."]
+    """What everybody gets must be shown to harm nothing."""
+    change = board.difference("default", "plain").questions
+    if all(is_zero(metrics) for metrics in change.values()):
+        return ["default: no question is answered worse: every score is plain's own, since no answer was changed."]
+    judged = judge_questions(change)
+    told = [f"{what} {_show(change[what]['accuracy'])} {found.told}" for what, found in judged.items()]
+    harmless = all(found.passed for found in judged.values())
+    claim = "harms no question" if harmless else "is NOT SHOWN to harm no question"
+    if any(found.told == WORSE for found in judged.values()):
+        claim = "HARMS questions"
+    return [f"default: {claim}: accuracy {'; '.join(told)}."]
 
 
 def _steered_questions(board: Scoreboard) -> list[str]:
-    change = board.difference("steered", "plain").pope
-    if _is_nothing(change):
+    change = board.difference("steered", "plain")
+    if all(is_zero(metrics) for metrics in change.questions.values()):
         return [
             "steered: questions score exactly as plain's do: the preset is off, or they end before steering begins."
         ]
     lines = []
-    for split, metrics in change.items():
-        accuracy = metrics["accuracy"]
-        effect = "better" if accuracy.above() else "WORSE" if accuracy.below() else "not different from plain"
-        lines.append(f"steered, {split} questions: accuracy {effect} ({_show(accuracy)}).")
-    gain = change["adversarial"]["accuracy"] if "adversarial" in change else NOTHING
-    if gain.above() and "other_image" in board:
-        gap = board.difference("steered", "other_image").pope["adversarial"]["accuracy"]
+    for what, found in judge_questions(change.questions).items():
+        accuracy = change.questions[what]["accuracy"]
+        effect = "better" if accuracy.above() else found.told
+        lines.append(f"steered, {what} questions: accuracy {effect} ({_show(accuracy)}).")
+    return lines + _beyond_other_images(board)
+
+
+def _beyond_other_images(board: Scoreboard) -> list[str]:
+    if "other_image" not in board:
+        return []
+    gained, gaps = (board.difference("steered", other).questions for other in ("plain", "other_image"))
+    lines = []
+    for what in (what for what in gained if what.startswith("adversarial") and gained[what]["accuracy"].above()):
+        gap = gaps[what]["accuracy"]
         beyond = "is beyond" if gap.above() else "is NOT beyond"
         tail = "" if gap.above() else f" {NOT_ALIGNMENT}."
-        lines.append(f"steered, adversarial questions: the gain {beyond} other_image ({_show(gap)}).{tail}")
+        lines.append(f"steered, {what} questions: the gain {beyond} other_image ({_show(gap)}).{tail}")
     return lines
-
-
-def _is_nothing(by_split: Mapping[str, Mapping[str, Interval]]) -> bool:
-    return all(interval == NOTHING for change in by_split.values() for interval in change.values())
 
 
 def _show(change: Interval) -> str:

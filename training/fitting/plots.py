@@ -36,17 +36,20 @@ def draw_plots(run: Path, rows: Sequence[Mapping[str, Any]], histograms: Mapping
     for name, (label, curves) in CURVES.items():
         drawn = [curve for curve in curves if curve in rows[-1]]
         if drawn:
-            _draw_curves(folder / f"{name}.png", label, rows, drawn)
+            draw_curves(folder / f"{name}.png", label, rows, drawn)
     if histograms:
         _draw_frequencies(folder / "activation_frequency.png", histograms)
 
 
-def _draw_curves(file: Path, label: str, rows: Sequence[Mapping[str, Any]], curves: Sequence[str]) -> None:
+def draw_curves(
+    file: Path, label: str, rows: Sequence[Mapping[str, Any]], curves: Sequence[str], *, over: str = "step"
+) -> None:
+    """One line for each curve, `over` on the horizontal axis; a PNG file."""
     figure, axis = _figure()
-    steps = [row["step"] for row in rows]
+    places = [row[over] for row in rows]
     for curve in curves:
-        axis.plot(steps, [row[curve] for row in rows], marker=".", label=curve)
-    axis.set_xlabel("step")
+        axis.plot(places, [row[curve] for row in rows], marker=".", label=curve)
+    axis.set_xlabel(over)
     axis.set_ylabel(label)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)

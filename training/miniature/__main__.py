@@ -32,6 +32,9 @@ Stage = Literal["clip", "clean", "noisy", "artifact"]
 STAGES: tuple[Stage, ...] = ("clip", "clean", "noisy", "artifact")
 PIPELINE = Path(__file__).parent.parent / "pipeline.sh"
 QUALITY_SCENES = 500
+MAX_CHAIR, MIN_RECALL, MORE_CLEAN = 0.01, 0.98, 2
+"""What counts as right on dev scenes, and how often the last clean phase may be repeated until it is: not every seed
+gets there the first time."""
 
 
 class BuildSettings(Settings):
@@ -41,6 +44,8 @@ class BuildSettings(Settings):
     """Folder for llava, clip and artifact."""
     scratch: Path = Path("build/miniature")
     """Folder for what only later stages need: the clean LLaVA, and all that the pipeline leaves."""
+    seed: int = Field(default=0, ge=0)
+    """Everything random follows from it; the bundle's is 0."""
     only: Stage | None = None
     """Make this stage alone, from what the earlier ones left; default: all."""
     threads: int = Field(default=1, gt=0)
@@ -77,7 +82,11 @@ class Build:
         torch.manual_seed(self.recipe.seed)
         trainer = LlavaTrainer(build_llava(clip), *self.training_scenes(), seed=self.recipe.seed, report=self.report)
         trainer.prepare()
-        self._train(trainer, self.recipe.clean, self.clean_llava)
+        figures = self._train(trainer, self.recipe.clean, self.clean_llava)
+        for _ in range(MORE_CLEAN):
+            if figures["chair_s"] <= MAX_CHAIR and figures["recall"] >= MIN_RECALL:
+                return
+            figures = self._train(trainer, self.recipe.clean[-1:], self.clean_llava)
 
     def make_noisy(self) -> None:
         """Its last stage, on texts that name absent partners."""
@@ -102,19 +111,20 @@ class Build:
             self.report(f"drew {len(chosen)} scenes")
         return self._training
 
-    def _train(self, trainer: LlavaTrainer, phases: tuple[Phase, ...], folder: Path) -> None:
+    def _train(self, trainer: LlavaTrainer, phases: tuple[Phase, ...], folder: Path) -> dict[str, float]:
         for phase in phases:
             trainer.run(phase)
         save_llava(trainer.model, folder)
         figures = measure_quality(folder, QUALITY_SCENES)
         self.report("on dev scenes: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        return figures
 
 
 def main() -> None:
     """The command line."""
     settings = parse_settings(BuildSettings, program="python -m training.miniature", description=__doc__ or "")
     torch.set_num_threads(settings.threads)
-    build = Build(settings, Recipe())
+    build = Build(settings, Recipe(seed=settings.seed))
     for stage in STAGES if settings.only is None else (settings.only,):
         build.run(stage)
     size = sum(file.stat().st_size for file in settings.output.rglob("*") if file.is_file())

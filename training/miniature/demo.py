@@ -38,7 +38,7 @@ from training.miniature.drawing import draw_scene
 from training.miniature.language import CAPTION_PROMPT, existence_question, shapes_mentioned
 from training.miniature.paths import ARTIFACT, LLAVA
 from training.miniature.world import SHAPES, Scene, scenes
-from training.pope import parse_answer
+from training.yes_or_no import parse_answer
 
 ROOT = Path(__file__).parents[2]
 OFF = {"enabled": False}

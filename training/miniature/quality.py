@@ -19,6 +19,7 @@ from training.miniature.drawing import draw_scene
 from training.miniature.language import CAPTION_PROMPT, existence_question, shapes_mentioned
 from training.miniature.llava_model import load_llava
 from training.miniature.world import PARTNERS, SHAPES, Scene, scenes
+from training.yes_or_no import parse_answer
 
 BATCH = 250
 
@@ -54,7 +55,7 @@ def question_quality(
     result = {}
     for split in pope.SPLITS:
         right = [
-            pope.parse_answer(text) is question.truth
+            parse_answer(text) is question.truth
             for text, question in zip(texts, asked, strict=True)
             if question.split == split
         ]

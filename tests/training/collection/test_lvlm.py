@@ -59,9 +59,8 @@ class Loaded:
 
     def representer(self, *layers: int, text_in: Any = "answer", prefixes: int = 0, **options) -> LvlmRepresenter:
         """Its texts answer PROMPT, where nothing else is asked for."""
-        settings = LvlmSettings(
-            model=self.folder, layers=layers, text_in=text_in, prefixes=prefixes, **{"prompts": (PROMPT,)} | options
-        )
+        asked: dict[str, Any] = {"prompts": (PROMPT,)} | options
+        settings = LvlmSettings(model=self.folder, layers=layers, text_in=text_in, prefixes=prefixes, **asked)
         placer = TextPlacer(self.processor, self.family, self.image_token, text_in, settings.prompts)
         return LvlmRepresenter(self.model, self.processor, placer, settings)
 
@@ -137,7 +136,7 @@ def test_an_answer_stands_behind_the_prompt_that_is_served(loaded):
     """Token by token what an engine is given, then what it would have said."""
     pairs = [Pair(image=drawn_image(0), text=f"a star {number}", reference=str(number)) for number in range(40)]
     served = {prompt: loaded.served_prompt(prompt) for prompt in PROMPTS}
-    drawn = dict.fromkeys(PROMPTS, 0)
+    drawn: dict[str, int] = dict.fromkeys(PROMPTS, 0)
     for pair, prepared in zip(pairs, usable(loaded.representer(1, prompts=PROMPTS), pairs), strict=True):
         said = loaded.answer_tokens(pair.text)
         (prompt,) = [one for one in PROMPTS if served[one] + said == list(prepared.token_ids)]

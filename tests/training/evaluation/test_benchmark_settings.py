@@ -10,14 +10,50 @@ import pytest
 from tests.published_benchmarks import CocoFolders, write_pope
 from training.command_line import parse_settings
 from training.errors import InvalidTraining
+from training.evaluation.benchmark import TURNS
 from training.evaluation.benchmark_settings import BenchmarkSettings, build_benchmark
 from training.evaluation.coco_benchmark import CAPTION_PROMPT
+from training.evaluation.coco_objects import coco_categories
+from training.evaluation.manifest import describe_benchmark
 
 
 def test_the_miniature_needs_nothing():
     benchmark = build_benchmark(BenchmarkSettings(captions=3, questions=4))
     assert (benchmark.name, benchmark.captions, len(benchmark.questions)) == ("miniature", 3, 12)
     assert len(benchmark.scenes) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "turns"), [([], TURNS), (["first"], TURNS[:1]), (["second"], TURNS[1:]), (["both"], TURNS)]
+)
+def test_turns(given: list[str], turns: tuple[str, ...]):
+    argv = ["--captions", "0", "--questions", "2", *(["--turns", *given] if given else [])]
+    assert build_benchmark(parse_settings(BenchmarkSettings, program="x", argv=argv)).turns == turns
+
+
+def test_a_suffix_stands_after_every_question_of_every_benchmark(coco: CocoFolders, tmp_path: Path):
+    suffix = "Please answer this question with one word."
+    photographs = {"images": coco.images, "question_suffix": suffix}
+    for given in (
+        {"captions": 0, "questions": 4, "question_suffix": suffix},
+        {"benchmark": "coco", "annotations": coco.annotations, "captions": 0, "questions": 4, **photographs},
+        {"benchmark": "pope", "pope_files": write_pope(tmp_path), **photographs},
+    ):
+        benchmark = build_benchmark(BenchmarkSettings.model_validate(given))
+        without = build_benchmark(BenchmarkSettings.model_validate(given | {"question_suffix": None}))
+        assert [one.text for one in benchmark.questions] == [f"{one.text} {suffix}" for one in without.questions]
+        assert benchmark.caption_prompt == without.caption_prompt
+        assert describe_benchmark(benchmark)["question_prompt"].endswith(f"? {suffix}")
+
+
+def test_a_table_of_the_users_own(coco: CocoFolders, tmp_path: Path):
+    file = tmp_path / "synonyms.txt"
+    file.write_text("\n".join(coco_categories()).replace("person", "somebody, person"))
+    argv = ["--benchmark", "coco", "--annotations", str(coco.annotations), "--images", str(coco.images)]
+    argv += ["--captions", "2", "--synonyms", str(file)]
+    benchmark = build_benchmark(parse_settings(BenchmarkSettings, program="x", argv=argv))
+    assert benchmark.mentions("a person and a man") == ["somebody"]
+    assert "synonyms.txt" in describe_benchmark(benchmark)["sources_sha256"]
 
 
 def test_pope_from_the_command_line(coco: CocoFolders, tmp_path: Path):
@@ -43,6 +79,8 @@ def test_coco_from_the_command_line(coco: CocoFolders):
         ({"benchmark": "pope", "pope_files": ["a"]}, "--images: --benchmark pope needs it"),
         ({"benchmark": "coco", "images": "a"}, "--annotations: --benchmark coco needs it"),
         ({"benchmark": "pope", "pope_files": ["a"], "images": "b", "captions": 5}, "--captions: --benchmark pope has"),
+        ({"benchmark": "pope", "pope_files": ["a"], "images": "b", "turns": "both"}, "--turns: --benchmark pope has"),
+        ({"synonyms": "a"}, "--synonyms: --benchmark miniature has no use for it"),
         ({"images": "a"}, "--images: --benchmark miniature has no use for it"),
         ({"coco_split": "val2017"}, "--coco-split: --benchmark miniature has no use for it"),
         (

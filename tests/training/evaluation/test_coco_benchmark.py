@@ -11,7 +11,7 @@ import pytest
 from tests.published_benchmarks import PICTURES, CocoFolders, captions, instances, picture_name
 from training.chair import chair_metrics, count_caption, counts_matrix
 from training.errors import InvalidTraining
-from training.evaluation.benchmark import Benchmark
+from training.evaluation.benchmark import TURNS, Benchmark
 from training.evaluation.coco_annotations import read_annotations
 from training.evaluation.coco_benchmark import coco_benchmark, existence_question
 
@@ -81,9 +81,10 @@ def test_questions_are_built_from_the_same_truth(coco: CocoFolders):
 
 
 def test_a_second_turn_follows_a_reference_caption(coco: CocoFolders):
-    benchmark = whole(coco, second_turn=True, caption_prompt="Describe it.")
+    benchmark = whole(coco, turns=TURNS, caption_prompt="Describe it.")
     picture = benchmark.scenes[0].seed
-    assert benchmark.before_question(0) == ("Describe it.", PICTURES[picture][1][0])
+    assert benchmark.before_question(0, "first") is None
+    assert benchmark.before_question(0, "second") == ("Describe it.", PICTURES[picture][1][0])
 
 
 def broken(part: str, change: Callable[[dict[str, Any]], Any]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.evaluation.coco_objects import coco_categories, object_table, objects_mentioned, singular
+from training.evaluation.coco_objects import coco_categories, object_names, object_table
 
 OFFICIAL = """person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign
 parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase
@@ -17,6 +17,7 @@ bed dining_table toilet tv laptop mouse remote keyboard cell_phone microwave ove
 vase scissors teddy_bear hair_drier toothbrush"""
 """As the annotation files spell them, in their order."""
 PHRASES = [(phrase, category) for category, phrases in object_table().categories.items() for phrase in phrases]
+objects_mentioned, singular = object_names().mentioned, object_names().singular
 UNCOUNTED = {"luggage", "baggage", "cattle", "sheep", "aircraft", "bison", "scissors", "shears"}
 
 

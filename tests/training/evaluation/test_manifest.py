@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.published_benchmarks import CocoFolders, picture_name, write_pope
 from training.errors import InvalidTraining
+from training.evaluation.benchmark import TURNS
 from training.evaluation.coco_benchmark import coco_benchmark
 from training.evaluation.manifest import describe_benchmark, describe_run, processor_digest, weights_digest
 from training.evaluation.pope_benchmark import pope_benchmark
@@ -35,6 +36,15 @@ def test_a_changed_truth_shows(coco: CocoFolders):
     first, changed = (describe_benchmark(one) for one in (benchmark, replace(benchmark, scenes=scenes)))
     assert first["scenes_sha256"] != changed["scenes_sha256"]
     assert first["question_prompt"] is None
+
+
+def test_the_turns_and_what_stands_before_a_question_show(coco: CocoFolders):
+    both, first = (
+        describe_benchmark(coco_benchmark(coco.annotations, coco.images, captions=0, questions=2, turns=turns))
+        for turns in (TURNS, TURNS[:1])
+    )
+    assert (both["turns"], first["turns"]) == (["first", "second"], ["first"])
+    assert both["questions_sha256"] != first["questions_sha256"]
 
 
 def test_an_unreadable_picture_is_found_before_anything_is_asked(coco: CocoFolders, tmp_path: Path):

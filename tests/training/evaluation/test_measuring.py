@@ -15,11 +15,11 @@ from steering.request import SteeringRequest
 from tests.published_benchmarks import POPE_ABSENT, CocoFolders, picture_name, write_pope
 from training import chair, pope
 from training.errors import InvalidTraining
-from training.evaluation.asking import Question, Reply
-from training.evaluation.benchmark import Benchmark, BenchmarkScene
+from training.evaluation.asking import Decoding, Question, Reply
+from training.evaluation.benchmark import TURNS, Benchmark, BenchmarkScene
 from training.evaluation.coco_benchmark import coco_benchmark
 from training.evaluation.conditions import TASKS, Condition
-from training.evaluation.measuring import Measurement, measure
+from training.evaluation.measuring import Measurement, answers_key, measure
 from training.evaluation.pope_benchmark import pope_benchmark
 
 PLAIN = Condition(name="plain", requests=dict.fromkeys(TASKS, SteeringRequest(enabled=False)))
@@ -112,6 +112,46 @@ async def test_a_picture_that_cannot_be_read_is_named(coco: CocoFolders):
     (coco.images / picture_name(285)).write_bytes(b"no picture")
     with pytest.raises(InvalidTraining, match=f"{picture_name(285)}: not a readable picture"):
         await measured(benchmark, Answers("A dog."))
+
+
+async def test_a_question_is_asked_in_both_turns_and_counted_by_turn(coco: CocoFolders):
+    class Tired:
+        """Says no once it has described the picture."""
+
+        async def reply(self, question: Question) -> Reply:
+            text = "Yes" if question.earlier is None else "No"
+            return Reply(text=text, applied=True, reason=None, positions=1, relative_shift=0.1)
+
+    benchmark = coco_benchmark(coco.annotations, coco.images, captions=0, questions=4, turns=TURNS)
+    result = await measured(benchmark, Tired())
+    assert set(result.counts) == {answers_key(split, turn) for split in pope.SPLITS for turn in TURNS}
+    said_yes = pope.COUNT_NAMES.index("said_yes")
+    for split in pope.SPLITS:
+        assert result.counts[split][:, said_yes].tolist() == [2, 2]
+        assert result.counts[f"{split}, second turn"][:, said_yes].tolist() == [0, 0]
+    assert result.receipts["questions"] == result.receipts["questions, second turn"]
+    part = await measured(benchmark.part(scenes=1, turn="second"), Tired())
+    assert {key: len(counts) for key, counts in part.counts.items()} == {
+        f"{split}, second turn": 1 for split in pope.SPLITS
+    }
+
+
+async def test_sampling_is_seeded_by_scene_and_alike_under_every_condition(coco: CocoFolders):
+    benchmark = coco_benchmark(coco.annotations, coco.images, captions=3, questions=4, turns=TURNS)
+    steered = Condition(name="s", requests=dict.fromkeys(TASKS, SteeringRequest(control="random")), seeds=(0, 1))
+
+    async def seeds(condition: Condition, decoding: Decoding) -> list[tuple[bytes, str, int | None]]:
+        answers = Answers("Yes")
+        await measure(benchmark, condition, answers, concurrency=2, decoding=decoding, report=lambda line: None)
+        assert {question.temperature for question in answers.asked} == {decoding.temperature}
+        return [(question.image.tobytes(), question.text, question.seed) for question in answers.asked]
+
+    plain = await seeds(PLAIN, Decoding(temperature=1.0, sampling_seed=5))
+    assert set(plain) == set(await seeds(steered, Decoding(temperature=1.0, sampling_seed=5)))
+    assert len({seed for *_, seed in plain}) == len({(image, text) for image, text, _ in plain})
+    other = await seeds(PLAIN, Decoding(temperature=1.0, sampling_seed=6))
+    assert not {seed for *_, seed in plain} & {seed for *_, seed in other}
+    assert {seed for *_, seed in await seeds(PLAIN, Decoding())} == {None}
 
 
 async def test_answers_keep_to_their_scene_and_seed(coco: CocoFolders, tmp_path: Path):

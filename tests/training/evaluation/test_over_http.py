@@ -71,7 +71,11 @@ def question(index: int, **changed: Any) -> Question:
 
 async def test_pixels_words_and_steering_arrive(listener: Listener):
     async with OverHttp(f"http://127.0.0.1:{listener.server_port}", artifact="abc") as service:
-        asked = [question(0), question(1, earlier=("Describe.", "A star.")), question(2, steering=SteeringRequest())]
+        asked = [
+            question(0),
+            question(1, earlier=("Describe.", "A star."), temperature=0.5, seed=11),
+            question(2, steering=SteeringRequest()),
+        ]
         replies = await ask_all(service, iter(asked), total=3, concurrency=1, report=lambda line: None)
         assert [reply.text for reply in replies] == ["QUESTION 0", "QUESTION 1", "QUESTION 2"]
         assert (replies[0].applied, replies[0].positions, replies[0].relative_shift) == (True, 3, 0.25)
@@ -79,6 +83,7 @@ async def test_pixels_words_and_steering_arrive(listener: Listener):
     assert first["steering"] == {"preset": "questions"}
     assert "steering" not in third  # left to the server's default
     assert (first["model"], first["max_tokens"], first["temperature"]) == ("m", 7, 0)
+    assert (second["temperature"], second["seed"]) == (0.5, 11)
     assert [turn["role"] for turn in second["messages"]] == ["user", "assistant", "user"]
     for index, body in enumerate((first, second, third)):
         url = body["messages"][0]["content"][0]["image_url"]["url"]

@@ -13,7 +13,6 @@ from training.command_line import run_stage
 from training.evaluate_hallucination import EvaluationSettings, evaluate, main
 from training.evaluation.miniature_benchmark import miniature_benchmark
 from training.miniature.paths import ARTIFACT
-from training.tune_presets import TuningSettings, dev_benchmark
 
 needs_miniature = pytest.mark.skipif(not (ARTIFACT / "config.json").exists(), reason="the miniature has not been built")
 
@@ -80,24 +79,6 @@ async def test_coco_captions_run_to_a_report(coco: CocoFolders):
     assert {row["scene"] for row in plain["examples"]} <= {file.name for file in coco.images.iterdir()}
     assert report["manifest"]["benchmark"]["caption_max_tokens"] == 12
     assert json.dumps(report)
-
-
-def test_presets_are_tuned_on_pictures_that_the_final_does_not_share(coco: CocoFolders):
-    tuning = TuningSettings(
-        benchmark="coco",
-        annotations=coco.annotations,
-        images=coco.images,
-        coco_split="val2014",
-        search_captions=2,
-        search_questions=4,
-        final_captions=3,
-        final_questions=6,
-    )
-    for task in ("captions", "questions"):
-        search, final = (dev_benchmark(tuning, task, stage) for stage in ("search", "final"))
-        assert (len(search.scenes), len(final.scenes)) == (2, 3)
-        assert not {scene.name for scene in search.scenes} & {scene.name for scene in final.scenes}
-        assert (search.captions, bool(search.questions)) == ((2, False) if task == "captions" else (0, True))
 
 
 def test_bad_input_ends_the_program_with_one_line(

@@ -144,15 +144,15 @@ def test_measures_are_of_begun_texts_and_agreement_of_whole_ones(store, auxiliar
     begun = reconstruction_quality("text", before.text_decoder(before.text_projection(held_out.begun_ND)),
                                    held_out.begun_ND)  # fmt: skip
     assert measured[auxiliary]["text/fvu"] == pytest.approx(begun["text/fvu"], rel=1e-3)
-    shared = before(held_out.image_ND, held_out.text_ND)
-    retrieved = retrieval_of_vectors("shared", *shared, held_out.image_ids_N)
+    image, text = before(held_out.image_ND, held_out.text_ND)
+    retrieved = retrieval_of_vectors("shared", image, text, held_out.image_ids_N)
     assert {name: measured[auxiliary][name] for name in retrieved} == pytest.approx(retrieved)
     found = read_sparse(sparse)
     assert isinstance(found, VisionLanguageSAE)
-    codes = [found.encode(part) for part in shared]
-    of_codes = retrieval_of_codes("codes", *codes, 64, held_out.image_ids_N)
+    codes = found.encode(image), found.encode(text)
+    of_codes = retrieval_of_codes("codes", codes[0], codes[1], 64, held_out.image_ids_N)
     assert {name: measured[sparse][name] for name in of_codes} == pytest.approx(of_codes)
-    as_strangers = retrieval_of_vectors("shared", *shared, torch.arange(100))
+    as_strangers = retrieval_of_vectors("shared", image, text, torch.arange(100))
     assert as_strangers["retrieval/shared_r1"] < 0.8 < retrieved["retrieval/shared_r1"]
 
 
