@@ -19,8 +19,8 @@ from steering.slot_tables import SlotTables
 from tests.tiny_models import save_tiny_artifact
 from tests.training.constructed import rebuilding_artifact
 from training.collection.prefill import prompt_inputs
-from training.evaluate_hallucination import EngineSettings, respondent
 from training.evaluation.asking import InProcess, Question
+from training.evaluation.engines import EngineSettings, respondent
 from training.evaluation.faithfulness import Answered, Faithfulness
 from training.losses import unexplained_variance
 from training.measure_faithfulness import PLAIN, SPLICED
