@@ -132,7 +132,8 @@ async def _ask(
             replies = await ask_all(answers, asked, total=len(asked), concurrency=2 * settings.batch, label=name)
             found[name] = []
             for question, reply in zip(asked, replies, strict=True):
-                if len(reply.token_ids) > 1:
+                # one token predicts none; an image token that was generated cannot be told from the prompt's
+                if len(reply.token_ids) > 1 and processor.image_token_id not in reply.token_ids:
                     said = (*answers.prompt(question), *reply.token_ids)
                     inputs = prompt_inputs(processor, family, said, question.image)
                     found[name].append(Answered(prompt=inputs, answer_tokens=len(reply.token_ids)))
