@@ -304,6 +304,7 @@ def test_operations_routes(server: RunningServer) -> None:
     assert (version["model"], version["engine"]) == (server.name, server.engine)
     assert "captions" in version["presets"]
     assert version["alignment"]
+    assert version["faithfulness"]
 
 
 def test_metrics_count(ask, server: RunningServer) -> None:
@@ -320,7 +321,7 @@ def test_the_start_says_what_is_served_and_how_to_ask(server: RunningServer) -> 
     version = server.get("/version").json()
     assert version["artifact"][:16] in log
     assert all(preset in log for preset in version["presets"])
-    assert all(name in log for name in version["alignment"])
+    assert all(name in log for name in version["alignment"] | version["faithfulness"])
     command = next(line for line in log.splitlines() if line.startswith("curl "))
     shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60).stdout
     assert receipt(ChatCompletion.model_validate_json(shown))["applied"] is True

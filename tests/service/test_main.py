@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from service import __main__ as command
 from service.__main__ import check_drain_file, check_port, own_url, startup_failure
+from service.model_replica import ModelStatus
 from service.settings import Settings, SettingsError
+from steering.engines.base import Health
+from steering.engines.checkpoint import read_checkpoint
 
 
 def test_the_command_loads_no_ray_before_it_has_set_its_environment() -> None:
@@ -63,6 +67,25 @@ def test_what_is_left_of_an_earlier_drain_is_named(tmp_path: Path) -> None:
     left.touch()
     with pytest.raises(SettingsError, match=f"--drain-file: {left} exists"):
         check_drain_file(Settings(drain_file=str(left)))
+
+
+def test_the_start_says_what_the_artifact_is_worth(
+    tiny_llava: Path, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """What its gate looked at; or that nobody did, as of imported weights."""
+    checkpoint = read_checkpoint(str(tiny_llava), tiny_artifact, None)
+    able = checkpoint.capabilities("huggingface", modes=("causal",), branches=(1,), response_format=False)
+    assert able.faithfulness
+    health = Health(alive=True, running=0, waiting=0, seconds_since_progress=0.0)
+    for known, expected in (
+        (able, ["alignment paired_overlap 0.5, stranger_overlap 0.2", "faithful  image_unexplained 0.1, text_unex"]),
+        (replace(able, alignment={}, faithfulness={}), ["alignment not measured", "faithful  not measured"]),
+    ):
+        status = ModelStatus(health=health, capabilities=known, system_fingerprint="fp")
+        monkeypatch.setattr(command, "model_status", lambda status=status: status)
+        command.report(Settings(), 1.0, keyed=False)
+        shown = capsys.readouterr().out
+        assert all(f"\n{line}" in shown for line in expected), shown
 
 
 def test_who_interrupts_the_start_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
