@@ -23,8 +23,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from steering.artifact import load_artifact
 from steering.artifact_config import ArtifactConfig, read_config, write_config
 from steering.request import SteeringRequest
-from training.alignment import alignment_gate
-from training.collection.placing import PROMPTS, read_prompts
+from training.alignment import alignment_gate, check_finite
+from training.collection.placing import PROMPTS, check_prompts, read_prompts, special_tokens
 from training.collection.prefill import prompt_inputs
 from training.command_line import parse_settings, run_stage
 from training.errors import InvalidTraining
@@ -35,6 +35,8 @@ from training.pairs import Pair, PairSource, open_pairs
 
 PORTION = 64
 """Pairs that the source is asked to plan in."""
+MIN_PICTURES = 2
+"""Of one there is no variance."""
 PLAIN = SteeringRequest(enabled=False)
 SPLICED = SteeringRequest(
     enabled=True, strength=1.0, form="published", mode="causal", alpha=1.0, beta_up=0.0, beta_down=0.0, gamma=1.0,
@@ -50,8 +52,9 @@ class FaithfulnessSettings(EngineSettings):
     """Where the pictures are, if not where the artifact's pairs were collected from; none that was trained on."""
     prompts: Path | None = None
     """What the model answers, one prompt a line, as for collect_representations."""
-    pictures: int = Field(default=200, ge=2)
-    """Pictures at the source's end that are described; at most those that training kept for measuring."""
+    pictures: int = Field(default=200, ge=MIN_PICTURES)
+    """Pictures at the source's end that are described; at most as many as the pairs show that training kept for
+    measuring."""
     max_tokens: int = Field(default=128, ge=2)
     """Longest answer."""
 
@@ -61,7 +64,7 @@ def measure_faithfulness(settings: FaithfulnessSettings) -> ArtifactConfig:
     config = read_config(settings.artifact)
     if settings.engine != "huggingface":
         raise InvalidTraining(f"--engine {settings.engine}: hidden states are read, which only huggingface gives")
-    pictures = list(islice(_pictures(settings, config), settings.pictures))
+    pictures = unseen_pictures(settings, config)
     prompts = PROMPTS if settings.prompts is None else read_prompts(settings.prompts)
     plain, spliced = asyncio.run(_ask(settings, config.family, pictures, prompts))
     model: Any = AutoModelForImageTextToText.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
@@ -69,30 +72,47 @@ def measure_faithfulness(settings: FaithfulnessSettings) -> ArtifactConfig:
     measured = faithfulness.measure(_batches(plain, settings.batch), splice=True)
     free = faithfulness.measure(_batches(spliced, settings.batch), splice=False)
     measured |= {"text_unexplained_free": free["text_unexplained"], "pictures": float(len(pictures))}
+    check_finite(measured)
     return write_config(settings.artifact, config.model_copy(update={"faithfulness": measured}))
 
 
-def _pictures(settings: FaithfulnessSettings, config: ArtifactConfig) -> Iterator[Image]:
-    """From the source's end backwards, each once."""
-    spec = settings.pairs or config.training.get("source", {}).get("spec")
+def unseen_pictures(settings: FaithfulnessSettings, config: ArtifactConfig) -> list[Image]:
+    """The last ones of the source, each once. Raises InvalidTraining where training has seen some of them."""
+    trained_on = config.training.get("source", {})
+    spec = settings.pairs or trained_on.get("spec")
     if spec is None:
         raise InvalidTraining("--pairs is needed: the artifact does not say what it was trained on")
-    kept = min((config.training.get(part, {}).get("held_out", 0) for part in ("auxiliary", "sparse")), default=0)
-    if settings.pairs is None and settings.pictures > kept:
+    source = open_pairs(spec)
+    if _contents(source.describe()) != _contents(trained_on):
+        if settings.pairs is None:
+            raise InvalidTraining(f"{spec} no longer holds the pairs that were collected from it; give --pairs")
+        kept = None
+    else:
+        kept = min((config.training.get(part, {}).get("held_out", 0) for part in ("auxiliary", "sparse")), default=0)
+    found = list(islice(_from_the_end(source, kept), settings.pictures))
+    if kept is not None and len(found) < settings.pictures:
         raise InvalidTraining(
-            f"--pictures is {settings.pictures}, but only the last {kept} pairs were kept out of both trainings; give "
-            "fewer, or other --pairs"
+            f"--pictures is {settings.pictures}, but the last {kept} pairs, which both trainings were not given, show "
+            f"{len(found)}; give fewer, or other --pairs"
         )
-    source, seen = open_pairs(spec), set()
-    for place in reversed(source.portions(PORTION)):
-        for pair in reversed(_usable(source, place)):
-            if pair.reference not in seen:
-                seen.add(pair.reference)
-                yield pair.image.convert("RGB")
+    if len(found) < MIN_PICTURES:
+        raise InvalidTraining(f"{spec}: {len(found)} pictures can be read there, at least {MIN_PICTURES} are needed")
+    return found
 
 
-def _usable(source: PairSource, place: dict[str, Any]) -> list[Pair]:
-    return [pair for _, pair in source.read(place) if isinstance(pair, Pair)]
+def _contents(described: dict[str, Any]) -> dict[str, Any]:
+    """What a source holds, wherever it lies."""
+    return {name: value for name, value in described.items() if name != "spec"}
+
+
+def _from_the_end(source: PairSource, count: int | None) -> Iterator[Image]:
+    """Pictures of the last `count` pairs, or of all, from the last one backwards; each once."""
+    seen: set[str] = set()
+    places = reversed(source.portions(PORTION))
+    for pair in islice((pair for place in places for _, pair in reversed(list(source.read(place)))), count):
+        if isinstance(pair, Pair) and pair.reference not in seen:
+            seen.add(pair.reference)
+            yield pair.image.convert("RGB")
 
 
 async def _ask(
@@ -100,6 +120,7 @@ async def _ask(
 ) -> tuple[list[Answered], list[Answered]]:
     """What the model says to the pictures, plain and spliced."""
     processor = AutoProcessor.from_pretrained(settings.model)
+    check_prompts(prompts, special_tokens(processor.tokenizer))
     found: dict[str, list[Answered]] = {}
     async with respondent(settings) as answers:
         assert isinstance(answers, InProcess)
@@ -130,8 +151,12 @@ def main() -> None:
     config = measure_faithfulness(parse_settings(FaithfulnessSettings, program=program, description=__doc__))
     for name, value in config.faithfulness.items():
         print(f"  {name:28s} {value:.4g}")
-    passed, figures = alignment_gate(config.alignment, config.faithfulness)
-    print(f"gate {'passed' if passed else 'NOT passed'}: {figures}")
+    try:
+        passed, figures = alignment_gate(config.alignment, config.faithfulness)
+    except InvalidTraining as error:
+        print(f"gate not judged: {error}")
+    else:
+        print(f"gate {'passed' if passed else 'NOT passed'}: {figures}")
 
 
 if __name__ == "__main__":
