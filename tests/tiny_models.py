@@ -110,7 +110,7 @@ def save_tiny_artifact(folder: Path, model_folder: Path, *, seed: int = 0, min_t
     auxiliary = AuxiliaryAutoencoder(hidden, shared)
     torch.nn.init.orthogonal_(auxiliary.vision_projection.weight)
     auxiliary.text_projection.load_state_dict(auxiliary.vision_projection.state_dict())
-    sae = VisionLanguageSAE(shared, concepts, active)
+    sae = _scattered_sae(shared, concepts, active)
     images = [drawn_image(index) for index in range(4)]
     content = [{"type": "image"}, {"type": "text", "text": "scene"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -140,6 +140,18 @@ def save_tiny_artifact(folder: Path, model_folder: Path, *, seed: int = 0, min_t
     )  # fmt: skip
     save_artifact(folder, artifact)
     return folder
+
+
+def _scattered_sae(shared: int, concepts: int, active: int) -> VisionLanguageSAE:
+    """Concept vectors in all directions alike: such codes are seldom so near a tie that engines may tell them apart."""
+    state = torch.get_rng_state()
+    sae = VisionLanguageSAE(shared, concepts, active)
+    torch.set_rng_state(state)
+    with torch.no_grad():
+        sae.encoder.copy_(torch.randn(concepts, shared) / shared**0.5)
+        for decoder in (sae.vision_decoder, sae.text_decoder):
+            decoder.reset_parameters()
+    return sae
 
 
 def _centre_on(auxiliary: AuxiliaryAutoencoder, sae: VisionLanguageSAE, pooled: list) -> None:

@@ -65,11 +65,11 @@ def test_a_stream_with_usage(ask, client: openai.OpenAI, server: RunningServer) 
 
 
 def test_two_choices(ask, client: openai.OpenAI, server: RunningServer) -> None:
-    answer = ask(n=2, seed=7, temperature=1)
+    answer = ask(n=2, seed=7, temperature=2)
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert text(answer, 0) != text(answer, 1)
     assert len(receipt(answer)["positions"]) == 2
-    chunks = streamed(client, server, n=2, seed=7, temperature=1)
+    chunks = streamed(client, server, n=2, seed=7, temperature=2)
     assert [joined(chunks, choice) for choice in (0, 1)] == [text(answer, 0), text(answer, 1)]
 
 
