@@ -24,6 +24,8 @@ MIN_OVERLAP_RATIO = 1.5
 MIN_OVERLAP_BEYOND_CHANCE = 0.05
 """And by at least so much more, what few pairs show by chance taken off: three of a thousand concepts in common where
 strangers have one are three times as much of nothing."""
+MIN_PAIRS = 50
+"""Held-out pairs that must have been compared: of a handful of unrelated ones some look alike."""
 MAX_UNEXPLAINED = 0.5
 """Share of the states' variance that may be lost while text is generated: beyond, what is added back to the stream is
 more the autoencoders' error than the model's own state."""
@@ -92,7 +94,7 @@ def alignment_gate(alignment: Mapping[str, float], faithfulness: Mapping[str, fl
 
     Raises InvalidTraining where the artifact does not say.
     """
-    if not {"paired_overlap", "stranger_overlap", "overlap_beyond_chance"} <= alignment.keys():
+    if not {"paired_overlap", "stranger_overlap", "overlap_beyond_chance", "pairs"} <= alignment.keys():
         raise InvalidTraining(
             "the artifact's config.json records no alignment with other pictures (imported weights have none, earlier "
             "versions had another): presets can be tuned where training.write_artifact made the artifact"
@@ -108,12 +110,14 @@ def alignment_gate(alignment: Mapping[str, float], faithfulness: Mapping[str, fl
         f"at least {MIN_OVERLAP_RATIO} times as much is needed": paired >= MIN_OVERLAP_RATIO * strangers,
         f"at least {MIN_OVERLAP_BEYOND_CHANCE} beyond chance is needed": beyond >= MIN_OVERLAP_BEYOND_CHANCE,
         f"at most {MAX_UNEXPLAINED} may be unexplained": all(faithfulness[n] <= MAX_UNEXPLAINED for n in FAITHFULNESS),
+        f"at least {MIN_PAIRS} held-out pairs are needed, not {alignment['pairs']:.0f}": alignment["pairs"]
+        >= MIN_PAIRS,
     }  # what is not a number fails
     figures = (
         f"codes of a pair overlap {paired:.3f}, of strangers {strangers:.3f}, {beyond:.3f} beyond chance; unexplained "
         f"while generating: image {faithfulness['image_unexplained']:.3f}, text "
         f"{faithfulness['text_unexplained']:.3f} (free-running {faithfulness['text_unexplained_free']:.3f}); "
-        f"cross-modal R@1 {alignment.get('recall_at_1', float('nan')):.3f}"
+        f"cross-modal R@1 {alignment.get('recall_at_1', float('nan')):.3f} of {alignment['pairs']:.0f} pairs"
     )
     failures = [reason for reason, holds in needed.items() if not holds]
     return not failures, "; ".join([figures, *failures])

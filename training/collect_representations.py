@@ -41,7 +41,6 @@ class CommandLine(CollectionOptions):
     """Side of the layers that is read."""
     dtype: ModelDtype = "float32"
     """Number format of the model; pooling is float32 whatever it is."""
-
     text_in: TextPlace = "answer"
     """Where an LVLM's texts stand: in the answer, as they are served, or in the user's turn, as the paper's authors
     have it."""

@@ -15,8 +15,6 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import Field
-
 from training import train_auxiliary_autoencoder as auxiliary_stage
 from training import train_sparse_autoencoder as sparse_stage
 from training.command_line import Settings, parse_settings, run_stage
@@ -24,6 +22,7 @@ from training.compare_runs import markdown_table, read_metrics
 from training.durable_files import write_json
 from training.errors import InvalidTraining
 from training.fitting.plots import draw_curves
+from training.fitting.workers import DeviceChoice
 from training.store.layout import MANIFEST_FILE, read_manifest
 from training.store.reader import RepresentationStore
 
@@ -48,7 +47,7 @@ class SweepSettings(Settings):
     """Options of train_auxiliary_autoencoder, as on its command line."""
     sparse: str = ""
     """Options of train_sparse_autoencoder, as on its command line."""
-    device: str = Field(default="auto")
+    device: DeviceChoice = "auto"
     """For both."""
 
 
@@ -62,7 +61,9 @@ def sweep_layers(settings: SweepSettings, report: Callable[[str], None] = print)
     measured = {}
     for layer in layers:
         report(f"== layer {layer}")
-        metrics = _train(settings, layer)
+        shared = ["--layer", str(layer), "--device", settings.device]
+        options = [[*shared, *shlex.split(own)] for own in (settings.auxiliary, settings.sparse)]
+        metrics = read_metrics(train_both(settings.representations, settings.output / f"layer_{layer}", *options))
         measured[str(layer)] = {name: metrics[key] for name, key in MEASURES.items()}
     rows = [{"layer": int(layer)} | found for layer, found in measured.items()]
     write_json(settings.output / "layers.json", measured)
@@ -70,31 +71,24 @@ def sweep_layers(settings: SweepSettings, report: Callable[[str], None] = print)
     return measured
 
 
-def _train(settings: SweepSettings, layer: int) -> dict[str, float]:
-    folder = settings.output / f"layer_{layer}"
-    shared = ["--representations", str(settings.representations), "--layer", str(layer), "--device", settings.device]
+def train_both(store: Path, folder: Path, auxiliary_options: list[str], sparse_options: list[str]) -> Path:
+    """Both autoencoders, into FOLDER/auxiliary and FOLDER/sparse, with options as on their stages' command lines; or
+    nothing where that is done. The sparse run is given back."""
     auxiliary, sparse = folder / "auxiliary", folder / "sparse"
+    shared = ["--representations", str(store)]
+    argv = [*shared, "--output", str(auxiliary), *auxiliary_options]
     auxiliary_stage.train_auxiliary_autoencoder(
-        parse_settings(
-            auxiliary_stage.CommandLine,
-            program="--auxiliary",
-            argv=[*shared, "--output", str(auxiliary), *shlex.split(settings.auxiliary)],
-        ),
-        report=_quiet,
+        parse_settings(auxiliary_stage.CommandLine, program="train_auxiliary_autoencoder", argv=argv), report=_quiet
     )
+    argv = [*shared, "--auxiliary", str(auxiliary), "--output", str(sparse), *sparse_options]
     sparse_stage.train_sparse_autoencoder(
-        parse_settings(
-            sparse_stage.CommandLine,
-            program="--sparse",
-            argv=[*shared, "--auxiliary", str(auxiliary), "--output", str(sparse), *shlex.split(settings.sparse)],
-        ),
-        report=_quiet,
+        parse_settings(sparse_stage.CommandLine, program="train_sparse_autoencoder", argv=argv), report=_quiet
     )
-    return read_metrics(sparse)
+    return sparse
 
 
 def _quiet(line: str) -> None:
-    """A sweep reports layers, not steps."""
+    """Whoever trains several reports those, not their steps."""
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from pydantic import Field
 from steering.artifact import load_artifact, save_artifact
 from steering.request import Control
 from steering.settings import Preset
-from training import collect_representations, train_auxiliary_autoencoder, train_sparse_autoencoder
+from training import collect_representations
 from training.collection.run import CollectionOptions, collect_store
 from training.command_line import Settings, parse_settings, run_stage
 from training.durable_files import write_json
@@ -39,6 +39,7 @@ from training.evaluation.scores import Scoreboard
 from training.measure_faithfulness import FaithfulnessSettings, measure_faithfulness
 from training.miniature.paths import ARTIFACT, LLAVA
 from training.run_folder import read_auxiliary, read_sparse
+from training.sweep_layers import train_both
 
 COLLECTIONS = {
     "in the user's turn": ["--text-in", "user_turn"],
@@ -103,26 +104,10 @@ def collect(store: Path, options: list[str], pairs: int) -> None:
 
 def train(store: Path, weight: float, seed: int, runs: Path) -> Path:
     """An artifact like the bundled one, but for its autoencoders."""
-    auxiliary, sparse = runs / "auxiliary", runs / "sparse"
-    shared = ["--representations", str(store), "--seed", str(seed)]
-    train_auxiliary_autoencoder.train_auxiliary_autoencoder(
-        parse_settings(
-            train_auxiliary_autoencoder.CommandLine,
-            program="train_auxiliary_autoencoder",
-            argv=[*shared, "--output", str(auxiliary), "--contrastive-weight", str(weight), *AUXILIARY],
-        ),
-        report=lambda line: None,
-    )
-    train_sparse_autoencoder.train_sparse_autoencoder(
-        parse_settings(
-            train_sparse_autoencoder.CommandLine,
-            program="train_sparse_autoencoder",
-            argv=[*shared, "--output", str(sparse), "--auxiliary", str(auxiliary), *SPARSE],
-        ),
-        report=lambda line: None,
-    )
+    seeded = ["--seed", str(seed)]
+    sparse = train_both(store, runs, [*seeded, "--contrastive-weight", str(weight), *AUXILIARY], [*seeded, *SPARSE])
     bundled = load_artifact(ARTIFACT)
-    made = replace(bundled, auxiliary=read_auxiliary(auxiliary), sae=read_sparse(sparse))
+    made = replace(bundled, auxiliary=read_auxiliary(runs / "auxiliary"), sae=read_sparse(sparse))
     save_artifact(runs / "artifact", made)
     return runs / "artifact"
 

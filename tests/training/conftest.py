@@ -1,4 +1,4 @@
-"""An untrained miniature: real classes, random weights, ready in a second."""
+"""One thread for every test of training; and an untrained miniature: real classes, random weights, ready at once."""
 
 import pytest
 import torch
@@ -6,6 +6,15 @@ import torch
 from training.miniature.clip_training import build_clip
 from training.miniature.llava_model import build_llava
 from training.miniature.processor import build_processor
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums are rounded in one order, and suites that run beside each other leave each other a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

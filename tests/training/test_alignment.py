@@ -11,16 +11,10 @@ from training.losses import unexplained_variance
 from training.store.reader import PairBatch
 
 WIDTH = 16
-ALIGNED = {"paired_overlap": 0.6, "stranger_overlap": 0.2, "overlap_beyond_chance": 0.35, "recall_at_1": 0.3}
+ALIGNED = {"paired_overlap": 0.6, "stranger_overlap": 0.2, "overlap_beyond_chance": 0.35, "recall_at_1": 0.3} | {
+    "pairs": 500.0
+}
 FAITHFUL = dict.fromkeys(FAITHFULNESS, 0.1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +75,13 @@ def test_what_is_generated_must_be_explained(name, value, passes):
     assert f"{value:.3f}" in figures
 
 
+@pytest.mark.parametrize(("pairs", "passes"), [(4.0, False), (49.0, False), (50.0, True)])
+def test_a_handful_of_pairs_shows_nothing(pairs, passes):
+    passed, figures = gate(ALIGNED | {"pairs": pairs})
+    assert passed is passes
+    assert passes is ("at least 50 held-out pairs are needed" not in figures)
+
+
 def test_all_that_fails_is_said():
     passed, figures = gate(
         ALIGNED | {"stranger_overlap": 0.6, "overlap_beyond_chance": 0.0}, dict.fromkeys(FAITHFULNESS, 1)
@@ -89,7 +90,7 @@ def test_all_that_fails_is_said():
     assert all(why in figures for why in ("1.5 times", "0.05 beyond chance is needed", "at most 0.5"))
 
 
-@pytest.mark.parametrize("missing", ["paired_overlap", "stranger_overlap", "overlap_beyond_chance"])
+@pytest.mark.parametrize("missing", ["paired_overlap", "stranger_overlap", "overlap_beyond_chance", "pairs"])
 def test_an_artifact_without_alignment_says_what_to_do(missing):
     known = {name: value for name, value in ALIGNED.items() if name != missing}
     with pytest.raises(InvalidTraining, match=r"records no alignment .*training\.write_artifact"):

@@ -38,14 +38,6 @@ from training.pairs import Pair, open_pairs
 SPEC = "miniature:vl_sae_pairs:40"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def trained_on(spec: str, *, held_out: int = 8, sparse_held_out: int | None = None) -> dict[str, Any]:
     """As write_artifact records it."""
     kept = {"auxiliary": held_out, "sparse": held_out if sparse_held_out is None else sparse_held_out}
@@ -137,13 +129,13 @@ def described(folder: Path, pictures: int, captions: int) -> str:
     return f"jsonl:{folder / 'pairs.jsonl'}"
 
 
-def chosen(settings: FaithfulnessSettings) -> list[list[int]]:
-    """Some pixels of each picture."""
-    return [[*image.getpixel((3, 3))] for image in unseen_pictures(settings, read_config(settings.artifact))]  # type: ignore
+def chosen(settings: FaithfulnessSettings) -> list[bytes]:
+    """The pixels of each picture."""
+    return [image.tobytes() for image in unseen_pictures(settings, read_config(settings.artifact))]
 
 
-def drawn(*numbers: int) -> list[list[int]]:
-    return [[*drawn_image(number).getpixel((3, 3))] for number in numbers]  # type: ignore[misc]
+def drawn(*numbers: int) -> list[bytes]:
+    return [drawn_image(number).tobytes() for number in numbers]
 
 
 def test_pictures_are_counted_not_captions(tiny_artifact, tmp_path):

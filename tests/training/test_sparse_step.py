@@ -12,14 +12,6 @@ from training.sparse_step import TrainableVLSAE, top_k
 PAIRS, SHARED, CONCEPTS, ACTIVE = 24, 16, 96, 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(dtype=torch.float64, concepts=CONCEPTS, active=ACTIVE):
     torch.manual_seed(0)
     sae = VisionLanguageSAE(SHARED, concepts, active).to(dtype)

@@ -71,7 +71,7 @@ async def test_a_preset_that_is_off_is_never_the_default():
 async def test_without_alignment_every_preset_is_off(tiny_artifact: Path, tiny_llava: Path, tmp_path: Path):
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
     config = read_config(folder)
-    unaligned = {"paired_overlap": 0.2, "stranger_overlap": 0.2, "overlap_beyond_chance": 0.0}
+    unaligned = {"paired_overlap": 0.2, "stranger_overlap": 0.2, "overlap_beyond_chance": 0.0, "pairs": 99.0}
     write_config(folder, config.model_copy(update={"alignment": unaligned, "faithfulness": FAITHFUL}))
     written, trials = await tune(TuningSettings(model=tiny_llava, artifact=folder), report=lambda line: None)
     assert {name: preset.strength for name, preset in written.presets.items()} == {

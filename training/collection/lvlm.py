@@ -3,9 +3,8 @@
     v = mean over the image tokens,  t = mean over the text tokens after the image; float32, one pair per layer
     prefixes: t as it was when only the first so many tokens of the answer had been generated
 
-Where the text stands, `placing.py` decides. Under causal attention one prefill gives the mean at every length.
-
-The prefill stops after the deepest layer asked for: no tail, no head, no generation. Knows no store and no autoencoder.
+Where the text stands, `placing.py` decides. Under causal attention one prefill gives the mean at every length. It stops
+after the deepest layer asked for: no tail, no head, no generation. Knows no store and no autoencoder.
 
 Shapes: B pairs, T tokens, D hidden size.
 """

@@ -12,8 +12,6 @@ from training.evaluation.scores import Scoreboard, as_field
 
 FORGETS = f"recall may drop by more than {MAX_RECALL_DROP}"
 FOREIGN = "other scenes' images do as well: not alignment"
-
-
 FREE_RECALL_DROP = 0.25 * MAX_RECALL_DROP
 """Of recall: nobody would notice one object in two hundred."""
 FOREIGN_SHARE = 0.1

@@ -90,9 +90,9 @@ class Loaded:
 
 
 def usable(representer: LvlmRepresenter, pairs=PAIRS) -> list[Prepared]:
-    prepared = [representer.prepare(pair) for pair in pairs]
-    assert all(isinstance(one, Prepared) for one in prepared), prepared
-    return prepared  # type: ignore[return-value]
+    prepared = [one for pair in pairs if isinstance(one := representer.prepare(pair), Prepared)]
+    assert len(prepared) == len(pairs)
+    return prepared
 
 
 def prefix_lengths(loaded: Loaded, pair: Pair, prepared: Prepared) -> list[int]:

@@ -114,14 +114,6 @@ class World:
         return Faithfulness(self.model, load_artifact(artifact)).measure(batches, splice=splice)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     return World(save_tiny_artifact(tmp_path_factory.mktemp("known") / "artifact", LLAVA))

@@ -14,14 +14,6 @@ WIDTH, HIDDEN, PREFIXES = 24, 8, 3
 Change = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def make_store():
     """make_store(folder, pairs=..., seed=..., change=...) writes one; what is given to Collected replaces its own.
@@ -62,7 +54,10 @@ def write_store(
         part = slice(rows.start, rows.stop)
         prefixes_ND = prefix_NPD[part, : collected.prefixes].unbind(1)
         portion = Portion(
-            states=dict.fromkeys(collected.names, States.of([image_ND[part], text_ND[part], *prefixes_ND])),
+            states={
+                name: States.of([tensor.clone() for tensor in (image_ND[part], text_ND[part], *prefixes_ND)])
+                for name in collected.names
+            },
             pairs=[PairRecord(pair=row, text=f"text {row}", image=f"image {row // 2}") for row in rows],
             skipped=[],
         )
