@@ -19,12 +19,12 @@ from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
-from service import proxy_edge
+from service.callers.keys import load_keys, without_keys_on_loopback
 from service.draining import drain
 from service.example import curl_command
-from service.keys import load_keys, without_keys_on_loopback
-from service.machine_metrics import FOLDER_VARIABLE
-from service.model_replica import ModelStatus
+from service.http import proxy_edge
+from service.metrics.machine import FOLDER_VARIABLE
+from service.model.replica import ModelStatus
 from service.settings import Settings, SettingsError, check_installation, parse_settings
 from steering.cluster.local_ray import private_ray, short_folder
 

@@ -14,14 +14,15 @@ from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
-from service import logs, proxy_edge
-from service.api import build_api
-from service.images import DecoderLimits, ImageDecoder
-from service.keys import check_keys_are_named
-from service.ledger import Ledger
-from service.ledger_client import RayLedger
-from service.model_client import RayModelClient
-from service.model_replica import ModelReplica
+from service.callers.keys import check_keys_are_named
+from service.callers.ledger import Ledger
+from service.callers.ledger_client import RayLedger
+from service.http import proxy_edge
+from service.http.api import build_api
+from service.images.decoder import DecoderLimits, ImageDecoder
+from service.metrics import logs
+from service.model.client import RayModelClient
+from service.model.replica import ModelReplica
 from service.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -112,7 +112,7 @@ class Settings(BaseModel):
     """Fetching all remote images of a request may take so many seconds."""
 
     keys_file: str | None = None
-    """JSON file of API keys, made by `python -m service.keys`; read again when it changes."""
+    """JSON file of API keys, made by `python -m service.callers.keys`; read again when it changes."""
     allow_anonymous: bool = False
     """Whether a service without keys may start where it does not know that it listens on loopback only."""
     only_local_names: bool = False

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from service.metrics import Metrics
+from service.metrics.meter import Metrics
 from service.settings import Settings
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

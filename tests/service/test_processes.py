@@ -165,7 +165,7 @@ def test_a_killed_image_decoder_is_replaced(server: RunningServer) -> None:
     ask = body(user(image_part(), "what ?"), model=server.name, max_tokens=1)
     assert httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=30).status_code == 200
     for pid, line in server.command_lines().items():
-        if "image_worker.py" in line:
+        if "images/worker.py" in line:
             os.kill(pid, signal.SIGKILL)
     assert httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=30).status_code == 200
 
