@@ -15,6 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from service.metrics import Metrics
 from service.settings import Settings
+from tests.pages import read, sections
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CONFIG = DEPLOY / "serve_config.yaml"
@@ -42,11 +43,11 @@ def test_every_metric_that_is_watched_exists(file: str):
     assert watched - known == set()
 
 
-def test_every_metric_is_on_the_dashboard_and_in_the_readme():
-    dashboard, readme = (DEPLOY / "grafana/dashboard.json").read_text(), (DEPLOY.parent / "README.md").read_text()
+def test_every_metric_is_on_the_dashboard_and_on_the_page():
+    dashboard, page = (DEPLOY / "grafana/dashboard.json").read_text(), sections(read("deploy/README.md"))["Watching it"]
     names = [family.name for family in Metrics().registry.collect()]
     assert [name for name in names if name not in dashboard] == []
-    assert [name for name in names if f"`{name.removeprefix('vlsae_')}" not in readme] == []
+    assert [name for name in names if f"`{name.removeprefix('vlsae_')}" not in page] == []
 
 
 def test_the_dashboard_is_one_that_grafana_can_import():
