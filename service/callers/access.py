@@ -1,4 +1,4 @@
-"""Who may ask for which path, and how often: decided before a byte of a body is read. Decodes and parses nothing."""
+"""Who may ask for what, and how often: decided before a byte of a body is read. Decodes and parses nothing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 
-from service.callers.keys import ANYBODY, Caller, KeyRing
+from service.callers.keys import ANYBODY, Caller, KeyRing, Scope
 from service.callers.ledger import Charge
 from service.errors import ApiError
 
 if TYPE_CHECKING:  # it brings Ray, which reads its environment when it is imported: `__main__` sets that later
     from service.callers.ledger_client import LedgerClient
-    from service.http.routes import Route
 
 BEARER = re.compile(r"bearer +([!-~]{1,1024})", re.IGNORECASE)
 
@@ -25,16 +24,10 @@ class Access:
         """Without a key ring everybody may do everything."""
         self._keys, self._ledger = key_ring, ledger
 
-    async def admit(self, route: Route | None, headers: Headers) -> Caller:
-        """The caller of a request that may be answered. Raises ApiError: without a key the same for every path."""
-        if route is not None and route.scope is None:
-            return ANYBODY
+    async def admit(self, headers: Headers) -> Caller:
+        """The caller of a request. Raises ApiError: without a key the same for every path."""
         caller = ANYBODY if self._keys is None else authenticate(self._keys, headers)
         await self._charge(caller, {"requests": 1})
-        if route is None:
-            raise ApiError("route_not_found", "there is no such path")
-        if route.scope not in caller.scopes:
-            raise ApiError("permission_denied", f"this path needs a key with the scope '{route.scope}'")
         return caller
 
     async def admit_images(self, caller: Caller, count: int, pixels: int) -> None:
@@ -62,6 +55,12 @@ class Access:
                 f"the key's quota is used up: {quota} a minute; see Retry-After",
                 retry_after_s=wait_s,
             )
+
+
+def require(caller: Caller, scope: Scope) -> None:
+    """Raises ApiError where the caller's key has not the scope."""
+    if scope not in caller.scopes:
+        raise ApiError("permission_denied", f"this path needs a key with the scope '{scope}'")
 
 
 def authenticate(key_ring: KeyRing, headers: Headers) -> Caller:

@@ -11,12 +11,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
+from steering.engines.base import Receipt
+
 MINUTE_S = 60.0
 ROUNDING_S = 1e-6
 """Times are sums of floats: who comes back when told must not be early by a rounding error."""
 MAX_ANSWERS = 100_000
 """They take about 64 MB."""
 ANSWER_LIFETIME_S = 3600.0
+STRENGTH_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""A strength is counted under the smallest of these that is not below it."""
 
 
 class Charge(NamedTuple):
@@ -36,6 +40,17 @@ class AnswerLabels(NamedTuple):
     preset: str
     strength: str
     applied: str
+
+    @classmethod
+    def of(cls, receipt: Receipt) -> AnswerLabels:
+        """Those of an answer with this receipt."""
+        strength = receipt.strength or 0.0
+        return cls(
+            arm=receipt.arm or "none",
+            preset=receipt.preset or "none",
+            strength=f"{next(bucket for bucket in STRENGTH_BUCKETS if strength <= bucket):g}",
+            applied="true" if receipt.applied else "false",
+        )
 
 
 class _Answer(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from service.callers.access import Access
-from service.callers.feedback import labels_of
 from service.callers.keys import Caller
+from service.callers.ledger import AnswerLabels
 from service.callers.ledger_client import LedgerClient
 from service.chat.admission import Share
 from service.chat.body_structure import check_structure
@@ -136,7 +136,7 @@ class ChatRunner:
     async def _remember(self, answer_id: str, caller: Caller, end: GenerationEnd) -> None:
         """An answer on which no feedback can be given is still an answer."""
         try:
-            await self.ledger.record_answer(answer_id, caller.name, labels_of(end.receipt))
+            await self.ledger.record_answer(answer_id, caller.name, AnswerLabels.of(end.receipt))
         except ApiError as error:
             log.warning("feedback on an answer will not be accepted: %s", error.message)
 

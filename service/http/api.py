@@ -20,7 +20,6 @@ from starlette.exceptions import HTTPException
 
 from service import VERSION
 from service.callers.access import Access
-from service.callers.feedback import FeedbackDesk
 from service.callers.keys import load_keys
 from service.callers.ledger import Ledger
 from service.callers.ledger_client import LedgerClient
@@ -30,6 +29,7 @@ from service.chat.run import ChatRunner
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
 from service.http.chat_route import ChatAnswer, ChatRoute
+from service.http.feedback_route import FeedbackDesk
 from service.http.observation import RequestObserver
 from service.http.openapi import build_openapi
 from service.http.request_guard import RequestGuard

@@ -14,7 +14,6 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import core_schema
 
 from service import VERSION
-from service.callers.feedback import FeedbackRequest
 from service.chat.request import ALIASES, STRENGTH_HEADER
 from service.chat.schemas import ChatCompletionRequest
 from service.errors import ERROR_KINDS, ApiError
@@ -30,6 +29,7 @@ from service.http.answers import (
     Version,
 )
 from service.http.error_guide import GUIDE
+from service.http.feedback_route import FeedbackRequest
 from service.http.request_id import REQUEST_ID, REQUEST_ID_HEADER
 from service.http.routes import ROUTES, Route
 from service.settings import Settings

@@ -12,10 +12,11 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.callers.access import Access
+from service.callers.access import Access, require
+from service.callers.keys import ANYBODY, Caller
 from service.errors import ApiError
 from service.http.request_id import check_request_id
-from service.http.routes import find_route
+from service.http.routes import Route, find_route
 from service.metrics.request_record import record_of
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class RequestGuard:
             check_headers(headers)
             if self._only_local_names:
                 check_host(headers)
-            scope["state"]["caller"] = await self._access.admit(route, headers)
+            scope["state"]["caller"] = await self._admit(route, headers)
             await self._app(scope, receive, watched_send)
         except ApiError as error:
             record_of(scope).error_code = error.code
@@ -61,6 +62,17 @@ class RequestGuard:
             record_of(scope).error_code = "internal_error"
             if not started:
                 await ApiError("internal_error", "the server failed on this request").response()(scope, receive, send)
+
+    async def _admit(self, route: Route | None, headers: Headers) -> Caller:
+        """Raises ApiError. Who has no key is not told which paths there are."""
+        if route is not None and route.scope is None:
+            return ANYBODY
+        caller = await self._access.admit(headers)
+        if route is None:
+            raise ApiError("route_not_found", "there is no such path")
+        assert route.scope is not None
+        require(caller, route.scope)
+        return caller
 
 
 def check_headers(headers: Headers) -> None:

@@ -14,9 +14,9 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from service.callers import feedback
 from service.callers.ledger import Ledger
 from service.errors import ApiError
+from service.http import feedback_route
 from service.http.api import build_api
 from service.http.routes import ROUTES
 from service.images.decoder import DecoderLimits, ImageDecoder
@@ -311,7 +311,7 @@ async def rate(service: Service, key: str, request_id: str, score: float = 1) ->
 async def test_feedback_is_counted_by_what_was_done(service: Service, stream: bool, caplog) -> None:
     labels = {"arm": "none", "preset": "captions", "strength": "1", "applied": "true"}
     request_id = await answered(service, "other", stream=stream)
-    with caplog.at_level("INFO", "service.callers.feedback"):
+    with caplog.at_level("INFO", "service.http.feedback_route"):
         given = await rate(service, "other", request_id, 0.25)
     assert given.json() == {"object": "feedback", "request_id": request_id, "score": 0.25}
     assert metric_of(service, "vlsae_feedback_score_ratio_sum", **labels) == 0.25
@@ -373,7 +373,7 @@ async def test_wrong_feedback_is_named(service: Service, fields: dict, param: st
 
 
 async def test_slow_senders_of_feedback_do_not_take_every_place(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feedback, "MAX_AT_ONCE", 2)
+    monkeypatch.setattr(feedback_route, "MAX_AT_ONCE", 2)
     release = asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:

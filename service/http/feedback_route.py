@@ -11,19 +11,15 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.callers.keys import Caller
-from service.callers.ledger import AnswerLabels
 from service.callers.ledger_client import LedgerClient
 from service.errors import ApiError, from_validation_error
 from service.http.body import read_json_body
 from service.metrics.meter import Metrics
-from steering.engines.base import Receipt
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * 1024
 MAX_AT_ONCE = 32
 """Requests; so many slow senders must not take the places of health checks."""
-STRENGTH_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""A strength is counted under the smallest of these that is not below it."""
 
 
 class FeedbackRequest(BaseModel):
@@ -79,14 +75,3 @@ class FeedbackDesk:
         self._metrics.feedback.labels(**labels._asdict()).observe(given.score)
         facts = {"completion_id": given.request_id, "key": caller.name or None, "score": given.score}
         log.info("feedback", extra={"facts": {**facts, **labels._asdict()}})
-
-
-def labels_of(receipt: Receipt) -> AnswerLabels:
-    """What feedback on an answer with this receipt is counted by."""
-    strength = receipt.strength or 0.0
-    return AnswerLabels(
-        arm=receipt.arm or "none",
-        preset=receipt.preset or "none",
-        strength=f"{next(bucket for bucket in STRENGTH_BUCKETS if strength <= bucket):g}",
-        applied="true" if receipt.applied else "false",
-    )
