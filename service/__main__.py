@@ -15,14 +15,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
 from service.callers.keys import load_keys, without_keys_on_loopback
 from service.draining import drain
 from service.example import curl_command
-from service.http import proxy_edge
+from service.gateway import Gateway, GatewayError, check_serve_mode, free_port, settle_gateway
 from service.metrics.machine import FOLDER_VARIABLE
 from service.model.replica import ModelStatus
 from service.settings import Settings, SettingsError, check_installation, parse_settings
@@ -55,19 +55,21 @@ class StartupError(Exception):
 
 def main() -> int:
     try:
-        settings = parse_settings(sys.argv[1:], os.environ)
+        settings = settle_gateway(parse_settings(sys.argv[1:], os.environ))
+        check_serve_mode(os.environ)
         check_port(settings.host, settings.port)
         check_installation(settings)
         check_drain_file(settings)
         settings = without_keys_on_loopback(settings, os.environ)
         keyed = load_keys(settings, os.environ) is not None
+        gateway = Gateway.before(settings, server_port=free_port()) if settings.gateway == "on" else None
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stop_on_signals()
     try:
-        serve_until_interrupted(settings, keyed=keyed)
-    except StartupError as error:
+        serve_until_interrupted(settings, gateway, keyed=keyed)
+    except (StartupError, GatewayError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -122,35 +124,47 @@ def own_url(settings: Settings) -> str:
     with suppress(ValueError):
         if ip_address(host).is_unspecified:
             host = "::1" if ":" in host else "127.0.0.1"
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    scheme = "https" if settings.tls_certificate else "http"
+    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
 
 
-def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
+def serve_until_interrupted(settings: Settings, gateway: Gateway | None, *, keyed: bool) -> None:
     """Everything that is started is gone when this returns or raises."""
+    public = settings
     began = time.monotonic()
     say(f"model     {settings.model} ({settings.engine}, {settings.resolved_device()}, {settings.resolved_dtype()})")
     say(f"artifact  {settings.loaded_artifact or 'none: steering is off'}")
+    if gateway is not None:
+        say(f"gateway   HAProxy{', TLS' if settings.tls_certificate else ''}")
+        inner = {"host": "127.0.0.1", "port": gateway.server_port, "tls_certificate": None}
+        settings = settings.model_copy(update=inner)
     say("starting Ray ...")
-    os.environ[proxy_edge.VARIABLE] = proxy_edge.IMPORT_PATH
-    for field, variable in proxy_edge.LIMITS.items():
-        os.environ[variable] = str(getattr(settings, field))
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGEST_KEPT_BLOCK_BYTES))
     os.environ.setdefault("MALLOC_ARENA_MAX", str(HEAPS))
     with tempfile.TemporaryDirectory(prefix="vlsae-run-", dir=short_folder()) as folder:
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
-        with private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
+        with gateway or nullcontext(), private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
             stop_on_signals()
             deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
             try:
                 wait_until_ready(settings, began)
-                report(settings, time.monotonic() - began, keyed=keyed)
-                while True:
-                    signal.pause()
+                report(public, time.monotonic() - began, keyed=keyed)
+                watch(gateway)
             except KeyboardInterrupt:
                 stop_gracefully(settings)
                 raise
+
+
+def watch(gateway: Gateway | None) -> None:
+    """Until a signal comes. A gateway that is lost is back at once; one that does not start again is a GatewayError."""
+    while True:
+        if gateway is None:
+            signal.pause()
+        else:
+            say(f"the gateway ended (status {gateway.wait()}): starting it again ...")
+            gateway.start()
 
 
 def deploy(settings: Settings) -> None:

@@ -1,11 +1,11 @@
 """The Ray Serve application: start reading here.
 
-    client -> Serve's HTTP proxy -> Ingress (validation, images; no torch) -> Model (tokenising, one engine)
+    client -> gateway -> Serve's HTTP proxy -> Ingress (validation, images; no torch) -> Model (tokenising, one engine)
 
-`python -m service` runs it on a Ray of its own; a cluster runs `service.app:build_application` with settings as args.
+`python -m service` runs it on a Ray of its own, on loopback without the gateway; a cluster runs
+`service.app:build_application` with settings as args.
 """
 
-import logging
 import os
 
 from fastapi import FastAPI
@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from service.callers.keys import check_keys_are_named
 from service.callers.ledger import Ledger
 from service.callers.ledger_client import RayLedger
-from service.http import proxy_edge
+from service.gateway import check_gateway_is_named, check_serve_mode
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.metrics import logs
@@ -25,7 +25,6 @@ from service.model.client import RayModelClient
 from service.model.replica import ModelReplica
 from service.settings import Settings
 
-log = logging.getLogger(__name__)
 APPLICATION = "vl-sae-steering"
 HEALTH_CHECK_PERIOD_S = 2
 """A replica that was killed is noticed, and replaced, at the next check."""
@@ -61,8 +60,7 @@ class Ingress:
 
     def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle | None = None) -> None:
         logs.configure(settings.log_file)
-        if os.environ.get(proxy_edge.VARIABLE) != proxy_edge.IMPORT_PATH:  # the proxy's containers have ours
-            log.warning("%s is not %s here: clients have no limits", proxy_edge.VARIABLE, proxy_edge.IMPORT_PATH)
+        check_serve_mode(os.environ)
         self._settings, self._model = settings, RayModelClient(model)
         self._ledger = None if ledger is None else RayLedger(ledger)
         limits = DecoderLimits(
@@ -93,6 +91,8 @@ def build_application(settings: Settings) -> Application:
     'auto' means is settled here, so that the GPU asked of Ray is the one that the replica uses.
     """
     check_keys_are_named(settings, os.environ)
+    check_gateway_is_named(settings)
+    check_serve_mode(os.environ)
     settings = settings.model_copy(update={"device": settings.resolved_device(), "dtype": settings.resolved_dtype()})
     gpus = settings.tensor_parallel_size if settings.resolved_device().startswith("cuda") else 0
     model = Model.options(

@@ -9,6 +9,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,10 @@ class Settings(BaseModel):
     """Address to listen on; any but a loopback address needs keys."""
     port: int = Field(default=8000, ge=1, le=65535)
     """TCP port."""
+    gateway: Literal["auto", "on", "off", "external"] = "auto"
+    """What bounds clients: 'on' starts HAProxy, 'external' is yours, 'auto' is 'on' for any host but loopback."""
+    tls_certificate: str | None = None
+    """PEM file of certificate and key: the gateway speaks TLS (default: none)."""
     engine: Literal["huggingface", "vllm"] = "huggingface"
     """What runs the model."""
     model: str = str(BUNDLED_MODEL)
@@ -97,7 +102,7 @@ class Settings(BaseModel):
     max_image_side: int = Field(default=16_384, ge=1)
     """Longest side of an image, in pixels."""
     max_memory_bytes: int = Field(default=2048 * MIB, validate_default=True)
-    """Bodies, pixels and kept logprobs that an ingress replica or a proxy holds, in bytes; a key may hold half."""
+    """Bodies, pixels and kept logprobs that an ingress replica holds, in bytes; a key may hold half."""
 
     image_workers: int = Field(default=2, ge=1)
     """Decoding processes per ingress replica."""
@@ -162,6 +167,19 @@ class Settings(BaseModel):
         if "artifact" not in values and model == BUNDLED_MODEL.resolve():
             return {**values, "artifact": str(BUNDLED_ARTIFACT)}
         return values
+
+    @property
+    def on_loopback(self) -> bool:
+        """Nobody but this machine reaches the host."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def behind_gateway(self) -> bool:
+        """What does not come through one is refused. 'auto' is settled before this is asked."""
+        return self.gateway in ("on", "external")
 
     @property
     def model_name(self) -> str:

@@ -100,7 +100,12 @@ def build_api(
     api = FastAPI(
         title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
     )
-    api.add_middleware(RequestGuard, access=access, only_local_names=settings.only_local_names)
+    api.add_middleware(
+        RequestGuard,
+        access=access,
+        only_local_names=settings.only_local_names,
+        behind_gateway=settings.behind_gateway,
+    )
     api.add_middleware(RequestObserver, metrics=metrics, tracing=tracing, proxied=proxied)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)

@@ -14,13 +14,13 @@ from service.settings import Settings, SettingsError
 
 
 def test_a_cluster_s_args_are_settings() -> None:
-    args = {"model": "/models/tiny", "artifact": "/a", "max_choices": 3, "allow_anonymous": True}
+    args = {"model": "/models/tiny", "artifact": "/a", "max_choices": 3, "allow_anonymous": True, "gateway": "off"}
     assert isinstance(build_as_a_cluster_does(build_application, args), Application)
 
 
 @pytest.mark.parametrize(("args", "gpus"), [({"device": "cuda", "tensor_parallel_size": 2}, 2), ({"device": "cpu"}, 0)])
 def test_a_model_gets_the_gpus_it_computes_with(args: dict, gpus: int) -> None:
-    application = build_application(Settings(engine="vllm", allow_anonymous=True, **args))
+    application = build_application(Settings(engine="vllm", gateway="off", allow_anonymous=True, **args))
     _settings, model = cast(tuple[Any, Any], application._bound_deployment.init_args)
     assert model._bound_deployment.ray_actor_options["num_gpus"] == gpus
 
@@ -35,12 +35,23 @@ def test_a_cluster_needs_keys_unless_it_says_otherwise() -> None:
     """A cluster's build does not know who can reach it. The file need not be where the application is built."""
     with pytest.raises(SettingsError, match=r"--keys-file: .*--allow-anonymous"):
         build_application(Settings())
-    assert isinstance(build_application(Settings(keys_file="/secrets/keys.json")), Application)
+    assert isinstance(build_application(Settings(keys_file="/secrets/keys.json", gateway="external")), Application)
+
+
+def test_a_cluster_says_what_stands_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And Serve may not open a way around it."""
+    with pytest.raises(SettingsError, match=r"gateway: say external, .* or off"):
+        build_application(Settings(allow_anonymous=True))
+    for variable in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS"):
+        monkeypatch.setenv(variable, "1")
+        with pytest.raises(SettingsError, match=f"{variable}: .*unset it"):
+            build_application(Settings(allow_anonymous=True, gateway="external"))
+        monkeypatch.delenv(variable)
 
 
 @pytest.mark.parametrize(("replicas", "shared"), [(1, 0), (3, 1)])
 def test_several_ingress_replicas_share_a_ledger(replicas: int, shared: int) -> None:
-    application = build_application(Settings(allow_anonymous=True, ingress_replicas=replicas))
+    application = build_application(Settings(allow_anonymous=True, gateway="off", ingress_replicas=replicas))
     _settings, _model, *ledgers = cast(tuple[Any, ...], application._bound_deployment.init_args)
     assert len(ledgers) == shared
     for ledger in ledgers:

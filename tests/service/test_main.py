@@ -99,5 +99,5 @@ def test_who_interrupts_the_start_waits_for_nobody(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(command, "stop_on_signals", lambda: None)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with pytest.raises(KeyboardInterrupt):
-        command.serve_until_interrupted(Settings(), keyed=False)
+        command.serve_until_interrupted(Settings(), None, keyed=False)
     assert "stopping" not in capsys.readouterr().out
