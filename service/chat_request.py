@@ -11,7 +11,7 @@ from service.image_intake import AdmitImages, take_images
 from service.images import ImageDecoder
 from service.keys import Caller
 from service.remote_images import RemoteImages
-from service.schemas import ChatCompletionRequest, ImagePart, SchemaFormat
+from service.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
 from service.settings import Settings
 from steering.engines.base import ResponseFormat, Sampling
 from steering.request import RequestedSteering, SteeringRequest, merge_sources
@@ -161,10 +161,12 @@ def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
     for message in request.messages:
         role = "system" if message.role == "developer" else message.role
         content = message.content
+        if isinstance(message, AssistantMessage):
+            content = content or message.refusal or ""
         parts = (
             (content,)
             if isinstance(content, str)
-            else tuple(None if isinstance(part, ImagePart) else part.text for part in content)
+            else tuple(None if isinstance(part, ImagePart) else part.text for part in content or ())
         )
         turns.append(Turn(role, parts))
     return tuple(turns)
@@ -180,7 +182,7 @@ def image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:
     return [
         (f"messages[{message_index}].content[{part_index}].image_url.url", part.image_url.url)
         for message_index, message in enumerate(request.messages)
-        if not isinstance(message.content, str)
+        if isinstance(message.content, list)
         for part_index, part in enumerate(message.content)
         if isinstance(part, ImagePart)
     ]
