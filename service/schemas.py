@@ -153,7 +153,7 @@ class NamedSchema(Strict):
     )
     """A JSON schema of at most 64 KiB, 32 levels and 1,000 parts, without references to elsewhere."""
     strict: bool | None = None
-    """Accepted either way: an answer always follows its schema."""
+    """Accepted either way: an answer follows all of its schema that can be enforced."""
     description: str | None = Field(default=None, max_length=1024)
     """Accepted and not used."""
 
@@ -226,7 +226,7 @@ class ChatCompletionRequest(Strict):
     logit_bias: BiasTable | None = None
     """Token id to what is added to its logit."""
     response_format: ResponseFormat | None = None
-    """Only engines whose capabilities say so take another than 'text'."""
+    """What shape the answer has: free text, a JSON object, or JSON that follows a schema."""
     steering: SteeringRequest | None = None
     """How the answer is steered; an extension."""
 
