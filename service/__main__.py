@@ -19,12 +19,12 @@ from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
-from service import proxy_edge
+from service.callers.keys import load_keys, without_keys_on_loopback
 from service.draining import drain
 from service.example import curl_command
-from service.keys import load_keys, without_keys_on_loopback
-from service.machine_metrics import FOLDER_VARIABLE
-from service.model_replica import ModelStatus
+from service.http import proxy_edge
+from service.metrics.machine import FOLDER_VARIABLE
+from service.model.replica import ModelStatus
 from service.settings import Settings, SettingsError, check_installation, parse_settings
 from steering.cluster.local_ray import private_ray, short_folder
 
@@ -140,7 +140,7 @@ def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
-        with private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
+        with private_ray(cpus=settings.ingress_replicas + settings.model_replicas * settings.cpu_threads):
             stop_on_signals()
             deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
             try:
@@ -200,8 +200,11 @@ def wait_until_ready(settings: Settings, began: float) -> None:
     reported = time.monotonic()
     while True:
         application = serve.status().applications.get(APPLICATION)
-        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise StartupError(startup_failure("\n".join(one.message for one in application.deployments.values())))
+        if application is not None:
+            messages = "\n".join(one.message for one in application.deployments.values())
+            failed = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
+            if failed or any(family in messages for family in EXPLAINED):  # nor would these heal if tried again
+                raise StartupError(startup_failure(messages))
         if get(settings, "/readyz") is not None:
             return
         if time.monotonic() - began > settings.startup_timeout_s:

@@ -14,14 +14,15 @@ from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
-from service import logs, proxy_edge
-from service.api import build_api
-from service.images import DecoderLimits, ImageDecoder
-from service.keys import check_keys_are_named
-from service.ledger import Ledger
-from service.ledger_client import RayLedger
-from service.model_client import RayModelClient
-from service.model_replica import ModelReplica
+from service.callers.keys import check_keys_are_named
+from service.callers.ledger import Ledger
+from service.callers.ledger_client import RayLedger
+from service.http import proxy_edge
+from service.http.api import build_api
+from service.images.decoder import DecoderLimits, ImageDecoder
+from service.metrics import logs
+from service.model.client import RayModelClient
+from service.model.replica import ModelReplica
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ HEALTH_CHECK_PERIOD_S = 2
 HEALTH_CHECK_TIMEOUT_S = 30
 LEDGER_CHECK_PERIOD_S = 1
 """While it is lost, callers with a quota are refused."""
+MODEL_STARTS = 3
+"""So often a model replica is started before a rollout counts as failed: a GPU may fail once, a damaged artifact always
+does, and `python -m service` does not wait for the other times."""
 SHUTDOWN_MARGIN_S = 5
 """So much longer than any request may take, a replica that goes, and Serve's proxy, wait for it."""
 
@@ -50,7 +54,7 @@ class Model(ModelReplica):
 
 @serve.deployment(name="Ledger")
 class SharedLedger(Ledger):
-    """One for all ingress replicas, where there are several."""
+    """One for all ingress replicas, however many there are or come to be."""
 
 
 @serve.deployment(name="Ingress")
@@ -58,12 +62,12 @@ class SharedLedger(Ledger):
 class Ingress:
     """HTTP, validation and image decoding."""
 
-    def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle | None = None) -> None:
+    def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle) -> None:
         logs.configure(settings.log_file)
         if os.environ.get(proxy_edge.VARIABLE) != proxy_edge.IMPORT_PATH:  # the proxy's containers have ours
             log.warning("%s is not %s here: clients have no limits", proxy_edge.VARIABLE, proxy_edge.IMPORT_PATH)
         self._settings, self._model = settings, RayModelClient(model)
-        self._ledger = None if ledger is None else RayLedger(ledger)
+        self._ledger = RayLedger(ledger)
         limits = DecoderLimits(
             memory_bytes=settings.image_memory_bytes,
             timeout_s=settings.image_timeout_s,
@@ -93,13 +97,13 @@ def build_application(settings: Settings) -> Application:
     """
     check_keys_are_named(settings, os.environ)
     settings = settings.model_copy(update={"device": settings.resolved_device(), "dtype": settings.resolved_dtype()})
-    gpus = settings.tensor_parallel_size if settings.resolved_device().startswith("cuda") else 0
+    gpus = settings.tensor_parallel_size if settings.resolved_device() == "cuda" else 0
     model = Model.options(
         num_replicas=settings.model_replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": settings.cpu_threads, "num_gpus": gpus},
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
-        max_constructor_retry_count=1,  # a damaged artifact does not heal
+        max_constructor_retry_count=MODEL_STARTS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
@@ -115,17 +119,13 @@ def build_application(settings: Settings) -> Application:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.2,
-    ).bind(settings, model, *_shared_ledger(settings))
+    ).bind(settings, model, _ledger(settings))
 
 
-def _shared_ledger(settings: Settings) -> tuple[Application, ...]:
-    """Nothing for a single replica, which keeps its own."""
-    if settings.ingress_replicas == 1:
-        return ()
-    every_request_of_all = settings.ingress_replicas * (settings.max_concurrent_requests + 64)
-    ledger = SharedLedger.options(
+def _ledger(settings: Settings) -> Application:
+    """As many requests may wait for it as all ingress replicas work on."""
+    return SharedLedger.options(
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=every_request_of_all,
+        max_ongoing_requests=settings.ingress_replicas * (settings.max_concurrent_requests + 64),
         health_check_period_s=LEDGER_CHECK_PERIOD_S,
-    )
-    return (ledger.bind(),)
+    ).bind()

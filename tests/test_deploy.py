@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -13,8 +14,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from service.metrics import Metrics
+from service.metrics.meter import Metrics
 from service.settings import Settings
+from tests.pages import code_blocks, read, sections
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CONFIG = DEPLOY / "serve_config.yaml"
@@ -33,6 +35,16 @@ def test_the_serve_configuration_names_our_application_and_settings():
     assert schema.http_options.host == "127.0.0.1"
 
 
+def test_the_page_s_pod_drains_before_it_is_killed():
+    [example] = [code for language, code in code_blocks(read("deploy/README.md")) if language == "yaml"]
+    pod = yaml.safe_load(example)
+    settings = Settings.model_validate(pod["args"])
+    *_, module, file, option, seconds = pod["lifecycle"]["preStop"]["exec"]["command"]
+    assert importlib.util.find_spec(module) is not None
+    assert (file, option) == (str(settings.drain_file), "--timeout-s")
+    assert settings.drain_timeout_s < float(seconds) < pod["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.parametrize("file", WATCHING)
 def test_every_metric_that_is_watched_exists(file: str):
     families = Metrics().registry.collect()
@@ -42,11 +54,11 @@ def test_every_metric_that_is_watched_exists(file: str):
     assert watched - known == set()
 
 
-def test_every_metric_is_on_the_dashboard_and_in_the_readme():
-    dashboard, readme = (DEPLOY / "grafana/dashboard.json").read_text(), (DEPLOY.parent / "README.md").read_text()
+def test_every_metric_is_on_the_dashboard_and_on_the_page():
+    dashboard, page = (DEPLOY / "grafana/dashboard.json").read_text(), sections(read("deploy/README.md"))["Watching it"]
     names = [family.name for family in Metrics().registry.collect()]
     assert [name for name in names if name not in dashboard] == []
-    assert [name for name in names if f"`{name.removeprefix('vlsae_')}" not in readme] == []
+    assert [name for name in names if f"`{name.removeprefix('vlsae_')}" not in page] == []
 
 
 def test_the_dashboard_is_one_that_grafana_can_import():

@@ -33,11 +33,11 @@ from random_llava import save_random_artifact, save_random_llava
 from running_service import RunningService, running_service
 from steering_overhead import SHAPES
 
-from service.chat import parse_chat
-from service.chat_job import ChatJob
-from service.chat_request import merge_steering, sampling_of, turns_of
-from service.images import RgbImage
-from service.model_replica import ModelReplica
+from service.chat.request import merge_steering, sampling_of, turns_of
+from service.chat.run import parse_chat
+from service.images.decoder import RgbImage
+from service.model.job import ModelJob
+from service.model.replica import ModelReplica
 from service.settings import Settings
 from steering.engines.base import GenerationRequest, TextDelta
 from training.evaluation.manifest import describe_run
@@ -49,14 +49,14 @@ TOKENS = 8
 MIN_ROUNDS = 7
 
 
-def make_jobs(asked: Asked, settings: Settings) -> list[ChatJob]:
+def make_jobs(asked: Asked, settings: Settings) -> list[ModelJob]:
     """What the ingress makes of the bodies: the same requests, without HTTP."""
     jobs = []
     pictures = miniature_benchmark(captions=len(asked.bodies), questions=0, seed=0, scene_range="dev").scenes
     for number, (body, scene) in enumerate(zip(asked.bodies, pictures, strict=True)):
         chat, picture = parse_chat(body), scene.image.convert("RGB")
         jobs.append(
-            ChatJob(
+            ModelJob(
                 request_id=f"job-{number}",
                 turns=turns_of(chat),
                 images=(RgbImage(picture.width, picture.height, picture.tobytes()),),
@@ -72,7 +72,7 @@ def make_jobs(asked: Asked, settings: Settings) -> list[ChatJob]:
 class Comparison:
     """The three ways, asked one at a time."""
 
-    def __init__(self, service: RunningService, replica: ModelReplica, asked: Asked, jobs: list[ChatJob]) -> None:
+    def __init__(self, service: RunningService, replica: ModelReplica, asked: Asked, jobs: list[ModelJob]) -> None:
         self._port, self._replica, self._asked, self._jobs = service.port, replica, asked, jobs
         self._prepared = [replica.prepare(job)[0] for job in jobs]
         self._number = 0

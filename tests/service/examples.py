@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator
 
 from PIL import Image
 
-from service.chat_job import ChatJob
 from service.errors import ApiError
-from service.model_client import Answer
-from service.model_replica import AnswerStart, ModelStatus
+from service.model.client import Answer
+from service.model.job import ModelJob
+from service.model.replica import AnswerStart, ModelStatus
 from steering.engines.base import (
     Capabilities,
     GenerationEnd,
@@ -92,12 +92,12 @@ class ScriptedModel:
 
     def __init__(self, *events: TextDelta | GenerationEnd | Exception) -> None:
         self.events = events or (delta(0, "a star"), delta(0, "", finish="stop", tokens=0), end(3))
-        self.jobs: list[ChatJob] = []
+        self.jobs: list[ModelJob] = []
         self.closed = 0
         self.health: Health | ApiError = Health(alive=True, running=0, waiting=0, seconds_since_progress=0.0)
         self.since_event = float("inf")
 
-    async def generate(self, job: ChatJob) -> AsyncGenerator[Answer, None]:
+    async def generate(self, job: ModelJob) -> AsyncGenerator[Answer, None]:
         self.jobs.append(job)
         try:
             yield AnswerStart(system_fingerprint="fp_test", prompt_tokens=20)

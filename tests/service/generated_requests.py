@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="srv") as folder:
         home = Path(folder)
         file = home / "keys.json"
-        make_key = [sys.executable, "-m", "service.keys", "--file", str(file), "--name", "all"]
+        make_key = [sys.executable, "-m", "service.callers.keys", "--file", str(file), "--name", "all"]
         make_key += ["--scopes", "chat,explain,evaluate,metrics"]
         key = subprocess.run(make_key, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
         paths = ("--model", str(BUNDLED_MODEL), "--keys-file", str(file))

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import httpcore
 import trustme
 
-from service.remote_images import RemoteImages, tcp_connector
+from service.images.remote import RemoteImages, tcp_connector
 
 HOST = "images.example"
 PUBLIC = "203.1.113.7"

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from service.last_look import FRESH_S
+from service.model.readiness import FRESH_S
 from steering.cluster.local_ray import descendants
 
 REPOSITORY = Path(__file__).parent.parent.parent

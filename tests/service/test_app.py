@@ -21,7 +21,7 @@ def test_a_cluster_s_args_are_settings() -> None:
 @pytest.mark.parametrize(("args", "gpus"), [({"device": "cuda", "tensor_parallel_size": 2}, 2), ({"device": "cpu"}, 0)])
 def test_a_model_gets_the_gpus_it_computes_with(args: dict, gpus: int) -> None:
     application = build_application(Settings(engine="vllm", allow_anonymous=True, **args))
-    _settings, model = cast(tuple[Any, Any], application._bound_deployment.init_args)
+    _settings, model, _ledger = cast(tuple[Any, ...], application._bound_deployment.init_args)
     assert model._bound_deployment.ray_actor_options["num_gpus"] == gpus
 
 
@@ -38,11 +38,16 @@ def test_a_cluster_needs_keys_unless_it_says_otherwise() -> None:
     assert isinstance(build_application(Settings(keys_file="/secrets/keys.json")), Application)
 
 
-@pytest.mark.parametrize(("replicas", "shared"), [(1, 0), (3, 1)])
-def test_several_ingress_replicas_share_a_ledger(replicas: int, shared: int) -> None:
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_all_ingress_replicas_share_a_ledger(replicas: int) -> None:
+    """Of one, too: how many there are is Serve's matter once it scales them."""
     application = build_application(Settings(allow_anonymous=True, ingress_replicas=replicas))
-    _settings, _model, *ledgers = cast(tuple[Any, ...], application._bound_deployment.init_args)
-    assert len(ledgers) == shared
-    for ledger in ledgers:
-        assert ledger._bound_deployment.num_replicas == 1
-        assert ledger._bound_deployment.ray_actor_options["num_cpus"] == 0
+    _settings, _model, ledger = cast(tuple[Any, ...], application._bound_deployment.init_args)
+    assert ledger._bound_deployment.num_replicas == 1
+    assert ledger._bound_deployment.ray_actor_options["num_cpus"] == 0
+
+
+def test_ray_is_told_how_many_cores_a_model_computes_with() -> None:
+    application = build_application(Settings(allow_anonymous=True, device="cpu", cpu_threads=4))
+    _settings, model, _ledger = cast(tuple[Any, ...], application._bound_deployment.init_args)
+    assert model._bound_deployment.ray_actor_options["num_cpus"] == 4

@@ -13,10 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.api import build_api
 from service.draining import Drain, WorkLock, drain, lock_of, share
 from service.errors import ApiError
-from service.images import DecoderLimits, ImageDecoder
+from service.http.api import build_api
+from service.images.decoder import DecoderLimits, ImageDecoder
 from service.settings import Settings, SettingsError
 from steering.engines.base import GenerationEnd, TextDelta
 from tests.service.examples import ScriptedModel, body

@@ -14,7 +14,7 @@ import pytest
 
 from service import __main__ as command
 from service.__main__ import check_drain_file, check_port, own_url, startup_failure
-from service.model_replica import ModelStatus
+from service.model.replica import ModelStatus
 from service.settings import Settings, SettingsError
 from steering.engines.base import Health
 from steering.engines.checkpoint import read_checkpoint

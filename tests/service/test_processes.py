@@ -37,7 +37,7 @@ def endless(server: RunningServer, checkpoint: tuple[Path, Path]) -> dict:
 
 
 def test_a_client_that_leaves_a_stream_frees_the_engine(server: RunningServer, endless: dict) -> None:
-    cancelled = 'vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}'
+    cancelled = 'vlsae_requests_total{applied="unknown",arm="unknown",finish="cancelled"}'
     before, tokens = server.metric(cancelled), server.metric(COMPLETION_TOKENS)
     with httpx.stream(
         "POST", server.url + "/v1/chat/completions", json={**endless, "stream": True}, timeout=30
@@ -165,7 +165,7 @@ def test_a_killed_image_decoder_is_replaced(server: RunningServer) -> None:
     ask = body(user(image_part(), "what ?"), model=server.name, max_tokens=1)
     assert httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=30).status_code == 200
     for pid, line in server.command_lines().items():
-        if "image_worker.py" in line:
+        if "images/worker.py" in line:
             os.kill(pid, signal.SIGKILL)
     assert httpx.post(server.url + "/v1/chat/completions", json=ask, timeout=30).status_code == 200
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from service.chat_job import Turn
-from service.conversation import ChatTokenizer
+from service.model.conversation import ChatTokenizer
+from service.model.job import Turn
 from steering.engines.huggingface.engine import HuggingFaceEngine
 from steering.request import SteeringRequest
 from tests.tiny_models import drawn_image

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service import keys
+from service.callers import keys
 from tests.service.running_server import start_server
 from tests.service.trace_collector import collecting_traces
 from tests.service.watched_server import REQUESTS_PER_MINUTE, Watched

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from service import keys
+from service.callers import keys
 from tests.service.watched_server import REQUESTS_PER_MINUTE, Watched
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]

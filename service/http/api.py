@@ -1,0 +1,220 @@
+"""The HTTP side, put together. `build_api` needs a model and a decoder and knows nothing of Ray: tests run it in
+process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from openai.types import Model
+from starlette.exceptions import HTTPException
+
+from service import VERSION
+from service.callers.access import Access
+from service.callers.keys import load_keys
+from service.callers.ledger import Ledger
+from service.callers.ledger_client import LedgerClient
+from service.chat.admission import Admission
+from service.chat.request import ALIASES, find_alias
+from service.chat.run import ChatRunner
+from service.draining import Drain, shutting_down
+from service.errors import ApiError
+from service.http.chat_route import ChatAnswer, ChatRoute
+from service.http.feedback_route import FeedbackDesk
+from service.http.observation import RequestObserver
+from service.http.openapi import build_openapi
+from service.http.request_guard import RequestGuard
+from service.http.routes import ROUTES
+from service.images.decoder import ImageDecoder
+from service.images.remote import RemoteImages
+from service.metrics.meter import Metrics
+from service.metrics.request_record import record_of
+from service.metrics.tracing import Tracing
+from service.model.client import ModelClient
+from service.model.readiness import Readiness
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+OWNER = "vl-sae-steering"
+LOOK_EVERY_S = 1.0
+
+
+def build_api(
+    settings: Settings,
+    model: ModelClient,
+    decoder: ImageDecoder,
+    remote: RemoteImages | None = None,
+    ledger: LedgerClient | None = None,
+    proxied: bool = False,
+) -> FastAPI:
+    """The whole HTTP side. Where `remote` is given, images come from there instead of the settings' hosts.
+
+    Several replicas share a `ledger`; one has its own. `proxied`: behind Serve's proxy, which answers with the request
+    id itself. Raises SettingsError where keys are needed and cannot be read.
+    """
+    metrics, tracing = Metrics(), Tracing(settings.traces_endpoint)
+    metrics.warn_if_alone(settings.ingress_replicas)
+    drain = Drain(settings.drain_file, settings.drain_timeout_s)
+    ledger = Ledger() if ledger is None else ledger
+    keys = load_keys(settings, os.environ)
+    access = Access(keys, ledger)
+    runner = ChatRunner(
+        settings=settings,
+        model=model,
+        decoder=decoder,
+        remote=remote or _remote_images(settings),
+        access=access,
+        ledger=ledger,
+        tracing=tracing,
+    )
+    admission = Admission(
+        places=settings.max_concurrent_requests,
+        memory_bytes=settings.max_memory_bytes,
+        in_progress=metrics.in_progress,
+    )
+    handlers = Handlers(
+        settings=settings,
+        chat=ChatRoute(runner=runner, admission=admission, drain=drain, metrics=metrics),
+        desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
+        readiness=Readiness(model, unready_after_s=settings.unready_after_s),
+        document=json.dumps(build_openapi(settings, with_keys=keys is not None)),
+        started=int(time.time()),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
+        looking = asyncio.create_task(_keep_looking(handlers))
+        yield
+        looking.cancel()
+        tracing.close()
+
+    api = FastAPI(
+        title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
+    )
+    api.add_middleware(RequestGuard, access=access, only_local_names=settings.only_local_names)
+    api.add_middleware(RequestObserver, metrics=metrics, tracing=tracing, proxied=proxied)
+    api.add_exception_handler(ApiError, _answer_api_error)
+    api.add_exception_handler(HTTPException, _answer_http_error)
+    for route in ROUTES:
+        api.add_api_route(route.path, getattr(handlers, route.handler), methods=[route.method])
+    return api
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handlers:
+    """What each route does, by the name that it has in ROUTES."""
+
+    settings: Settings
+    chat: ChatRoute
+    desk: FeedbackDesk
+    readiness: Readiness
+    document: str
+    """OpenAPI."""
+    started: int
+    """Seconds since 1970."""
+
+    async def chat_completions(self, request: Request) -> Response:
+        return ChatAnswer(self.chat, request)
+
+    async def feedback(self, request: Request) -> Response:
+        async with self.chat.drain.request():
+            return await self.desk.answer(request)
+
+    async def models(self) -> Response:
+        ids = [self.settings.model_name + alias for alias in ALIASES]
+        return JSONResponse({"object": "list", "data": [self._model(model_id) for model_id in ids]})
+
+    async def one_model(self, model_id: str) -> Response:
+        find_alias(model_id, self.settings.model_name)
+        return JSONResponse(self._model(model_id))
+
+    async def alive(self) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self) -> Response:
+        return JSONResponse(await self.look())
+
+    async def version(self) -> Response:
+        status = await self.readiness.status()
+        able = status.capabilities
+        return JSONResponse(
+            {
+                "version": VERSION,
+                "model": self.settings.model_name,
+                "model_family": able.model_family,
+                "engine": able.engine,
+                "context_tokens": able.context_tokens,
+                "system_fingerprint": status.system_fingerprint,
+                "artifact": able.artifact,
+                "presets": list(able.presets),
+                "alignment": able.alignment,
+                "faithfulness": able.faithfulness,
+            }
+        )
+
+    async def openapi(self) -> Response:
+        return Response(self.document, media_type="application/json")
+
+    async def metrics(self) -> Response:
+        with suppress(ApiError):
+            await self.look()
+        text = await asyncio.to_thread(self.chat.metrics.exposition)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def look(self) -> dict:
+        """What /readyz says; raises ApiError where it is not ready. The gauge says the same."""
+        is_ready = False
+        try:
+            if self.chat.drain.begun:
+                raise shutting_down()
+            answer = await self.readiness.check()
+            is_ready = True
+            return answer
+        finally:
+            self.chat.metrics.ready.set(is_ready)
+
+    def _model(self, model_id: str) -> dict:
+        return Model(id=model_id, created=self.started, object="model", owned_by=OWNER).model_dump()
+
+
+def _remote_images(settings: Settings) -> RemoteImages:
+    timeout_s, max_image_bytes = settings.image_fetch_timeout_s, settings.max_image_bytes
+    return RemoteImages(settings.image_hosts, timeout_s=timeout_s, max_image_bytes=max_image_bytes)
+
+
+async def _keep_looking(handlers: Handlers) -> None:
+    """The gauge is true though nobody asks: a scrape may go to `metrics/machine.py`, a probe to Serve."""
+    while True:
+        try:
+            await handlers.look()
+        except ApiError:
+            pass  # not ready, as the gauge says
+        except Exception:
+            log.exception("whether the model is ready cannot be found out")
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    record_of(request.scope).error_code = error.code
+    return error.response()
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Routes and methods that do not exist."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        answer = ApiError("method_not_allowed", f"{request.method} is not allowed on this path")
+    else:
+        answer = ApiError("route_not_found", "there is no such path")
+    record_of(request.scope).error_code = answer.code
+    return answer.response(dict(error.headers or {}))

@@ -1,0 +1,157 @@
+"""`POST /v1/chat/completions`, from its first byte to its last: admitted, read, run (`chat/run.py`), written."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import cast
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from service.chat.admission import Admission, Share
+from service.chat.request import STRENGTH_HEADER
+from service.chat.run import AnswerShape, ChatRunner
+from service.chat.streaming import AnswerHead, Event, completion_json, error_event, event_stream
+from service.draining import Drain
+from service.errors import ApiError
+from service.http.body import read_json_body
+from service.metrics.meter import Meter, Metrics
+from service.metrics.request_record import record_of
+from service.model.client import Answer
+from service.model.job import ModelJob
+from service.model.replica import AnswerStart
+from service.settings import COPIES_OF_A_BODY
+
+log = logging.getLogger(__name__)
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRoute:
+    """What all requests share."""
+
+    runner: ChatRunner
+    admission: Admission
+    drain: Drain
+    metrics: Metrics
+
+
+class ChatAnswer(Response):
+    """Does all its work while it is being sent, in one coroutine: whatever ends it, everything is given back."""
+
+    def __init__(self, route: ChatRoute, request: Request) -> None:
+        super().__init__()
+        self._route, self._request = route, request
+        self._settings = route.runner.settings
+        self._caller = request.state.caller
+        self._record = record_of(request.scope)
+        self._meter = Meter(route.metrics, self._record)
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failure: str | None = "cancelled"
+        with self._route.drain.at_work():  # until the last byte, of an error too
+            try:
+                async with self._route.drain.request():
+                    with self._route.admission.place(self._caller.name):
+                        await self._answer_in_time(scope, receive, send)
+                failure = None
+            except ApiError as error:
+                failure = error.code
+                await self._fail(error, scope, receive, send)
+            except ClientDisconnect:
+                pass  # in the middle of its body
+            except Exception:
+                log.exception("a chat request failed in a way nobody foresaw")
+                failure = "internal_error"
+                await self._fail(ApiError(failure, "the server failed on this request"), scope, receive, send)
+            finally:
+                self._meter.finished(failure)
+
+    async def _answer_in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self._settings.request_timeout_s
+        try:
+            async with asyncio.timeout(limit) as clock:
+                await self._answer(scope, receive, send)
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise ApiError("request_timeout", f"a request may take {limit:g} s; ask for less, or later") from None
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What a request holds counts until its answer has ended: engines keep pixels as long, and Ray the job."""
+        with self._route.admission.memory.share(self._caller.name) as held:
+            job, shape = await self._take_in(held)
+            answer_id = job.request_id
+            answer = self._route.runner.run(job, caller=self._caller, meter=self._meter, record=self._record)
+            del job  # its pixels
+            async with aclosing(answer):
+                start = await anext(answer)
+                assert isinstance(start, AnswerStart)
+                head = AnswerHead(
+                    id=answer_id,
+                    created=int(time.time()),
+                    model=shape.model,
+                    system_fingerprint=start.system_fingerprint,
+                )
+                await self._write(shape, head, answer, scope, receive, send)
+
+    async def _take_in(self, held: Share) -> tuple[ModelJob, AnswerShape]:
+        """The body and all that was made of it on the way ends here."""
+        with self._route.admission.memory.share(self._caller.name) as body_share:
+            body = await read_json_body(
+                self._request,
+                max_bytes=self._settings.max_body_bytes,
+                timeout_s=self._settings.body_timeout_s,
+                take=lambda piece_bytes: body_share.take(COPIES_OF_A_BODY * piece_bytes),
+            )
+            return await self._route.runner.take_in(
+                body,
+                strength_header=self._request.headers.get(STRENGTH_HEADER),
+                caller=self._caller,
+                record=self._record,
+                body_share=body_share,
+                held=held,
+            )
+
+    async def _write(
+        self,
+        shape: AnswerShape,
+        head: AnswerHead,
+        answer: AsyncGenerator[Answer, None],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """The answer as it comes, or when it is whole."""
+        events = cast(AsyncGenerator[Event, None], answer)  # after its start
+        if not shape.stream:
+            body = await completion_json(head, events, n=shape.n, logprobs=shape.logprobs)
+            await Response(body, media_type="application/json")(scope, receive, send)
+            return
+        options = {"n": shape.n, "logprobs": shape.logprobs, "include_usage": shape.include_usage}
+        async for chunk in event_stream(head, events, **options):
+            await self._send(send, chunk)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send(self, send: Send, chunk: bytes) -> None:
+        """The status line waits for the first chunk: until then an error can still have a status of its own."""
+        if not self._started:
+            self._started = True
+            raw = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._started:
+            await send({"type": "http.response.body", "body": error_event(error)})
+        else:
+            await error.response()(scope, receive, send)

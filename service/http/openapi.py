@@ -1,0 +1,304 @@
+"""The contract as an OpenAPI document: every route with its statuses, headers, errors and examples. Serves nothing.
+
+Types come from `schemas.py`, `answers.py` and the openai package, limits from the settings, errors from
+`error_guide.py`, routes from `routes.py`: nothing is said twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from openai.types import Model
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue, models_json_schema
+from pydantic_core import core_schema
+
+from service import VERSION
+from service.chat.request import ALIASES, STRENGTH_HEADER
+from service.chat.schemas import ChatCompletionRequest
+from service.errors import ERROR_KINDS, ApiError
+from service.example import EXAMPLE_RECEIPT, example_answer, example_body
+from service.http.answers import (
+    Alive,
+    ErrorAnswer,
+    FeedbackTaken,
+    ModelList,
+    Ready,
+    SteeredChunk,
+    SteeredCompletion,
+    Version,
+)
+from service.http.error_guide import GUIDE
+from service.http.feedback_route import FeedbackRequest
+from service.http.request_id import REQUEST_ID, REQUEST_ID_HEADER
+from service.http.routes import ROUTES, Route
+from service.settings import Settings
+
+EVERYWHERE = ("invalid_header", "internal_error", "engine_unavailable", "overloaded", "request_timeout")
+"""Errors that any route may answer with: the guard's, and those of the proxy before it."""
+WITH_KEY = ("invalid_api_key", "permission_denied", "rate_limit_exceeded")
+STATUS_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After", "x-should-retry")}
+JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
+
+
+class Bodies(NamedTuple):
+    """What a route takes and gives."""
+
+    content: dict[str, Any]
+    """Media type to the body of a 200."""
+    body: dict[str, Any] | None = None
+    links: dict[str, Any] | None = None
+    parameters: tuple[dict[str, Any], ...] = ()
+
+
+class Schemas(GenerateJsonSchema):
+    """Without a title for every field and without defaults that only say 'not given'."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+
+def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
+    """The document of a service with these settings, that asks for keys or does not."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "VL-SAE steering",
+            "version": VERSION,
+            "description": "A vision-language model behind OpenAI's chat API. VL-SAE steering makes it invent less; "
+            "`steering` in a request is the dial, `steering` in an answer the receipt.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": _paths(settings, with_keys),
+        "components": {
+            "schemas": _schemas(settings),
+            "headers": {name: {**header, "required": name != "x-should-retry"} for name, header in HEADERS.items()},
+            "parameters": {"RequestId": REQUEST_ID_PARAMETER},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": KEYS}},
+        },
+    }
+
+
+KEYS = "An API key, where the service has keys; without keys every route is open."
+REQUEST_ID_PARAMETER = {
+    "name": REQUEST_ID_HEADER,
+    "in": "header",
+    "description": "Names the request in the service's log; one is made where none is given.",
+    "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
+}
+HEADERS: dict[str, dict[str, Any]] = {
+    REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
+    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
+    "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
+    "x-should-retry": {
+        "description": "There where sending the request again is no use; OpenAI's clients obey it.",
+        "schema": {"const": "false"},
+    },
+}
+STRENGTH_PARAMETER = {
+    "name": STRENGTH_HEADER,
+    "in": "header",
+    "description": "The dial, where the body does not say: 0 is the plain model, 1 the preset.",
+    "schema": {"type": "string", "pattern": r"^(0{1,3}(\.[0-9]{1,9})?|0{0,2}1(\.0{1,9})?|\.[0-9]{1,9})$"},
+    "example": "0.5",
+}
+
+
+def _paths(settings: Settings, with_keys: bool) -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    bodies = _bodies(settings)
+    for route in ROUTES:
+        operation = _operation(route, bodies[route.path], route.scope if with_keys else None)
+        paths.setdefault(route.path.replace(":path}", "}"), {})[route.method.lower()] = operation
+    return paths
+
+
+def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]:
+    """`scope` is what a key needs; None: no key is asked for."""
+    codes = {*EVERYWHERE, *route.errors, *(WITH_KEY if scope else ())}
+    operation: dict[str, Any] = {
+        "operationId": route.method.lower()
+        + route.path.replace(":path", "").title().translate(str.maketrans("", "", "/._{}")),
+        "summary": route.summary,
+        "description": f"Needs a key with the scope `{scope}`." if scope else "Needs no key.",
+        "security": [{"key": [scope]}] if scope else [],
+        "parameters": [{"$ref": "#/components/parameters/RequestId"}, *given.parameters],
+        "responses": {
+            "200": {"description": route.answer, "headers": _headers(200), "content": given.content},
+            **_error_responses(codes),
+        },
+    }
+    if given.links is not None:
+        operation["responses"]["200"]["links"] = given.links
+    if given.body is not None:
+        operation["requestBody"] = {"required": True, "content": {JSON: given.body}}
+    return operation
+
+
+def _error_responses(codes: set[str]) -> dict[str, Any]:
+    """By status; each code with what it means and an example."""
+    responses = {}
+    for status in sorted({ERROR_KINDS[code].status for code in codes}):
+        here = [code for code in GUIDE if code in codes and ERROR_KINDS[code].status == status]
+        examples = {code: _error_example(code) for code in here}
+        responses[str(status)] = {
+            "description": "\n".join(f"- `{code}`: {GUIDE[code].when}; {GUIDE[code].remedy}" for code in here),
+            "headers": _headers(status),
+            "content": {JSON: {"schema": _error_schema(here), "examples": examples}},
+        }
+    return responses
+
+
+def _error_schema(codes: list[str]) -> dict[str, Any]:
+    """An error with one of these codes."""
+    code = {"type": "object", "properties": {"error": {"properties": {"code": {"enum": codes}}}}}
+    return {"allOf": [_ref(ErrorAnswer), code]}
+
+
+def _error_example(code: str) -> dict[str, Any]:
+    return {"summary": GUIDE[code].when, "value": ApiError(code, f"{GUIDE[code].when}: {GUIDE[code].remedy}").body()}
+
+
+def _headers(status: int) -> dict[str, Any]:
+    names = (REQUEST_ID_HEADER, *STATUS_HEADERS.get(status, ()))
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _json(model: type[BaseModel], **more: Any) -> dict[str, Any]:
+    return {JSON: {"schema": _ref(model), **more}}
+
+
+def _bodies(settings: Settings) -> dict[str, Bodies]:
+    """By the route's path."""
+    name = settings.model_name
+    one_model = {"name": "model_id", "in": "path", "required": True, "schema": {"enum": _model_names(settings)}}
+    feedback = {"request_id": example_answer(name)["id"], "score": 1}
+    return {
+        "/v1/chat/completions": Bodies(
+            _chat_content(name),
+            body={"schema": _ref(ChatCompletionRequest), "examples": _chat_examples(name)},
+            links=FEEDBACK_LINK,
+            parameters=(STRENGTH_PARAMETER,),
+        ),
+        "/v1/feedback": Bodies(_json(FeedbackTaken), body={"schema": _ref(FeedbackRequest), "example": feedback}),
+        "/v1/models": Bodies(_json(ModelList)),
+        "/v1/models/{model_id:path}": Bodies(_json(Model), parameters=(one_model,)),
+        "/version": Bodies(_json(Version)),
+        "/healthz": Bodies(_json(Alive)),
+        "/readyz": Bodies(_json(Ready)),
+        "/metrics": Bodies({TEXT: {"schema": {"type": "string"}}}),
+        "/openapi.json": Bodies({JSON: {"schema": {"type": "object"}}}),
+    }
+
+
+EVENT = {
+    "type": "object",
+    "description": "One server-sent event.",
+    "properties": {
+        "data": {
+            "type": "string",
+            "anyOf": [
+                {"const": "[DONE]"},
+                {
+                    "contentMediaType": JSON,
+                    "contentSchema": {
+                        "anyOf": [
+                            {"$ref": "#/components/schemas/SteeredChunk"},
+                            {"$ref": "#/components/schemas/ErrorAnswer"},
+                        ]
+                    },
+                },
+            ],
+        }
+    },
+    "required": ["data"],
+}
+FEEDBACK_LINK = {
+    "feedback": {
+        "operationId": "postV1Feedback",
+        "description": "The answer's `id` is what feedback on it names.",
+        "requestBody": {"request_id": "$response.body#/id", "score": 1},
+    }
+}
+
+
+def _chat_content(name: str) -> dict[str, Any]:
+    whole = _json(SteeredCompletion, example=example_answer(name))
+    return {**whole, EVENTS: {"schema": EVENT, "example": _stream(name)}}
+
+
+def _stream(name: str) -> str:
+    """The example's answer as it is streamed, its middle left out."""
+    answer = example_answer(name)
+    head = {key: answer[key] for key in ("id", "created", "model", "system_fingerprint")}
+
+    def event(delta: dict[str, Any], finish: Any = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        chunk = {**head, "object": "chat.completion.chunk", "choices": [choice], **more}
+        return f"data: {SteeredChunk.model_validate(chunk).model_dump_json(exclude_unset=True)}\n\n"
+
+    last = event({}, "stop", steering=EXAMPLE_RECEIPT)
+    return event({"role": "assistant", "content": ""}) + event({"content": " There"}) + last + "data: [DONE]\n\n"
+
+
+def _chat_examples(name: str) -> dict[str, Any]:
+    body = example_body(name)
+    return {
+        "picture": {"summary": "A question about a picture", "value": body},
+        "half": {"summary": "Half as strong", "value": {**body, "steering": {"strength": 0.5}}},
+        "plain": {"summary": "The plain model", "value": {**body, "model": f"{name}:off"}},
+        "stream": {
+            "summary": "As it is written, with usage",
+            "value": {**body, "stream": True, "stream_options": {"include_usage": True}},
+        },
+    }
+
+
+def _model_names(settings: Settings) -> list[str]:
+    return [settings.model_name + alias for alias in ALIASES]
+
+
+def _schemas(settings: Settings) -> dict[str, Any]:
+    """All types, with the limits that this service's settings add."""
+    models = (
+        ChatCompletionRequest, FeedbackRequest, SteeredCompletion, SteeredChunk, FeedbackTaken, Model, ModelList, Alive,
+        Ready, Version, ErrorAnswer,
+    )  # fmt: skip
+    mode: JsonSchemaMode = "validation"
+    _, found = models_json_schema(
+        [(model, mode) for model in models],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=Schemas,
+    )
+    schemas = found["$defs"]
+    chat = schemas["ChatCompletionRequest"]["properties"]
+    chat["model"]["enum"] = _model_names(settings)
+    limits = {"n": settings.max_choices, "max_tokens": settings.max_tokens_limit}
+    for field, limit in {**limits, "max_completion_tokens": settings.max_tokens_limit}.items():
+        chat[field]["anyOf"][0]["maximum"] = limit
+    chat["messages"]["description"] = f"Their texts have at most {settings.max_text_bytes} bytes of UTF-8 together."
+    url = schemas["ImageUrl"]["properties"]["url"]
+    url["format"] = "image-url"
+    url["description"] = _image_description(settings)
+    steering = schemas["SteeringRequest"]["properties"]
+    steering["concepts"], steering["explain"] = {"enum": [None, {}]}, {"enum": [None, False]}
+    if not settings.allow_controls:
+        steering["control"] = {"enum": [None, "none"]}
+    return schemas
+
+
+def _image_description(settings: Settings) -> str:
+    hosts = ", ".join(host for host in settings.image_hosts.split(",") if host)
+    return (
+        "`data:image/png;base64,...` (or jpeg, webp, gif)"
+        + (f", or an https URL of one of {hosts}" if hosts else "")
+        + f". At most {settings.max_images} images, each at most {settings.max_image_bytes} bytes and "
+        f"{settings.max_image_pixels} pixels, together at most {settings.max_request_pixels} pixels."
+    )

@@ -1,0 +1,1 @@
+"""Pictures that clients send: fetched, measured and decoded."""

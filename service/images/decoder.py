@@ -1,0 +1,219 @@
+"""Encoded images to RGB pixels, measured and decoded by processes of their own. This side never parses an image.
+
+A decoder that dies or hangs costs the one request it worked for. Knows nothing of requests, models or Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from service.errors import ApiError
+from service.fair_threads import FairThreads
+from service.images import worker
+
+DATA_URL = re.compile(
+    r"data: *image/(?:p?jpe?g|(?:x-)?png|webp|gif) *(?:;[^,;]{0,200}){0,8}; *base64 *,", re.IGNORECASE | re.ASCII
+)
+"""With parameters, which say nothing of a picture. What the image really is, the decoder finds out."""
+WHITE_SPACE = b" \t\r\n\v\f"
+"""Anywhere in base64: the command `base64` breaks its lines."""
+TO_STANDARD = bytes.maketrans(b"-_", b"+/")
+"""From the alphabet of URLs (RFC 4648, section 5), which some encoders write; the two never disagree."""
+PIECE_CHARACTERS = 4 * 256 * 1024
+"""Of base64 that is decoded in one step."""
+CLOCK_PER_CPU = 3
+"""An image may take this many times its CPU time on the clock; then the machine is to blame, not the image."""
+WORKER_SCRIPT = Path(worker.__file__)
+OUT_OF_TIME = -1
+"""A status that no worker gives: it was killed by the clock."""
+
+
+class RgbImage(NamedTuple):
+    """Decoded pixels as they travel to the model replica."""
+
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    rows: bytes
+    """`height` rows of `width` RGB triples."""
+
+
+async def decode_data_url(url: str, *, field: str, max_bytes: int) -> bytes:
+    """The encoded image inside a `data:` URL; `field` names it in errors. Others are served between the pieces."""
+    prefix = DATA_URL.match(url)
+    if prefix is None:
+        raise ApiError(
+            "invalid_image",
+            f"{field}: only data: URLs are accepted, as in data:image/png;base64,... (JPEG, PNG, WebP or GIF)",
+            param=field,
+        )
+    encoded, rest = bytearray(), b""
+    try:
+        for start in range(prefix.end(), len(url), PIECE_CHARACTERS):
+            if start > prefix.end():
+                await asyncio.sleep(0)
+            rest += url[start : start + PIECE_CHARACTERS].encode("ascii").translate(TO_STANDARD, WHITE_SPACE)
+            whole = max(len(rest) - 1, 0) // 4 * 4  # the last group may be the padded one
+            encoded += decode_groups(rest[:whole])
+            rest = rest[whole:]
+            if len(encoded) > max_bytes:
+                break
+        encoded += decode_last_group(rest)
+    except ValueError:
+        raise ApiError("invalid_image", f"{field}: the data: URL is not valid base64", param=field) from None
+    if len(encoded) > max_bytes:
+        raise ApiError("request_too_large", f"{field}: an image may have at most {max_bytes} bytes", param=field)
+    return bytes(encoded)
+
+
+def decode_groups(text: bytes) -> bytes:
+    """Whole groups of four base64 characters, none of them padded. Raises ValueError."""
+    if b"=" in text:
+        raise ValueError("padding stands at the end")
+    return binascii.a2b_base64(text, strict_mode=True)
+
+
+def decode_last_group(text: bytes) -> bytes:
+    """Two to four characters, whether padded or not; nothing where nothing is left. Raises ValueError."""
+    letters = text.rstrip(b"=")
+    if len(text) > 4 or (text and not letters):
+        raise ValueError("too much padding")
+    return binascii.a2b_base64(letters + b"=" * (-len(letters) % 4), strict_mode=True)
+
+
+class DecoderDied(Exception):
+    """A worker ended in the middle of a job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderLimits:
+    """What one worker process may use."""
+
+    memory_bytes: int
+    timeout_s: float
+    """CPU seconds for one image; on the clock, CLOCK_PER_CPU times as many."""
+    max_side: int
+    """Longest side in pixels."""
+
+
+class ImageDecoder:
+    """A pool of worker processes, one per thread; each serves one image at a time, and callers in turn."""
+
+    def __init__(self, *, workers: int, limits: DecoderLimits) -> None:
+        self._limits = limits
+        self._threads = FairThreads(workers, "image-decoder")
+        self._own = threading.local()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    async def measure(self, encoded: bytes, *, field: str, max_pixels: int, caller: str = "") -> int:
+        """Pixels that decoding would give, from the header alone. Raises ApiError as `decode` does."""
+        image = await self._work(worker.MEASURE, encoded, field, max_pixels, caller)
+        return image.width * image.height
+
+    async def decode(self, encoded: bytes, *, field: str, max_pixels: int, caller: str = "") -> RgbImage:
+        """Pixels of one image. Raises ApiError naming `field`; the message never quotes the decoder."""
+        return await self._work(worker.DECODE, encoded, field, max_pixels, caller)
+
+    async def _work(self, operation: int, encoded: bytes, field: str, max_pixels: int, caller: str) -> RgbImage:
+        status, image = await self._threads.run(caller, self._ask, operation, encoded, max_pixels)
+        if status == OUT_OF_TIME:
+            raise ApiError("overloaded", f"{field}: the server was too busy to decode it in time; try again later")
+        if status != worker.OK:
+            raise ApiError("invalid_image", f"{field}: {self._explain(status, max_pixels)}", param=field)
+        return image
+
+    def close(self) -> None:
+        self._threads.close()
+        for process in list(self._processes):
+            process.kill()
+
+    def _explain(self, status: int, max_pixels: int) -> str:
+        return {
+            worker.NOT_AN_IMAGE: "not a complete JPEG, PNG, WebP or GIF image",
+            worker.TOO_LARGE: f"the image is too large; at most {max_pixels} pixels, {self._limits.max_side} pixels a "
+            f"side and sides of 1:{worker.MAX_ASPECT_RATIO} are accepted",
+            worker.TOO_SMALL: f"the image is too small; at least {worker.MIN_SIDE_PX} pixels a side are needed",
+            worker.ANIMATED: "animated images are not accepted; send one frame, as a picture of its own",
+            worker.TOO_MANY_SCANS: f"the JPEG has more than {worker.MAX_SCANS} scans; save it again",
+            worker.TOO_SLOW: "decoding the image takes too long; save it again, or smaller",
+        }[status]
+
+    def _ask(self, operation: int, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
+        """Runs in a thread. A worker that somebody else killed is replaced once; a second death is the image's."""
+        try:
+            return self._ask_worker(operation, encoded, max_pixels)
+        except DecoderDied:
+            pass
+        try:
+            return self._ask_worker(operation, encoded, max_pixels)
+        except DecoderDied:
+            return worker.NOT_AN_IMAGE, RgbImage(0, 0, b"")
+
+    def _ask_worker(self, operation: int, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
+        process = self._worker()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timed_out = threading.Event()
+
+        def stop() -> None:
+            timed_out.set()
+            process.kill()
+
+        watchdog = threading.Timer(CLOCK_PER_CPU * self._limits.timeout_s, stop)
+        watchdog.start()
+        try:
+            process.stdin.write(worker.JOB.pack(operation, len(encoded), max_pixels) + encoded)
+            process.stdin.flush()
+            answer = process.stdout.read(worker.ANSWER.size)
+            if len(answer) < worker.ANSWER.size:
+                raise DecoderDied
+            status, width, height, length = worker.ANSWER.unpack(answer)
+            rows = process.stdout.read(length)
+            if len(rows) < length:
+                raise DecoderDied
+            return status, RgbImage(width, height, rows)
+        except (OSError, DecoderDied):
+            self._discard(process)
+            if timed_out.is_set():
+                return OUT_OF_TIME, RgbImage(0, 0, b"")
+            if process.returncode == -signal.SIGPROF:
+                return worker.TOO_SLOW, RgbImage(0, 0, b"")
+            raise DecoderDied from None
+        except BaseException:  # what it still has to say would be taken for the answer to the next job
+            self._discard(process)
+            raise
+        finally:
+            watchdog.cancel()
+
+    def _worker(self) -> subprocess.Popen[bytes]:
+        """This thread's process. Its environment is empty; being of the same user, it could read our own."""
+        process = getattr(self._own, "process", None)
+        if process is None:
+            command = [sys.executable, "-I", str(WORKER_SCRIPT), str(self._limits.memory_bytes)]
+            process = subprocess.Popen(
+                [*command, str(self._limits.max_side), str(self._limits.timeout_s)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={},
+                start_new_session=True,
+            )
+            self._own.process = process
+            self._processes.add(process)
+        return process
+
+    def _discard(self, process: subprocess.Popen[bytes]) -> None:
+        self._own.process = None
+        self._processes.discard(process)
+        process.kill()
+        process.wait()

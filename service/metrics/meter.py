@@ -1,0 +1,240 @@
+"""What Prometheus sees. Counted in the ingress processes, where requests begin and end.
+
+Where PROMETHEUS_MULTIPROC_DIR names a folder, all processes of a machine keep their numbers there and every one of them
+answers a scrape with the sums; elsewhere a process answers for itself. Labels take values from fixed lists or from the
+operator's configuration, never from a caller.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from service.errors import ERROR_KINDS
+from service.metrics.machine import FOLDER_VARIABLE, MachineCollector, metrics_folder
+from service.metrics.request_record import RequestRecord
+from steering.engines.base import GenerationEnd, TextDelta
+
+log = logging.getLogger(__name__)
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+SCORE_BUCKETS = (0, 0.25, 0.5, 0.75, 1)
+SHIFT_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
+PROBES = frozenset(("/healthz", "/readyz"))
+"""Asked over and over while a service starts: their refusals are nobody's loss."""
+
+
+class Metrics:
+    """All metrics of one ingress process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._folder = metrics_folder()
+        if self._folder:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self.requests = Counter(
+            "vlsae_requests_total", "Requests a model replica began.", ["arm", "applied", "finish"], registry=registry
+        )
+        self.responses = Counter(
+            "vlsae_http_responses_total", "HTTP requests answered, of any kind.", ["route", "status"], registry=registry
+        )
+        self.rejections = Counter(
+            "vlsae_rejections_total", "Requests answered with an error, by error code.", ["reason"], registry=registry
+        )
+        self.in_progress = Gauge(
+            "vlsae_requests_in_progress",
+            "Chat requests being worked on, bodies being read included.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.waiting = Gauge(
+            "vlsae_requests_waiting",
+            "Chat requests that were handed to the model and have no token yet.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.at_model = Gauge(
+            "vlsae_requests_at_model",
+            "Chat requests that were handed to the model and have not ended.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.ready = Gauge(
+            "vlsae_ready",
+            "1 where the last look at the model found it making progress, else 0.",
+            multiprocess_mode="livemostrecent",
+            registry=registry,
+        )
+        self.last_event = Gauge(
+            "vlsae_model_last_event_timestamp_seconds",
+            "When a model replica last sent anything, in seconds since 1970; 0 before that.",
+            multiprocess_mode="max",
+            registry=registry,
+        )
+        self.time_to_first_token = Histogram(
+            "vlsae_time_to_first_token_seconds",
+            "From the request's arrival at the ingress to the first token.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "vlsae_inter_token_latency_seconds",
+            "Between two tokens of a choice.",
+            buckets=TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "vlsae_request_duration_seconds",
+            "From the request's arrival at the ingress to the end of its answer, whole or not.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("vlsae_prompt_tokens_total", "Prompt tokens, images included.", registry=registry)
+        self.completion_tokens = Counter("vlsae_completion_tokens_total", "Generated tokens.", registry=registry)
+        self.images = Counter("vlsae_images_total", "Images decoded.", registry=registry)
+        self.image_pixels = Counter("vlsae_image_pixels_total", "Pixels of decoded images.", registry=registry)
+        self.relative_shift = Histogram(
+            "vlsae_relative_shift_ratio",
+            "Mean |delta| / |hidden state| of a steered choice.",
+            buckets=SHIFT_BUCKETS,
+            registry=registry,
+        )
+        self.feedback = Histogram(
+            "vlsae_feedback_score_ratio",
+            "Scores that clients gave answers, 0 is bad and 1 good; strength is the upper end of a range.",
+            ["arm", "preset", "strength", "applied"],
+            buckets=SCORE_BUCKETS,
+            registry=registry,
+        )
+        self.choices = Counter("vlsae_choices_total", "Choices of whole answers.", ["applied"], registry=registry)
+        self.empty_answers = Counter(
+            "vlsae_empty_answers_total", "Choices without any text.", ["applied"], registry=registry
+        )
+        for code in ERROR_KINDS:
+            self.rejections.labels(reason=code)  # a rate needs to have seen the zero before the first
+        for gauge in (self.in_progress, self.waiting, self.at_model):
+            gauge.set(0)  # the file of a dead process with our id may hold another number
+
+    def count_response(self, record: RequestRecord) -> None:
+        """An HTTP request has ended."""
+        status = "none" if record.status is None else str(record.status)
+        self.responses.labels(route=record.route, status=status).inc()
+        if record.error_code and record.route not in PROBES:
+            self.rejections.labels(reason=record.error_code).inc()
+
+    def exposition(self) -> bytes:
+        """The text that `/metrics` answers: this machine's sums where its processes share a folder."""
+        if self._folder is None:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        MachineCollector(registry, self._folder)
+        return generate_latest(registry)
+
+    def warn_if_alone(self, replicas: int) -> None:
+        """Say once what a scrape would leave out."""
+        if replicas > 1 and self._folder is None:
+            log.warning(
+                "%d ingress replicas and no %s: each answers /metrics for itself alone", replicas, FOLDER_VARIABLE
+            )
+
+
+class Meter:
+    """Measures one chat request; `finished` is called once, however it ends."""
+
+    def __init__(self, metrics: Metrics, record: RequestRecord) -> None:
+        """What is measured is also written to `record`."""
+        self._metrics, self._record = metrics, record
+        self._submitted = self._started = self._waits = False
+        self._last_token: dict[int, float] = {}
+        self._with_text: set[int] = set()
+        self._finish: set[str] = set()
+        self._end: GenerationEnd | None = None
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+
+    def submitted(self) -> None:
+        """The request is handed to the model."""
+        self._submitted = self._waits = True
+        self._metrics.waiting.inc()
+        self._metrics.at_model.inc()
+
+    def started(self, prompt_tokens: int) -> None:
+        """The model has the request; `prompt_tokens` are its prompt's, images included."""
+        self._started, self._prompt_tokens = True, prompt_tokens
+        self._metrics.last_event.set_to_current_time()
+
+    def count_image(self, pixels: int) -> None:
+        self._metrics.images.inc()
+        self._metrics.image_pixels.inc(pixels)
+        self._record.images += 1
+        self._record.image_pixels += pixels
+
+    def observe(self, event: TextDelta | GenerationEnd) -> None:
+        """One event of the engine."""
+        self._metrics.last_event.set_to_current_time()
+        if isinstance(event, GenerationEnd):
+            self._end = event
+            return
+        if event.text:
+            self._with_text.add(event.choice)
+        if event.finish_reason:
+            self._finish.add(event.finish_reason)
+        if event.token_ids:
+            self._observe_tokens(event.choice, len(event.token_ids))
+
+    def _observe_tokens(self, choice: int, tokens: int) -> None:
+        now, metrics = time.monotonic(), self._metrics
+        if not self._last_token:
+            self._record.time_to_first_token_s = now - self._record.arrived
+            metrics.time_to_first_token.observe(now - self._record.arrived)
+            self._waits_no_longer()
+        elif choice in self._last_token:
+            for _ in range(tokens):
+                metrics.inter_token_latency.observe((now - self._last_token[choice]) / tokens)
+        self._last_token[choice] = now
+        self._completion_tokens += tokens
+
+    def _waits_no_longer(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._metrics.waiting.dec()
+
+    def finished(self, failure: str | None) -> None:
+        """`failure` is None, 'cancelled', or the error code that the client saw."""
+        self._waits_no_longer()
+        if self._submitted:
+            self._metrics.at_model.dec()
+        if failure not in (None, "cancelled"):
+            self._record.error_code = failure
+        refused = failure in ERROR_KINDS and ERROR_KINDS[failure].status < 500
+        if not self._started or (refused and not self._last_token):
+            return  # no model replica had it, or the engine would not take it
+        self._metrics.duration.observe(time.monotonic() - self._record.arrived)
+        if failure == "cancelled":
+            finish = "cancelled"
+        elif self._end is None:
+            finish = "error"
+        else:
+            finish = "length" if "length" in self._finish else "stop"
+        if self._end is not None:
+            self._prompt_tokens, self._completion_tokens = self._end.prompt_tokens, sum(self._end.completion_tokens)
+        self._count(finish)
+
+    def _count(self, finish: str) -> None:
+        metrics, record, end = self._metrics, self._record, self._end
+        record.finish, record.receipt = finish, end and end.receipt
+        record.prompt_tokens, record.completion_tokens = self._prompt_tokens, self._completion_tokens
+        metrics.prompt_tokens.inc(self._prompt_tokens)
+        metrics.completion_tokens.inc(self._completion_tokens)
+        if end is None:
+            metrics.requests.labels(arm="unknown", applied="unknown", finish=finish).inc()
+            return
+        applied = "true" if end.receipt.applied else "false"
+        metrics.requests.labels(arm=end.receipt.arm or "none", applied=applied, finish=finish).inc()
+        metrics.choices.labels(applied=applied).inc(len(end.completion_tokens))
+        metrics.empty_answers.labels(applied=applied).inc(len(end.completion_tokens) - len(self._with_text))
+        if end.receipt.applied:
+            for shift in end.receipt.relative_shift:
+                metrics.relative_shift.observe(shift)

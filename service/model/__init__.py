@@ -1,0 +1,1 @@
+"""The model behind the service: its replica, how it is reached, how it is."""

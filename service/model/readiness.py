@@ -1,0 +1,77 @@
+"""Whether the model makes progress, from its status a moment ago: who asks how it is must not be work for it. Knows no
+HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from service.errors import ApiError
+from service.model.client import ModelClient
+from service.model.replica import ModelStatus
+
+FRESH_S = 0.25
+"""A look so long ago is as good as a new one."""
+PATIENCE_S = 3.0
+"""While a new look takes its time, the last one answers for so long: longer than a look may take."""
+
+BUSY_WINDOW_S = 5.0
+"""A token that is not older says that the model lives, though all its places are taken."""
+
+
+class Readiness:
+    """Ready is a model that makes progress, or has none to make."""
+
+    def __init__(self, model: ModelClient, *, unready_after_s: float) -> None:
+        """`unready_after_s`: an engine with work that makes no step for so long is not ready."""
+        self._model, self._unready_after_s = model, unready_after_s
+        self.status = RecentStatus(model.status).status
+
+    async def check(self) -> dict:
+        """What `/readyz` says; raises ApiError where it is not ready. A model too busy to be asked is ready as long as
+        its tokens arrive.
+        """
+        try:
+            health = (await self.status()).health
+        except ApiError:
+            if self._model.seconds_since_event() <= BUSY_WINDOW_S:
+                return {"status": "ready"}
+            raise
+        if not health.alive or health.seconds_since_progress > self._unready_after_s:
+            raise ApiError("engine_unavailable", "the model makes no progress; try again later")
+        return {"status": "ready", "running": health.running, "waiting": health.waiting}
+
+
+class RecentStatus:
+    """One status call at a time, whoever asks and however many."""
+
+    def __init__(self, ask: Callable[[], Awaitable[ModelStatus]]) -> None:
+        self._ask = ask
+        self._at = float("-inf")
+        self._found: ModelStatus | Exception | None = None
+        self._looking: asyncio.Task[None] | None = None
+
+    async def status(self) -> ModelStatus:
+        """Raises what the look raised: ApiError where the model does not answer."""
+        age_s = time.monotonic() - self._at
+        if self._looking is not None:
+            if age_s > PATIENCE_S:
+                await asyncio.shield(self._looking)
+        elif age_s > FRESH_S:
+            self._looking = asyncio.create_task(self._look())
+            await asyncio.shield(self._looking)
+        assert self._found is not None
+        if isinstance(self._found, Exception):
+            raise self._found.with_traceback(None)
+        return self._found
+
+    async def _look(self) -> None:
+        """Goes on though who asked first has left: others wait for it."""
+        try:
+            self._found = await self._ask()
+        except Exception as error:
+            self._found = error
+        finally:
+            self._at, self._looking = time.monotonic(), None
