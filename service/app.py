@@ -7,6 +7,7 @@
 
 import logging
 import os
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -20,6 +21,7 @@ from service.callers.ledger_client import RayLedger
 from service.http import proxy_edge
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
+from service.live_settings import LiveSettings
 from service.metrics import logs
 from service.model.client import RayModelClient
 from service.model.replica import ModelReplica
@@ -66,7 +68,7 @@ class Ingress:
         logs.configure(settings.log_file)
         if os.environ.get(proxy_edge.VARIABLE) != proxy_edge.IMPORT_PATH:  # the proxy's containers have ours
             log.warning("%s is not %s here: clients have no limits", proxy_edge.VARIABLE, proxy_edge.IMPORT_PATH)
-        self._settings, self._model = settings, RayModelClient(model)
+        self._settings, self._live, self._model = settings, LiveSettings(settings), RayModelClient(model)
         self._ledger = RayLedger(ledger)
         limits = DecoderLimits(
             memory_bytes=settings.image_memory_bytes,
@@ -76,7 +78,11 @@ class Ingress:
         self._decoder = ImageDecoder(workers=settings.image_workers, limits=limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._settings, self._model, self._decoder, ledger=self._ledger, proxied=True)
+        return build_api(self._settings, self._model, self._decoder, ledger=self._ledger, live=self._live, proxied=True)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Ray Serve at the start and whenever the deployment's `user_config` changes."""
+        self._live.change(user_config)
 
     def __del__(self) -> None:
         self._decoder.close()

@@ -121,6 +121,9 @@ class Settings(BaseModel):
     only_local_names: bool = False
     """Whether only requests to an IP address or localhost are answered (always so on loopback without keys)."""
 
+    live_file: str | None = None
+    """JSON file of settings that hold from when it changes, without a new start, such as {"default_strength": 0.5}."""
+
     log_file: str | None = None
     """File to which one JSON line per request is appended (default: standard error of the replica)."""
     traces_endpoint: str | None = Field(default=None, pattern=r"^https?://")

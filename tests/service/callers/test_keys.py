@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from service import watched_file
 from service.callers import keys
 from service.callers.keys import ANYBODY, KeyFileError, KeyRing, Quota, load_keys, parse_keys, without_keys_on_loopback
 from service.settings import Settings, SettingsError
@@ -114,12 +115,12 @@ def test_one_secret_is_one_key() -> None:
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """More than a second passes."""
-    now = keys.time.monotonic()
+    now = watched_file.time.monotonic()
 
     def advance() -> None:
         nonlocal now
         now += 1.1
-        monkeypatch.setattr(keys.time, "monotonic", lambda: now)
+        monkeypatch.setattr(watched_file.time, "monotonic", lambda: now)
 
     return advance
 
