@@ -10,6 +10,7 @@ from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_a_cluster_does
 
 from service.app import build_application
+from service.live_settings import LiveSettings
 from service.settings import Settings, SettingsError
 
 
@@ -51,3 +52,11 @@ def test_ray_is_told_how_many_cores_a_model_computes_with() -> None:
     application = build_application(Settings(allow_anonymous=True, device="cpu", cpu_threads=4))
     _settings, model, _ledger = cast(tuple[Any, ...], application._bound_deployment.init_args)
     assert model._bound_deployment.ray_actor_options["num_cpus"] == 4
+
+
+def test_a_cluster_s_user_config_is_a_live_change() -> None:
+    ingress = build_application(Settings(allow_anonymous=True))._bound_deployment.func_or_class
+    made: Any = object.__new__(cast(type, ingress))
+    made._live = LiveSettings(Settings(allow_anonymous=True))
+    made.reconfigure({"default_strength": 0.5})
+    assert made._live.current.default_strength == 0.5
