@@ -40,7 +40,7 @@ def limit_resources(cpu_s: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, cpu_limit + 1))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(10)
+    os.nice(5)
 
 
 def check(job: dict) -> None:

@@ -22,7 +22,7 @@ URL = "messages[0].content[0].image_url.url"
 def post(server: RunningServer, content: dict | bytes, **headers: str) -> httpx.Response:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     return httpx.post(
-        server.url + CHAT, content=raw, headers={"content-type": "application/json", **headers}, timeout=60
+        server.url + CHAT, content=raw, headers={"content-type": "application/json", **headers}, timeout=120
     )
 
 
