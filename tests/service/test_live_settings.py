@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from service import watched_file
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.live_settings import LIVE, LiveSettings
@@ -20,19 +19,6 @@ from service.settings import BUNDLED_ARTIFACT, BUNDLED_MODEL, Settings
 from tests.service.examples import ScriptedModel, body, image_part, user
 
 BUNDLED = Settings(model=str(BUNDLED_MODEL), artifact=str(BUNDLED_ARTIFACT), allow_anonymous=True)
-
-
-@pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """More than a second passes."""
-    now = watched_file.time.monotonic()
-
-    def advance() -> None:
-        nonlocal now
-        now += 1.1
-        monkeypatch.setattr(watched_file.time, "monotonic", lambda: now)
-
-    return advance
 
 
 def test_a_change_is_whole() -> None:

@@ -9,13 +9,11 @@ import logging
 import os
 import stat
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from service import watched_file
 from service.callers import keys
 from service.callers.keys import ANYBODY, KeyFileError, KeyRing, Quota, load_keys, parse_keys, without_keys_on_loopback
 from service.settings import Settings, SettingsError
@@ -110,19 +108,6 @@ def test_broken_json_is_refused_without_quoting_it(text: str) -> None:
 def test_one_secret_is_one_key() -> None:
     with pytest.raises(KeyFileError, match="two keys have the same hash"):
         ring(entry(), entry(name="bob"))
-
-
-@pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """More than a second passes."""
-    now = watched_file.time.monotonic()
-
-    def advance() -> None:
-        nonlocal now
-        now += 1.1
-        monkeypatch.setattr(watched_file.time, "monotonic", lambda: now)
-
-    return advance
 
 
 def test_keys_are_exchanged_while_the_service_runs(tmp_path: Path, later, monkeypatch: pytest.MonkeyPatch) -> None:
