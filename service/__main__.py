@@ -145,7 +145,8 @@ def serve_until_interrupted(settings: Settings, gateway: Gateway | None, *, keye
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
-        with gateway or nullcontext(), private_ray(cpus=settings.ingress_replicas + settings.model_replicas):
+        cpus = settings.ingress_replicas + settings.model_replicas * settings.cpu_threads
+        with gateway or nullcontext(), private_ray(cpus=cpus):
             stop_on_signals()
             deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
             try:
@@ -214,8 +215,11 @@ def wait_until_ready(settings: Settings, began: float) -> None:
     reported = time.monotonic()
     while True:
         application = serve.status().applications.get(APPLICATION)
-        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise StartupError(startup_failure("\n".join(one.message for one in application.deployments.values())))
+        if application is not None:
+            messages = "\n".join(one.message for one in application.deployments.values())
+            failed = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
+            if failed or any(family in messages for family in EXPLAINED):  # nor would these heal if tried again
+                raise StartupError(startup_failure(messages))
         if get(settings, "/readyz") is not None:
             return
         if time.monotonic() - began > settings.startup_timeout_s:

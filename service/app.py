@@ -7,6 +7,7 @@
 """
 
 import os
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -20,6 +21,7 @@ from service.callers.ledger_client import RayLedger
 from service.gateway import check_gateway_is_named, check_serve_mode
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
+from service.live_settings import LiveSettings
 from service.metrics import logs
 from service.model.client import RayModelClient
 from service.model.replica import ModelReplica
@@ -31,6 +33,9 @@ HEALTH_CHECK_PERIOD_S = 2
 HEALTH_CHECK_TIMEOUT_S = 30
 LEDGER_CHECK_PERIOD_S = 1
 """While it is lost, callers with a quota are refused."""
+MODEL_STARTS = 3
+"""So often a model replica is started before a rollout counts as failed: a GPU may fail once, a damaged artifact always
+does, and `python -m service` does not wait for the other times."""
 SHUTDOWN_MARGIN_S = 5
 """So much longer than any request may take, a replica that goes, and Serve's proxy, wait for it."""
 
@@ -50,7 +55,7 @@ class Model(ModelReplica):
 
 @serve.deployment(name="Ledger")
 class SharedLedger(Ledger):
-    """One for all ingress replicas, where there are several."""
+    """One for all ingress replicas, however many there are or come to be."""
 
 
 @serve.deployment(name="Ingress")
@@ -58,11 +63,11 @@ class SharedLedger(Ledger):
 class Ingress:
     """HTTP, validation and image decoding."""
 
-    def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle | None = None) -> None:
+    def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle) -> None:
         logs.configure(settings.log_file)
         check_serve_mode(os.environ)
-        self._settings, self._model = settings, RayModelClient(model)
-        self._ledger = None if ledger is None else RayLedger(ledger)
+        self._settings, self._live, self._model = settings, LiveSettings(settings), RayModelClient(model)
+        self._ledger = RayLedger(ledger)
         limits = DecoderLimits(
             memory_bytes=settings.image_memory_bytes,
             timeout_s=settings.image_timeout_s,
@@ -71,7 +76,11 @@ class Ingress:
         self._decoder = ImageDecoder(workers=settings.image_workers, limits=limits)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._settings, self._model, self._decoder, ledger=self._ledger, proxied=True)
+        return build_api(self._settings, self._model, self._decoder, ledger=self._ledger, live=self._live, proxied=True)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Ray Serve at the start and whenever the deployment's `user_config` changes."""
+        self._live.change(user_config)
 
     def __del__(self) -> None:
         self._decoder.close()
@@ -94,13 +103,13 @@ def build_application(settings: Settings) -> Application:
     check_gateway_is_named(settings)
     check_serve_mode(os.environ)
     settings = settings.model_copy(update={"device": settings.resolved_device(), "dtype": settings.resolved_dtype()})
-    gpus = settings.tensor_parallel_size if settings.resolved_device().startswith("cuda") else 0
+    gpus = settings.tensor_parallel_size if settings.resolved_device() == "cuda" else 0
     model = Model.options(
         num_replicas=settings.model_replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": settings.cpu_threads, "num_gpus": gpus},
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
-        max_constructor_retry_count=1,  # a damaged artifact does not heal
+        max_constructor_retry_count=MODEL_STARTS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
@@ -116,17 +125,13 @@ def build_application(settings: Settings) -> Application:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.2,
-    ).bind(settings, model, *_shared_ledger(settings))
+    ).bind(settings, model, _ledger(settings))
 
 
-def _shared_ledger(settings: Settings) -> tuple[Application, ...]:
-    """Nothing for a single replica, which keeps its own."""
-    if settings.ingress_replicas == 1:
-        return ()
-    every_request_of_all = settings.ingress_replicas * (settings.max_concurrent_requests + 64)
-    ledger = SharedLedger.options(
+def _ledger(settings: Settings) -> Application:
+    """As many requests may wait for it as all ingress replicas work on."""
+    return SharedLedger.options(
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=every_request_of_all,
+        max_ongoing_requests=settings.ingress_replicas * (settings.max_concurrent_requests + 64),
         health_check_period_s=LEDGER_CHECK_PERIOD_S,
-    )
-    return (ledger.bind(),)
+    ).bind()

@@ -61,7 +61,7 @@ DISCRIMINATORS = {"unsupported_type": "type", "unsupported_role": "role"}
 """Error type to the field it is about, where pydantic's path ends at the object around it."""
 
 PYDANTIC_STEPS = frozenset(
-    ("<system>", "<user>", "<assistant>", "<text>", "<parts>", "<image>", "<object>", "<schema>", "[key]")
+    ("<system>", "<user>", "<assistant>", "<text>", "<parts>", "<image>", "<refusal>", "<object>", "<schema>", "[key]")
 )
 """Steps that pydantic puts into error paths and no client ever wrote: branches of `schemas.py`'s unions, keys."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -20,6 +21,8 @@ KEYS_VARIABLE = "VLSAE_KEYS"
 """Not a setting, since settings are shown and passed around: `keys.py` reads it."""
 BUNDLE = Path(__file__).parent.parent / "training" / "miniature" / "bundle"
 BUNDLED_MODEL, BUNDLED_ARTIFACT = BUNDLE / "llava", BUNDLE / "artifact"
+KUBERNETES_OWN = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
+"""Endings of variables such as VLSAE_SERVICE_HOST and VLSAE_PORT_8000_TCP_ADDR."""
 MIB = 1024 * 1024
 COPIES_OF_A_BODY = 3
 """Held at a time: as it came, as text, and as the bytes that base64 meant."""
@@ -47,8 +50,8 @@ class Settings(BaseModel):
     """Folder of the artifact trained for that model (default: the bundled one, for the bundled model)."""
     steering: Literal["on", "off"] = "on"
     """'off' loads no artifact: every answer is the plain model's."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """'cpu', 'cuda', 'cuda:N' or 'auto' (CUDA where this machine has a device)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """'cpu', 'cuda' or 'auto' (CUDA where this machine has a device); which device is CUDA_VISIBLE_DEVICES' matter."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; 'auto' is float32 on the CPU, bfloat16 on CUDA."""
     served_model_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._/-]{1,128}$")
@@ -122,6 +125,9 @@ class Settings(BaseModel):
     """Whether a service without keys may start where it does not know that it listens on loopback only."""
     only_local_names: bool = False
     """Whether only requests to an IP address or localhost are answered (always so on loopback without keys)."""
+
+    live_file: str | None = None
+    """JSON file of settings that hold from when it changes, without a new start, such as {"default_strength": 0.5}."""
 
     log_file: str | None = None
     """File to which one JSON line per request is appended (default: standard error of the replica)."""
@@ -211,7 +217,11 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     known = {ENVIRONMENT_PREFIX + name.upper(): name for name in Settings.model_fields}
     values = {}
     for variable, value in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == KEYS_VARIABLE:
+        if (
+            not variable.startswith(ENVIRONMENT_PREFIX)
+            or variable == KEYS_VARIABLE
+            or _is_kubernetes_own(variable, value)
+        ):
             continue
         if variable not in known:
             raise SettingsError(f"{variable}: there is no such setting; see python -m service --help")
@@ -223,6 +233,12 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         first = error.errors(include_url=False)[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-")
         raise SettingsError(f"{flag}: {first['msg']}, but it is {first['input']!r}") from None
+
+
+def _is_kubernetes_own(variable: str, value: str) -> bool:
+    """Kubernetes tells every pod where the services of its namespace are: those of one named 'vlsae' look like
+    settings, and VLSAE_PORT even is one."""
+    return bool(KUBERNETES_OWN.search(variable)) or (variable.endswith("_PORT") and "://" in value)
 
 
 def check_installation(settings: Settings) -> None:

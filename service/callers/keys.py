@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,14 +24,12 @@ from typing import Literal, get_args
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.settings import KEYS_VARIABLE, Settings, SettingsError
+from service.watched_file import WatchedFile
 
 log = logging.getLogger(__name__)
 Scope = Literal["chat", "explain", "evaluate", "metrics"]
 SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
 MAX_FILE_BYTES = 1024 * 1024
-FileVersion = tuple[int, int, int, int]
-REREAD_S = 1.0
-"""A key file is looked at no more often than this."""
 
 
 class KeyFileError(ValueError):
@@ -94,21 +91,17 @@ ANYBODY = Caller(name="", scopes=SCOPES)
 class KeyRing:
     """The keys in force. Those of a file are read again when it changes; a broken new file leaves the old keys."""
 
-    def __init__(self, keys: KeyFile) -> None:
-        self._keys = keys.keys
-        self._file: Path | None = None
-        self._version: FileVersion | None = None
-        self._looked = 0.0
+    def __init__(self, keys: KeyFile, file: WatchedFile | None = None) -> None:
+        self._keys, self._file = keys.keys, file
         self._complaint = ""
         """What was wrong with the file when it was last looked at."""
 
     @classmethod
     def of_file(cls, file: Path) -> KeyRing:
         """Raises KeyFileError."""
-        version = file_version(file)  # before it is read: a change in between is seen later
-        ring = cls(read_keys(file))
-        ring._file, ring._version, ring._looked = file, version, time.monotonic()
-        return ring
+        watched = WatchedFile(file)
+        watched.changed()  # before it is read: a change in between is seen later
+        return cls(read_keys(file), watched)
 
     def find(self, presented: bytes) -> Caller | None:
         """The caller behind a key. The time it takes says nothing of how much of a key was right."""
@@ -122,30 +115,18 @@ class KeyRing:
         return Caller(name=found.name, scopes=found.scopes, quota=found.quota)
 
     def _reread(self) -> None:
-        now = time.monotonic()
-        if self._file is None or now - self._looked < REREAD_S:
-            return
-        self._looked, version = now, file_version(self._file)
-        if version == self._version:
+        if self._file is None or not self._file.changed():
             return
         try:
-            self._keys = read_keys(self._file).keys
+            self._keys = read_keys(self._file.path).keys
         except KeyFileError as error:  # tried again at every look: what is wrong may be mended without a trace
+            self._file.forget()
             if str(error) != self._complaint:
                 log.error("keys: %s; the keys read before stay in force", error)
             self._complaint = str(error)
             return
-        self._version, self._complaint = version, ""
+        self._complaint = ""
         log.info("keys: read again, there are %d", len(self._keys))
-
-
-def file_version(file: Path) -> FileVersion | None:
-    """Changes with the file; None where there is none."""
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def load_keys(settings: Settings, environment: Mapping[str, str]) -> KeyRing | None:

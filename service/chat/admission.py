@@ -30,23 +30,21 @@ class Overloaded(ApiError):
 class Admission:
     """The requests that one process works on."""
 
-    def __init__(
-        self, *, places: int, memory_bytes: int, in_progress: Gauge, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """`places`: requests at a time; `in_progress` shows how many there are; `clock` counts seconds."""
+    def __init__(self, *, memory_bytes: int, in_progress: Gauge, clock: Callable[[], float] = time.monotonic) -> None:
+        """`in_progress` shows how many requests there are; `clock` counts seconds."""
         self.memory = MemoryBudget(memory_bytes)
-        self._places, self._gauge, self._clock = places, in_progress, clock
+        self._gauge, self._clock = in_progress, clock
         self._taken: Counter[str] = Counter()
         """Places, by the caller's name."""
         self._load: dict[str, LoadEstimate] = {"": LoadEstimate(clock=clock)}
         """Of all callers together under the empty name, and of each that is told apart, while it has requests."""
 
     @contextmanager
-    def place(self, caller: str) -> Iterator[None]:
-        """Around all work on one request. Raises Overloaded at once, or what the block raises."""
-        if self._taken.total() >= self._places:
+    def place(self, caller: str, *, places: int) -> Iterator[None]:
+        """Around all work on one of `places` requests. Raises Overloaded at once, or what the block raises."""
+        if self._taken.total() >= places:
             raise self.told(Overloaded("too many requests at once"))
-        if caller and self._taken[caller] >= (self._places + 1) // 2:
+        if caller and self._taken[caller] >= (places + 1) // 2:
             raise self.told(Overloaded("the key has too many requests at once", caller))
         self._count(caller, 1)
         loads = [self._load.setdefault(name, LoadEstimate(clock=self._clock)) for name in dict.fromkeys(("", caller))]

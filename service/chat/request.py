@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from service.callers.keys import Caller
-from service.chat.schemas import ChatCompletionRequest, ImagePart, SchemaFormat
+from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
 from service.errors import ApiError
 from service.images.decoder import ImageDecoder
 from service.images.intake import AdmitImages, take_images
@@ -161,10 +161,12 @@ def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
     for message in request.messages:
         role = "system" if message.role == "developer" else message.role
         content = message.content
+        if isinstance(message, AssistantMessage):
+            content = content or message.refusal or ""
         parts = (
             (content,)
             if isinstance(content, str)
-            else tuple(None if isinstance(part, ImagePart) else part.text for part in content)
+            else tuple(None if isinstance(part, ImagePart) else part.text for part in content or ())
         )
         turns.append(Turn(role, parts))
     return tuple(turns)
@@ -180,7 +182,7 @@ def image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:
     return [
         (f"messages[{message_index}].content[{part_index}].image_url.url", part.image_url.url)
         for message_index, message in enumerate(request.messages)
-        if not isinstance(message.content, str)
+        if isinstance(message.content, list)
         for part_index, part in enumerate(message.content)
         if isinstance(part, ImagePart)
     ]

@@ -69,7 +69,6 @@ class AnswerShape(NamedTuple):
 class ChatRunner:
     """What the work on all chat requests shares."""
 
-    settings: Settings
     model: ModelClient
     decoder: ImageDecoder
     remote: RemoteImages
@@ -78,9 +77,16 @@ class ChatRunner:
     tracing: Tracing
 
     async def take_in(
-        self, body: bytes, *, strength_header: str | None, caller: Caller, record: RequestRecord, body_share: Share,
+        self,
+        body: bytes,
+        settings: Settings,
+        *,
+        strength_header: str | None,
+        caller: Caller,
+        record: RequestRecord,
+        body_share: Share,
         held: Share,
-    ) -> tuple[ModelJob, AnswerShape]:  # fmt: skip
+    ) -> tuple[ModelJob, AnswerShape]:
         """What was asked, checked. `body_share` is told what is made of the body on the way, `held` what stays."""
 
         async def admit_images(count: int, total_pixels: int) -> None:
@@ -95,7 +101,7 @@ class ChatRunner:
                 chat,
                 request_id=f"chatcmpl-{uuid.uuid4().hex}",
                 strength_header=strength_header,
-                settings=self.settings,
+                settings=settings,
                 decoder=self.decoder,
                 remote=self.remote,
                 caller=caller,
@@ -103,7 +109,7 @@ class ChatRunner:
                 take_bytes=body_share.take,
             )
         record.completion_id, record.stream = job.request_id, bool(chat.stream)
-        shape = AnswerShape.of(chat, self.settings)
+        shape = AnswerShape.of(chat, settings)
         held.take(shape.kept_bytes)
         return job, shape
 

@@ -5,61 +5,17 @@ Responses need no schema of ours: they are built from the `openai` package's own
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    Tag,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from service.chat.json_schema import canonical_json_schema
+from service.chat.strict_model import Neutral, Strict, inconsistent, uncallable
 from steering.request import SteeringRequest
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS_ENTRIES = 1024
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-
-
-def inconsistent(field: str, reason: str) -> PydanticCustomError:
-    """Two fields that do not go together; `field` is the one to change."""
-    return PydanticCustomError("inconsistent", "{reason}", {"field": field, "reason": reason})
-
-
-class Neutral:
-    """Annotates a known OpenAI field that may only ask for nothing; any other value is an error, never ignored."""
-
-    def __init__(self, *values: object) -> None:
-        self.values = values
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": [None, *self.values]}
-
-    def _check(self, value: object) -> object:
-        if value is None or any(type(value) is type(neutral) and value == neutral for neutral in self.values):
-            return value
-        allowed = ", ".join(["null", *(json.dumps(neutral) for neutral in self.values)])
-        raise PydanticCustomError("unsupported", "only these values are supported: {allowed}", {"allowed": allowed})
-
-
-class Strict(BaseModel):
-    """No coercion, no unknown field, no NaN."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
-    )
 
 
 class TextPart(Strict):
@@ -82,7 +38,8 @@ class ImagePart(Strict):
 
 def _part_tag(part: Any) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return {"text": "<text>", "image_url": "<image>"}.get(kind) if isinstance(kind, str) else None
+    tags = {"text": "<text>", "image_url": "<image>", "refusal": "<refusal>"}
+    return tags.get(kind) if isinstance(kind, str) else None
 
 
 def _content_tag(content: Any) -> str:
@@ -124,13 +81,34 @@ class UserMessage(Strict):
     name: Annotated[Any, Neutral()] = None
 
 
+class RefusalPart(Strict):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What the assistant said."""
+        return self.refusal
+
+
+AnswerPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], _unknown_part("'text' or 'refusal'")
+]
+AnswerContent = Annotated[
+    Annotated[str | None, Tag("<text>")] | Annotated[list[AnswerPart], Field(fail_fast=True), Tag("<parts>")],
+    Discriminator(_content_tag),
+]
+
+
 class AssistantMessage(Strict):
-    """An earlier answer. The extra fields are those that our own responses carry, so that one can be sent back."""
+    """An earlier answer, which may be empty. The extra fields are those that responses carry, so that one can be sent
+    back."""
 
     role: Literal["assistant"]
-    content: TextContent
+    content: AnswerContent = None
     name: Annotated[Any, Neutral()] = None
-    refusal: Annotated[Any, Neutral()] = None
+    refusal: str | None = None
+    """What the assistant said instead of `content`."""
     annotations: Annotated[Any, Neutral([])] = None
     audio: Annotated[Any, Neutral()] = None
     function_call: Annotated[Any, Neutral()] = None
@@ -175,7 +153,7 @@ class NamedSchema(Strict):
     )
     """A JSON schema of at most 64 KiB, 32 levels and 1,000 parts, without references to elsewhere."""
     strict: bool | None = None
-    """Accepted either way: an answer always follows its schema."""
+    """Accepted either way: an answer follows all of its schema that can be enforced."""
     description: str | None = Field(default=None, max_length=1024)
     """Accepted and not used."""
 
@@ -218,6 +196,9 @@ MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
+Tools = Annotated[list[dict[str, Any]], Field(max_length=128)] | None
+
+
 class ChatCompletionRequest(Strict):
     """A chat request; fields that stand here with a single value or two are accepted because they ask for nothing."""
 
@@ -245,7 +226,7 @@ class ChatCompletionRequest(Strict):
     logit_bias: BiasTable | None = None
     """Token id to what is added to its logit."""
     response_format: ResponseFormat | None = None
-    """Only engines whose capabilities say so take another than 'text'."""
+    """What shape the answer has: free text, a JSON object, or JSON that follows a schema."""
     steering: SteeringRequest | None = None
     """How the answer is steered; an extension."""
 
@@ -257,7 +238,7 @@ class ChatCompletionRequest(Strict):
 
     audio: Annotated[Any, Neutral()] = None
     function_call: Annotated[Any, Neutral("none", "auto")] = None
-    functions: Annotated[Any, Neutral([])] = None
+    functions: Tools = None
     modalities: Annotated[Any, Neutral(["text"])] = None
     moderation: Annotated[Any, Neutral()] = None
     parallel_tool_calls: Annotated[Any, Neutral(True, False)] = None
@@ -268,7 +249,8 @@ class ChatCompletionRequest(Strict):
     service_tier: Annotated[Any, Neutral("auto", "default")] = None
     store: Annotated[Any, Neutral(False)] = None
     tool_choice: Annotated[Any, Neutral("none", "auto")] = None
-    tools: Annotated[Any, Neutral([])] = None
+    tools: Tools = None
+    """Accepted and not used where `tool_choice` is "none"; the model calls no tools. `functions` likewise."""
     verbosity: Annotated[Any, Neutral("medium")] = None
     web_search_options: Annotated[Any, Neutral()] = None
 
@@ -280,4 +262,7 @@ class ChatCompletionRequest(Strict):
             raise inconsistent("stream_options", "needs stream: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise inconsistent("max_tokens", "differs from max_completion_tokens; send one of them")
+        for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+            if getattr(self, field) and getattr(self, choice) != "none":
+                raise uncallable(field, choice)
         return self

@@ -5,7 +5,7 @@ Nothing is built from these at run time; a test holds real answers against them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -56,6 +56,17 @@ class Ready(Answer):
     """Sequences that wait for a place in it."""
 
 
+class Live(Answer):
+    """Settings that were changed while the service runs."""
+
+    changed: dict[str, Any]
+    """Those that are in force now."""
+    since: int
+    """Seconds since 1970."""
+    refused: str | None
+    """Why the last change is not in force, if it is not."""
+
+
 class Version(Answer):
     version: str
     """Of this service."""
@@ -73,6 +84,7 @@ class Version(Answer):
     """How far image and text agree in pairs that the artifact was not trained on."""
     faithfulness: dict[str, float] | None
     """What its autoencoders lose while text is generated; empty where that was not measured."""
+    live_settings: Live
 
 
 class ErrorDetail(Answer):

@@ -5,7 +5,6 @@ process.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
@@ -36,6 +35,7 @@ from service.http.request_guard import RequestGuard
 from service.http.routes import ROUTES
 from service.images.decoder import ImageDecoder
 from service.images.remote import RemoteImages
+from service.live_settings import LiveSettings
 from service.metrics.meter import Metrics
 from service.metrics.request_record import record_of
 from service.metrics.tracing import Tracing
@@ -54,12 +54,14 @@ def build_api(
     decoder: ImageDecoder,
     remote: RemoteImages | None = None,
     ledger: LedgerClient | None = None,
+    live: LiveSettings | None = None,
     proxied: bool = False,
 ) -> FastAPI:
     """The whole HTTP side. Where `remote` is given, images come from there instead of the settings' hosts.
 
-    Several replicas share a `ledger`; one has its own. `proxied`: behind Serve's proxy, which answers with the request
-    id itself. Raises SettingsError where keys are needed and cannot be read.
+    Several replicas share a `ledger`; one has its own. `live`: what may change, if somebody else changes it. `proxied`:
+    behind Serve's proxy, which answers with the request id itself. Raises SettingsError where keys are needed and
+    cannot be read.
     """
     metrics, tracing = Metrics(), Tracing(settings.traces_endpoint)
     metrics.warn_if_alone(settings.ingress_replicas)
@@ -67,8 +69,8 @@ def build_api(
     ledger = Ledger() if ledger is None else ledger
     keys = load_keys(settings, os.environ)
     access = Access(keys, ledger)
+    live = live or LiveSettings(settings)
     runner = ChatRunner(
-        settings=settings,
         model=model,
         decoder=decoder,
         remote=remote or _remote_images(settings),
@@ -76,17 +78,13 @@ def build_api(
         ledger=ledger,
         tracing=tracing,
     )
-    admission = Admission(
-        places=settings.max_concurrent_requests,
-        memory_bytes=settings.max_memory_bytes,
-        in_progress=metrics.in_progress,
-    )
+    admission = Admission(memory_bytes=settings.max_memory_bytes, in_progress=metrics.in_progress)
     handlers = Handlers(
-        settings=settings,
-        chat=ChatRoute(runner=runner, admission=admission, drain=drain, metrics=metrics),
+        live=live,
+        chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
         readiness=Readiness(model, unready_after_s=settings.unready_after_s),
-        document=json.dumps(build_openapi(settings, with_keys=keys is not None)),
+        with_keys=keys is not None,
         started=int(time.time()),
     )
 
@@ -118,12 +116,12 @@ def build_api(
 class Handlers:
     """What each route does, by the name that it has in ROUTES."""
 
-    settings: Settings
+    live: LiveSettings
     chat: ChatRoute
     desk: FeedbackDesk
     readiness: Readiness
-    document: str
-    """OpenAPI."""
+    with_keys: bool
+    """Whether a caller needs one."""
     started: int
     """Seconds since 1970."""
 
@@ -135,11 +133,11 @@ class Handlers:
             return await self.desk.answer(request)
 
     async def models(self) -> Response:
-        ids = [self.settings.model_name + alias for alias in ALIASES]
+        ids = [self.live.current.model_name + alias for alias in ALIASES]
         return JSONResponse({"object": "list", "data": [self._model(model_id) for model_id in ids]})
 
     async def one_model(self, model_id: str) -> Response:
-        find_alias(model_id, self.settings.model_name)
+        find_alias(model_id, self.live.current.model_name)
         return JSONResponse(self._model(model_id))
 
     async def alive(self) -> Response:
@@ -154,7 +152,7 @@ class Handlers:
         return JSONResponse(
             {
                 "version": VERSION,
-                "model": self.settings.model_name,
+                "model": self.live.current.model_name,
                 "model_family": able.model_family,
                 "engine": able.engine,
                 "context_tokens": able.context_tokens,
@@ -163,11 +161,13 @@ class Handlers:
                 "presets": list(able.presets),
                 "alignment": able.alignment,
                 "faithfulness": able.faithfulness,
+                "live_settings": self.live.describe(),
             }
         )
 
     async def openapi(self) -> Response:
-        return Response(self.document, media_type="application/json")
+        document = await asyncio.to_thread(build_openapi, self.live.current, with_keys=self.with_keys)
+        return JSONResponse(document)
 
     async def metrics(self) -> Response:
         with suppress(ApiError):

@@ -21,6 +21,7 @@ from service.chat.streaming import AnswerHead, Event, completion_json, error_eve
 from service.draining import Drain
 from service.errors import ApiError
 from service.http.body import read_json_body
+from service.live_settings import LiveSettings
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import record_of
 from service.model.client import Answer
@@ -38,6 +39,7 @@ STREAM_HEADERS = {
 class ChatRoute:
     """What all requests share."""
 
+    live: LiveSettings
     runner: ChatRunner
     admission: Admission
     drain: Drain
@@ -50,7 +52,7 @@ class ChatAnswer(Response):
     def __init__(self, route: ChatRoute, request: Request) -> None:
         super().__init__()
         self._route, self._request = route, request
-        self._settings = route.runner.settings
+        self._settings = route.live.current
         self._caller = request.state.caller
         self._record = record_of(request.scope)
         self._meter = Meter(route.metrics, self._record)
@@ -58,10 +60,11 @@ class ChatAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         failure: str | None = "cancelled"
+        places = self._settings.max_concurrent_requests
         with self._route.drain.at_work():  # until the last byte, of an error too
             try:
                 async with self._route.drain.request():
-                    with self._route.admission.place(self._caller.name):
+                    with self._route.admission.place(self._caller.name, places=places):
                         await self._answer_in_time(scope, receive, send)
                 failure = None
             except ApiError as error:
@@ -115,6 +118,7 @@ class ChatAnswer(Response):
             )
             return await self._route.runner.take_in(
                 body,
+                self._settings,
                 strength_header=self._request.headers.get(STRENGTH_HEADER),
                 caller=self._caller,
                 record=self._record,

@@ -31,8 +31,8 @@ GUIDE = {
                                 "leave the field out", NO),
     "invalid_header": Advice("a header has an impossible value, or is not for clients", "correct it or leave it out",
                              NO),
-    "invalid_image": Advice("not a complete JPEG, PNG or WebP of one frame; too large or too small; or its URL is not "
-                            "accepted or not answered", "send another image, as a `data:` URL", NO),
+    "invalid_image": Advice("not a complete JPEG, PNG, WebP or GIF of one frame; too large or too small; or its URL "
+                            "is not accepted or not answered", "send another image, as a `data:` URL", NO),
     "invalid_steering": Advice("steering that was asked for is impossible: no image, no such preset",
                                "change the field in `param`, or do not ask for it", NO),
     "context_length_exceeded": Advice("prompt and `max_tokens` are more than the model's context",

@@ -297,7 +297,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
 def _image_description(settings: Settings) -> str:
     hosts = ", ".join(host for host in settings.image_hosts.split(",") if host)
     return (
-        "`data:image/png;base64,...` (or jpeg, webp)"
+        "`data:image/png;base64,...` (or jpeg, webp, gif)"
         + (f", or an https URL of one of {hosts}" if hosts else "")
         + f". At most {settings.max_images} images, each at most {settings.max_image_bytes} bytes and "
         f"{settings.max_image_pixels} pixels, together at most {settings.max_request_pixels} pixels."

@@ -1,5 +1,5 @@
-"""Every route, in one table: `api.py` serves it, `request_guard.py` finds it, `access.py` asks for its scope,
-`openapi.py` describes it. What is not here is not reachable.
+"""Every route, in one table: `api.py` serves it, `request_guard.py` finds it and asks for its scope, `openapi.py`
+describes it. What is not here is not reachable.
 """
 
 from __future__ import annotations

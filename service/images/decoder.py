@@ -20,7 +20,14 @@ from service.errors import ApiError
 from service.fair_threads import FairThreads
 from service.images import worker
 
-DATA_URL = re.compile(r"data:image/(?:jpe?g|png|webp);base64,", re.IGNORECASE)
+DATA_URL = re.compile(
+    r"data: *image/(?:p?jpe?g|(?:x-)?png|webp|gif) *(?:;[^,;]{0,200}){0,8}; *base64 *,", re.IGNORECASE | re.ASCII
+)
+"""With parameters, which say nothing of a picture. What the image really is, the decoder finds out."""
+WHITE_SPACE = b" \t\r\n\v\f"
+"""Anywhere in base64: the command `base64` breaks its lines."""
+TO_STANDARD = bytes.maketrans(b"-_", b"+/")
+"""From the alphabet of URLs (RFC 4648, section 5), which some encoders write; the two never disagree."""
 PIECE_CHARACTERS = 4 * 256 * 1024
 """Of base64 that is decoded in one step."""
 CLOCK_PER_CPU = 3
@@ -47,23 +54,41 @@ async def decode_data_url(url: str, *, field: str, max_bytes: int) -> bytes:
     if prefix is None:
         raise ApiError(
             "invalid_image",
-            f"{field}: only data: URLs are accepted, as in data:image/png;base64,... (JPEG, PNG or WebP)",
+            f"{field}: only data: URLs are accepted, as in data:image/png;base64,... (JPEG, PNG, WebP or GIF)",
             param=field,
         )
-    if (len(url) - prefix.end()) * 3 // 4 > max_bytes + 2:
-        raise ApiError("request_too_large", f"{field}: an image may have at most {max_bytes} bytes", param=field)
-    encoded = bytearray()
+    encoded, rest = bytearray(), b""
     try:
         for start in range(prefix.end(), len(url), PIECE_CHARACTERS):
-            end = start + PIECE_CHARACTERS
-            if end < len(url):
+            if start > prefix.end():
                 await asyncio.sleep(0)
-                if url[end - 1] == "=":
-                    raise ValueError("only the end is filled up")
-            encoded += binascii.a2b_base64(url[start:end], strict_mode=True)
+            rest += url[start : start + PIECE_CHARACTERS].encode("ascii").translate(TO_STANDARD, WHITE_SPACE)
+            whole = max(len(rest) - 1, 0) // 4 * 4  # the last group may be the padded one
+            encoded += decode_groups(rest[:whole])
+            rest = rest[whole:]
+            if len(encoded) > max_bytes:
+                break
+        encoded += decode_last_group(rest)
     except ValueError:
         raise ApiError("invalid_image", f"{field}: the data: URL is not valid base64", param=field) from None
+    if len(encoded) > max_bytes:
+        raise ApiError("request_too_large", f"{field}: an image may have at most {max_bytes} bytes", param=field)
     return bytes(encoded)
+
+
+def decode_groups(text: bytes) -> bytes:
+    """Whole groups of four base64 characters, none of them padded. Raises ValueError."""
+    if b"=" in text:
+        raise ValueError("padding stands at the end")
+    return binascii.a2b_base64(text, strict_mode=True)
+
+
+def decode_last_group(text: bytes) -> bytes:
+    """Two to four characters, whether padded or not; nothing where nothing is left. Raises ValueError."""
+    letters = text.rstrip(b"=")
+    if len(text) > 4 or (text and not letters):
+        raise ValueError("too much padding")
+    return binascii.a2b_base64(letters + b"=" * (-len(letters) % 4), strict_mode=True)
 
 
 class DecoderDied(Exception):
@@ -114,11 +139,11 @@ class ImageDecoder:
 
     def _explain(self, status: int, max_pixels: int) -> str:
         return {
-            worker.NOT_AN_IMAGE: "not a complete JPEG, PNG or WebP image",
+            worker.NOT_AN_IMAGE: "not a complete JPEG, PNG, WebP or GIF image",
             worker.TOO_LARGE: f"the image is too large; at most {max_pixels} pixels, {self._limits.max_side} pixels a "
             f"side and sides of 1:{worker.MAX_ASPECT_RATIO} are accepted",
             worker.TOO_SMALL: f"the image is too small; at least {worker.MIN_SIDE_PX} pixels a side are needed",
-            worker.ANIMATED: "animated images are not accepted; send one frame",
+            worker.ANIMATED: "animated images are not accepted; send one frame, as a picture of its own",
             worker.TOO_MANY_SCANS: f"the JPEG has more than {worker.MAX_SCANS} scans; save it again",
             worker.TOO_SLOW: "decoding the image takes too long; save it again, or smaller",
         }[status]

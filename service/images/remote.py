@@ -31,7 +31,7 @@ MAX_CONCURRENT_REQUESTS = 16
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 PATH = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"
 HTTPS_URL = re.compile(rf"https://(?P<host>{LABEL}(?:\.{LABEL})*)(?::443)?(?P<target>/{PATH}(?:\?(?:{PATH}|\?)*)?)")
-MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp")
+MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif")
 
 Resolver = Callable[[str], Awaitable[Sequence[str]]]
 """Host name to its addresses, IPv4 and IPv6; raises OSError."""
@@ -218,7 +218,7 @@ class RemoteImages:
         log.info("a remote image of %s was not taken: %s", url.host, reason)
         return ApiError(
             "invalid_image",
-            f"{field}: could not be fetched as a JPEG, PNG or WebP image of at most {self._max_image_bytes} bytes "
+            f"{field}: could not be fetched as a JPEG, PNG, WebP or GIF image of at most {self._max_image_bytes} bytes "
             f"within {self._timeout_s:g} s; send a data: URL",
             param=field,
         )

@@ -26,7 +26,7 @@ from PIL import Image, ImageFile, ImageMath, ImageOps
 OK, NOT_AN_IMAGE, TOO_LARGE, TOO_SMALL, ANIMATED, TOO_MANY_SCANS, TOO_SLOW = range(7)
 MEASURE, DECODE = range(2)
 JOB, ANSWER = struct.Struct("!BIQ"), struct.Struct("!BIII")
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MIN_SIDE_PX = 4
 """Below this, image processors can take a side for the colour channels."""
 MAX_ASPECT_RATIO = 50
@@ -61,7 +61,7 @@ def opened(encoded: bytes, max_pixels: int, max_side: int) -> Iterator[ImageFile
         if too_long or width * height > max_pixels:
             raise Refused(TOO_LARGE)
         # A phone's JPEG may carry a second picture for other displays (MPO); the first one is the photograph.
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # looks no further than the second frame
             raise Refused(ANIMATED)
         if image.format in ("JPEG", "MPO") and scans(encoded) > MAX_SCANS:
             raise Refused(TOO_MANY_SCANS)

@@ -229,7 +229,7 @@ class Meter:
         metrics.prompt_tokens.inc(self._prompt_tokens)
         metrics.completion_tokens.inc(self._completion_tokens)
         if end is None:
-            metrics.requests.labels(arm="none", applied="unknown", finish=finish).inc()
+            metrics.requests.labels(arm="unknown", applied="unknown", finish=finish).inc()
             return
         applied = "true" if end.receipt.applied else "false"
         metrics.requests.labels(arm=end.receipt.arm or "none", applied=applied, finish=finish).inc()

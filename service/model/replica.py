@@ -140,14 +140,7 @@ class ModelReplica:
         images = tuple(Image.frombytes("RGB", (one.width, one.height), one.rows) for one in job.images)
         token_ids = tuple(self._tokenizer.encode(job.turns))
         self._check_token_ids(job.sampling.logit_bias)
-        able = self._engine.capabilities()
-        if job.sampling.response_format is not None and not able.response_format:
-            raise ApiError(
-                "unsupported_value",
-                f'response_format: engine {able.engine!r} supports only {{"type": "text"}}',
-                param="response_format",
-            )
-        context = able.context_tokens
+        context = self._engine.capabilities().context_tokens
         prompt = self._engine.count_prompt_tokens(images, token_ids)
         default = self._settings.default_max_tokens
         max_tokens = max_tokens_for(job.max_tokens, prompt, context, default, field=job.max_tokens_field)

@@ -13,6 +13,9 @@ from steering.request import RequestedSteering
 FinishReason = Literal["stop", "length"]
 MASKED_LOGPROB = -9999.0
 """Logprob reported for a token that the plausibility mask has dropped."""
+IMPLAUSIBLE = 1e5
+"""Taken off an implausible token's logit. Its probability is then 0 in float32, yet a grammar that allows only
+implausible tokens still has one to choose, which with -inf it had not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class Sampling:
     top_logprobs: int | None = None
     """None: no logprobs. 0 or more: the sampled token's logprob and that many most likely ones."""
     response_format: ResponseFormat | None = None
-    """None: free text. Only engines whose capabilities say so take another."""
+    """None: free text."""
 
 
 @dataclass(frozen=True, kw_only=True)

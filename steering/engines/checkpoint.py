@@ -31,6 +31,8 @@ class Checkpoint:
     """Width of one attention head of the language model."""
     processor: Any
     """The checkpoint's processor: its tokenizer, image processor and chat template."""
+    vocabulary_size: int
+    """Width of the logits; a tokenizer may know fewer tokens."""
     image_token_id: int
     end_tokens: frozenset[int]
     context_tokens: int
@@ -86,6 +88,7 @@ def read_checkpoint(path: str, artifact_path: str | Path | None, max_context_tok
         num_layers=text.num_hidden_layers,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         processor=processor,
+        vocabulary_size=text.vocab_size,
         image_token_id=config.image_token_id,
         end_tokens=_end_tokens(path, text),
         context_tokens=min(max_context_tokens or context_limit(text), context_limit(text)),

@@ -49,8 +49,6 @@ def prepare(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> R
 
 def prepare_with_pixels(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> RunningRequest:
     """As `prepare`, for an engine that runs the vision tower itself: images as the image processor makes them."""
-    if request.sampling.response_format is not None:
-        raise InvalidSteering("response_format is not supported by this engine", field="response_format")
     running = prepare(checkpoint, request, emit)
     family = find_family(checkpoint.family)
     if not family.images_may_touch:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from steering.engines.base import MASKED_LOGPROB, Sampling
+from steering.engines.base import IMPLAUSIBLE, MASKED_LOGPROB, Sampling
 
 MIN_TEMPERATURE = 1e-5
 """Below this a temperature is greedy: logits divided by it would overflow."""
@@ -18,13 +18,13 @@ MIN_TEMPERATURE = 1e-5
 def blend_branches(base_V: Tensor, steered_V: Tensor, gamma: float, plausibility: float) -> Tensor:
     """(1 - gamma) base + gamma steered, without tokens implausible to the base branch (paper, section 4.2).
 
-    A token whose base logit is below log(plausibility) + max(base) becomes -inf; plausibility 0 drops none.
+    A token whose base logit is below log(plausibility) + max(base) loses IMPLAUSIBLE; plausibility 0 drops none.
     """
     blended_V = (1 - gamma) * base_V + gamma * steered_V
     if plausibility == 0:
         return blended_V
     floor = base_V.max() + torch.log(torch.tensor(plausibility, device=base_V.device))
-    return blended_V.masked_fill(base_V < floor, float("-inf"))
+    return torch.where(base_V < floor, blended_V - IMPLAUSIBLE, blended_V)
 
 
 class Sampler:

@@ -15,6 +15,7 @@ from steering.settings import Reason, ResolvedSteering
 from steering.tally import Tally
 
 if TYPE_CHECKING:
+    from steering.engines.huggingface.grammar import ChoiceGrammar
     from steering.intervention import SequenceSteering
 
 Emit = Callable[[TextDelta | GenerationEnd | Exception], object]
@@ -30,6 +31,8 @@ class Sequence:
     text: TextStream
     tokens: list[int]
     """Prompt (image tokens expanded) and everything generated."""
+    grammar: ChoiceGrammar | None = None
+    """What its text must follow, where this process masks the logits; None: nothing."""
     steering: SequenceSteering | None = None
     """Where this process steers: the state since the latest prefill, which makes it anew."""
     tally: Tally = Tally()

@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
@@ -14,6 +14,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 from transformers import AutoProcessor
 
+from service import watched_file
 from service.settings import BUNDLED_MODEL
 from tests.service.asking import GREEDY
 from tests.service.hostile.urls import ALLOWED_HOSTS
@@ -24,6 +25,19 @@ FOREIGN_RAY = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_TOKEN_PATH": "/nowhere"}
 """A Ray that is not there: a service that tried to join it could not start."""
 MAX_ONGOING, MAX_QUEUED = 12, 8
 """Small, so that a test can fill them."""
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """More than a second passes."""
+    now = watched_file.time.monotonic()
+
+    def advance() -> None:
+        nonlocal now
+        now += 1.1
+        monkeypatch.setattr(watched_file.time, "monotonic", lambda: now)
+
+    return advance
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_a_cluster_does
 
 from service.app import build_application
+from service.live_settings import LiveSettings
 from service.settings import Settings, SettingsError
 
 
@@ -21,7 +22,7 @@ def test_a_cluster_s_args_are_settings() -> None:
 @pytest.mark.parametrize(("args", "gpus"), [({"device": "cuda", "tensor_parallel_size": 2}, 2), ({"device": "cpu"}, 0)])
 def test_a_model_gets_the_gpus_it_computes_with(args: dict, gpus: int) -> None:
     application = build_application(Settings(engine="vllm", gateway="off", allow_anonymous=True, **args))
-    _settings, model = cast(tuple[Any, Any], application._bound_deployment.init_args)
+    _settings, model, _ledger = cast(tuple[Any, ...], application._bound_deployment.init_args)
     assert model._bound_deployment.ray_actor_options["num_gpus"] == gpus
 
 
@@ -49,11 +50,24 @@ def test_a_cluster_says_what_stands_in_front(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(variable)
 
 
-@pytest.mark.parametrize(("replicas", "shared"), [(1, 0), (3, 1)])
-def test_several_ingress_replicas_share_a_ledger(replicas: int, shared: int) -> None:
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_all_ingress_replicas_share_a_ledger(replicas: int) -> None:
+    """Of one, too: how many there are is Serve's matter once it scales them."""
     application = build_application(Settings(allow_anonymous=True, gateway="off", ingress_replicas=replicas))
-    _settings, _model, *ledgers = cast(tuple[Any, ...], application._bound_deployment.init_args)
-    assert len(ledgers) == shared
-    for ledger in ledgers:
-        assert ledger._bound_deployment.num_replicas == 1
-        assert ledger._bound_deployment.ray_actor_options["num_cpus"] == 0
+    _settings, _model, ledger = cast(tuple[Any, ...], application._bound_deployment.init_args)
+    assert ledger._bound_deployment.num_replicas == 1
+    assert ledger._bound_deployment.ray_actor_options["num_cpus"] == 0
+
+
+def test_ray_is_told_how_many_cores_a_model_computes_with() -> None:
+    application = build_application(Settings(allow_anonymous=True, gateway="off", device="cpu", cpu_threads=4))
+    _settings, model, _ledger = cast(tuple[Any, ...], application._bound_deployment.init_args)
+    assert model._bound_deployment.ray_actor_options["num_cpus"] == 4
+
+
+def test_a_cluster_s_user_config_is_a_live_change() -> None:
+    ingress = build_application(Settings(allow_anonymous=True, gateway="off"))._bound_deployment.func_or_class
+    made: Any = object.__new__(cast(type, ingress))
+    made._live = LiveSettings(Settings(allow_anonymous=True))
+    made.reconfigure({"default_strength": 0.5})
+    assert made._live.current.default_strength == 0.5

@@ -45,6 +45,7 @@ def test_steering_off_loads_no_artifact() -> None:
         (["--max-image-pixels", "-1"], {}, "--max-image-pixels"),
         (["--request-timeout-s", "nan"], {}, "--request-timeout-s.*finite"),
         (["--device", "tpu"], {}, "--device"),
+        (["--device", "cuda:1"], {}, "--device.*'cuda'"),
         (["--branches", "3"], {}, "--branches.*2"),
         (["--compile", "maybe"], {}, "--compile.*boolean"),
         (["--kv-cache-gib", "0"], {}, "--kv-cache-gib"),
@@ -56,6 +57,23 @@ def test_steering_off_loads_no_artifact() -> None:
 def test_wrong_settings_are_named(arguments: list[str], environment: dict[str, str], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         parse_settings(arguments, environment)
+
+
+def test_what_kubernetes_says_of_a_service_named_vlsae_is_no_setting() -> None:
+    told = {
+        "VLSAE_SERVICE_HOST": "10.96.0.7",
+        "VLSAE_SERVICE_PORT": "8000",
+        "VLSAE_SERVICE_PORT_HTTP": "8000",
+        "VLSAE_PORT": "tcp://10.96.0.7:8000",
+        "VLSAE_PORT_8000_TCP": "tcp://10.96.0.7:8000",
+        "VLSAE_PORT_8000_TCP_PROTO": "tcp",
+        "VLSAE_PORT_8000_TCP_PORT": "8000",
+        "VLSAE_PORT_8000_TCP_ADDR": "10.96.0.7",
+        "VLSAE_HEAD_SVC_SERVICE_HOST": "10.96.0.8",
+        "VLSAE_HEAD_SVC_PORT": "tcp://10.96.0.8:8000",
+    }
+    assert parse_settings([], told) == Settings()
+    assert parse_settings([], told | {"VLSAE_MAX_IMAGES": "3"}).max_images == 3
 
 
 def test_help_shows_every_setting_with_its_unit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +150,7 @@ def test_missing_folders_are_named(flag: str, tiny_llava: Path, tmp_path: Path) 
 
 def test_automatic_choices() -> None:
     assert Settings(device="cpu").resolved_dtype() == "float32"
-    assert Settings(device="cuda:1").resolved_dtype() == "bfloat16"
+    assert Settings(device="cuda").resolved_dtype() == "bfloat16"
     assert Settings(device="cuda", dtype="float32").resolved_dtype() == "float32"
 
 

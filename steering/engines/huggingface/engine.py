@@ -17,11 +17,13 @@ from pathlib import Path
 from PIL.Image import Image
 
 from steering.engines.base import Capabilities, GenerationEnd, GenerationRequest, Health, TextDelta
+from steering.engines.grammar_trial import GrammarTrials
 from steering.engines.huggingface.batch_runner import BatchRunner
 from steering.engines.huggingface.generation_loop import CANCELLED, GenerationLoop
+from steering.engines.huggingface.grammar import Grammars
 from steering.engines.huggingface.loaded_model import load_model
 from steering.engines.preparation import expand_prompt, prepare_with_pixels
-from steering.engines.sequence import RunningRequest
+from steering.engines.sequence import Emit, RunningRequest
 from steering.engines.text_stream import TokenBytes
 from steering.errors import EngineUnavailable, InvalidSteering
 from steering.hooks import output_hook
@@ -74,6 +76,7 @@ class HuggingFaceEngine:
         """End the loop and detach the hook; what still runs fails with EngineUnavailable."""
         if self._loop is not None:
             await asyncio.to_thread(self._loop.stop)
+            self._trials.close()
         self.detach_hook()
 
     def detach_hook(self) -> None:
@@ -88,6 +91,9 @@ class HuggingFaceEngine:
             hook_layer = self._checkpoint.artifact.config.hook_layer
             intervention = Intervention(self._checkpoint.artifact, loaded.model.device)
             self._hook.enter_context(output_hook(loaded.decoder.layers[hook_layer], intervention))
+        known = self._checkpoint
+        vocabulary = known.processor.tokenizer, known.vocabulary_size, known.end_tokens
+        self._trials, self._grammars = GrammarTrials(*vocabulary), Grammars(*vocabulary)
         self._runner = BatchRunner(loaded.model, loaded.decoder, intervention, hook_layer)
 
     # -- what callers see ----------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ class HuggingFaceEngine:
 
     def capabilities(self) -> Capabilities:
         return self._checkpoint.capabilities(
-            "huggingface", modes=("causal", "exact"), branches=(1, 2), response_format=False
+            "huggingface", modes=("causal", "exact"), branches=(1, 2), response_format=True
         )
 
     def health(self) -> Health:
@@ -123,7 +129,8 @@ class HuggingFaceEngine:
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception] = asyncio.Queue()
         emit = partial(_hand_over, asyncio.get_running_loop(), events)
         try:
-            asked.prepared = await asyncio.to_thread(prepare_with_pixels, self._checkpoint, request, emit)
+            await self._trials.check(request.sampling.response_format)
+            asked.prepared = await asyncio.to_thread(self._prepare, request, emit)
             if asked.cancelled:
                 raise EngineUnavailable(CANCELLED)
             self._loop.submit(asked.prepared)
@@ -136,6 +143,13 @@ class HuggingFaceEngine:
             del self._asked[request.request_id]
             if asked.prepared is not None:
                 self._loop.cancel(asked.prepared)
+
+    def _prepare(self, request: GenerationRequest, emit: Emit) -> RunningRequest:
+        prepared = prepare_with_pixels(self._checkpoint, request, emit)
+        if request.sampling.response_format is not None:
+            for sequence in prepared.sequences:
+                sequence.grammar = self._grammars.begin(request.sampling.response_format)
+        return prepared
 
     def cancel(self, request_id: str) -> None:
         """See `Engine`; takes effect before the next step. Who still iterates `generate` gets EngineUnavailable."""

@@ -20,7 +20,7 @@ from steering.engines.huggingface.batch_runner import BatchRunner
 from steering.engines.sampling import top_logprobs
 from steering.engines.sequence import RunningRequest, Sequence
 from steering.engines.text_stream import TokenBytes
-from steering.errors import EngineUnavailable
+from steering.errors import EngineUnavailable, InvalidSteering
 
 log = logging.getLogger(__name__)
 MAX_PREFILL_BATCH = 8
@@ -198,6 +198,9 @@ class GenerationLoop:
         for sequence, logits_V, best in zip(sequences, logits_BV, greedy, strict=True):
             try:
                 self._extend(sequence, logits_V, best)
+            except InvalidSteering as error:
+                sequence.request.emit(error)
+                self.cancel(sequence.request)
             except Exception as error:  # one request's sampling must not cost its neighbours theirs
                 log.exception("sampling failed for one request")
                 sequence.request.emit(EngineUnavailable(f"sampling failed ({type(error).__name__}); try again"))
@@ -207,10 +210,15 @@ class GenerationLoop:
                 self._remove(sequence)
 
     def _extend(self, sequence: Sequence, logits_V: Tensor, best: int) -> None:
-        sampler = sequence.sampler
+        sampler, grammar = sequence.sampler, sequence.grammar
+        if grammar is not None:
+            logits_V = grammar.mask(logits_V)
+            best = int(logits_V.argmax())
         token = best if sampler.is_plain_greedy else sampler.sample(logits_V)
         wanted = sampler.sampling.top_logprobs
         logprobs = None if wanted is None else self._logprobs(logits_V, token, wanted)
+        if grammar is not None:
+            grammar.advance(token)
         sequence.append(token, logprobs, self._end_tokens)
         if sequence.finish_reason:
             sequence.tally = self._runner.tally(sequence)

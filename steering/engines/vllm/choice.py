@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from steering.engines.base import GenerationRequest
 from steering.engines.checkpoint import Checkpoint
+from steering.engines.grammar_trial import bad_schema
 from steering.engines.sequence import Sequence
 from steering.engines.text_stream import TokenBytes
 from steering.engines.vllm.plugin.wire import WireSteering, cache_salt, wire_steering
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
-SCHEMA_FIELD = "response_format.json_schema.schema"
 GRAMMAR_WORDS = ("grammar", "schema", "structured", "regex")
 """One of these is in what vLLM says of a format it cannot follow."""
 
@@ -54,7 +54,7 @@ class ChoiceRunner:
             raise
         except VLLMValidationError as error:
             if request.sampling.response_format is not None and any(word in str(error) for word in GRAMMAR_WORDS):
-                raise _bad_format(str(error)) from error
+                raise bad_schema(str(error)) from error
             raise InvalidSteering(f"vLLM refuses the request: {error}", field=error.parameter) from error
         except Exception as error:
             log.exception("vLLM failed on a request")
@@ -90,7 +90,7 @@ class ChoiceRunner:
         if sequence.completion_tokens:
             raise EngineUnavailable("vLLM ended the answer early; try again")
         if last_try and request.sampling.response_format is not None:
-            raise _bad_format("it cannot be made into a grammar")
+            raise bad_schema("it cannot be made into a grammar")
         if last_try:
             raise EngineUnavailable("vLLM ended the request before its first token; try again")
         return False
@@ -138,7 +138,3 @@ class ChoiceRunner:
             raise EngineUnavailable(
                 f"vLLM made {len(token_ids)} tokens of a prompt that has {expected} by the checkpoint's processor"
             )
-
-
-def _bad_format(why: str) -> InvalidSteering:
-    return InvalidSteering(f"{SCHEMA_FIELD}: vLLM cannot follow this schema: {why}", field=SCHEMA_FIELD)

@@ -19,6 +19,7 @@ from PIL.Image import Image
 
 from steering.engines.base import Capabilities, GenerationEnd, GenerationRequest, Health, TextDelta
 from steering.engines.checkpoint import read_checkpoint
+from steering.engines.grammar_trial import GrammarTrials
 from steering.engines.preparation import expand_prompt, prepare
 from steering.engines.sequence import RunningRequest
 from steering.engines.text_stream import TokenBytes
@@ -111,6 +112,8 @@ class VllmEngine:
             starting.add_done_callback(_shut_down)
             raise
         self._workers = WorkerClient(vllm)
+        known = self._checkpoint
+        self._trials = GrammarTrials(known.processor.tokenizer, known.vocabulary_size, known.end_tokens)
         self._runner = ChoiceRunner(
             vllm, self._workers, self._checkpoint, TokenBytes(self._checkpoint.processor.tokenizer)
         )
@@ -129,6 +132,7 @@ class VllmEngine:
             return
         if self._workers is not None:
             self._workers.close()
+            self._trials.close()
         for running in self._running.values():
             running.cancel()
         await asyncio.to_thread(vllm.shutdown)
@@ -189,6 +193,7 @@ class VllmEngine:
         events: asyncio.Queue[TextDelta | GenerationEnd | Exception | None] = asyncio.Queue()
         report: asyncio.Task[None] | None = None
         try:
+            await self._trials.check(request.sampling.response_format)
             prepared = await asyncio.to_thread(prepare, self._checkpoint, request, events.put_nowait)
             self._check(request, prepared)
             if running.cancelled:

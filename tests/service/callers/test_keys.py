@@ -9,7 +9,6 @@ import logging
 import os
 import stat
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -109,19 +108,6 @@ def test_broken_json_is_refused_without_quoting_it(text: str) -> None:
 def test_one_secret_is_one_key() -> None:
     with pytest.raises(KeyFileError, match="two keys have the same hash"):
         ring(entry(), entry(name="bob"))
-
-
-@pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """More than a second passes."""
-    now = keys.time.monotonic()
-
-    def advance() -> None:
-        nonlocal now
-        now += 1.1
-        monkeypatch.setattr(keys.time, "monotonic", lambda: now)
-
-    return advance
 
 
 def test_keys_are_exchanged_while_the_service_runs(tmp_path: Path, later, monkeypatch: pytest.MonkeyPatch) -> None:

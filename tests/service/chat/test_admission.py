@@ -19,8 +19,8 @@ def metrics() -> Metrics:
     return Metrics()
 
 
-def admission(metrics: Metrics, places: int = 4, memory_bytes: int = 100, **options: Any) -> Admission:
-    return Admission(places=places, memory_bytes=memory_bytes, in_progress=metrics.in_progress, **options)
+def admission(metrics: Metrics, memory_bytes: int = 100, **options: Any) -> Admission:
+    return Admission(memory_bytes=memory_bytes, in_progress=metrics.in_progress, **options)
 
 
 def in_progress(metrics: Metrics) -> float | None:
@@ -29,10 +29,10 @@ def in_progress(metrics: Metrics) -> float | None:
 
 @pytest.mark.parametrize("caller", ["", "alice"])
 def test_a_place_is_given_back_after_any_exception(metrics: Metrics, caller: str) -> None:
-    requests, seen = admission(metrics, places=1), []
+    requests, seen = admission(metrics), []
 
     def fail() -> None:
-        with requests.place(caller):
+        with requests.place(caller, places=1):
             seen.append(in_progress(metrics))
             raise KeyError
 
@@ -54,13 +54,13 @@ def test_who_is_refused_for_its_own_half_sends_nobody_else_away(metrics: Metrics
     """A key that is refused over and over waits for its own places; what others are told does not grow with that."""
     clock = Clock()
     requests = admission(metrics, clock=clock)
-    with requests.place("greedy"), requests.place("greedy"):
+    with requests.place("greedy", places=4), requests.place("greedy", places=4):
         clock.now += 1  # a place seems to take a second
-        own = [refused(requests.place("greedy")) for _ in range(200)]
+        own = [refused(requests.place("greedy", places=4)) for _ in range(200)]
         assert "the key has too many requests" in own[-1].message
         assert own[-1].retry_after_s == 60
-        with requests.place("a"), requests.place("b"):
-            full = refused(requests.place("c"))
+        with requests.place("a", places=4), requests.place("b", places=4):
+            full = refused(requests.place("c", places=4))
     assert full.message.startswith("too many requests")
     assert full.retry_after_s <= 2
 
@@ -68,7 +68,7 @@ def test_who_is_refused_for_its_own_half_sends_nobody_else_away(metrics: Metrics
 def test_who_holds_its_half_of_the_bytes_sends_nobody_else_away(metrics: Metrics) -> None:
     clock = Clock()
     requests = admission(metrics, memory_bytes=10, clock=clock)
-    with requests.place("a"):
+    with requests.place("a", places=4):
         clock.now += 1
         for _ in range(100):
             error = refused(_taking(requests, "greedy", 6))
@@ -79,7 +79,7 @@ def test_who_holds_its_half_of_the_bytes_sends_nobody_else_away(metrics: Metrics
 
 @contextmanager
 def _taking(requests: Admission, caller: str, count: int) -> Iterator[None]:
-    with requests.place(caller), requests.memory.share(caller) as held:
+    with requests.place(caller, places=4), requests.memory.share(caller) as held:
         held.take(count)
         yield
 

@@ -22,7 +22,7 @@ URL = "messages[0].content[0].image_url.url"
 def post(server: RunningServer, content: dict | bytes, **headers: str) -> httpx.Response:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     return httpx.post(
-        server.url + CHAT, content=raw, headers={"content-type": "application/json", **headers}, timeout=60
+        server.url + CHAT, content=raw, headers={"content-type": "application/json", **headers}, timeout=120
     )
 
 
@@ -74,6 +74,17 @@ BAD_BODIES = {
     "no schema": ({"response_format": json_schema(schema={"type": "strng"})}, 400, f"{SCHEMA}.schema"),
     "deep schema": ({"response_format": json_schema(schema=nested(40))}, 400, f"{SCHEMA}.schema"),
     "remote schema": ({"response_format": json_schema(schema={"$ref": "http://a/"})}, 400, f"{SCHEMA}.schema"),
+    "unenforced schema": (
+        {"response_format": json_schema(schema={"type": "array", "uniqueItems": True})},
+        400,
+        f"{SCHEMA}.schema",
+    ),
+    "schema of no value": ({"response_format": json_schema(schema={"$ref": "#"})}, 400, f"{SCHEMA}.schema"),
+    "endless schema": (
+        {"response_format": json_schema(schema={"type": "string", "pattern": "^((a{0,30}){0,30}){0,30}$"})},
+        400,
+        f"{SCHEMA}.schema",
+    ),
     "strength -1": ({"steering": {"strength": -1}}, 400, "steering.strength"),
     "strength 7": ({"steering": {"strength": 7}}, 400, "steering.strength"),
     "concepts": ({"steering": {"concepts": {"1": {"factor": 0}}}}, 400, "steering.concepts"),

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.callers.keys import ANYBODY
-from service.chat.request import check_limits, find_alias, make_job, merge_steering, sampling_of
+from service.chat.request import check_limits, find_alias, make_job, merge_steering, sampling_of, turns_of
 from service.chat.run import parse_chat
 from service.chat.schemas import ChatCompletionRequest
 from service.errors import ApiError
@@ -50,6 +50,22 @@ async def job_of(decoder: ImageDecoder, content: dict, settings: Settings = SETT
         caller=ANYBODY,
         admit_images=admit_all,
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({}, ("",)),
+        ({"content": None}, ("",)),
+        ({"content": []}, ("",)),
+        ({"content": "a star"}, ("a star",)),
+        ({"content": None, "refusal": "I can't."}, ("I can't.",)),
+        ({"content": [{"type": "refusal", "refusal": "I"}, {"type": "text", "text": "can't."}]}, ("I", "can't.")),
+    ],
+)
+def test_an_earlier_answer_is_what_the_assistant_said(fields: dict, parts: tuple[str, ...]) -> None:
+    answer = {"role": "assistant", **fields}
+    assert turns_of(parsed(body(user("hello"), answer, user("and?"))))[1] == ("assistant", parts)
 
 
 @pytest.mark.parametrize(("model", "alias"), [("tiny", ""), ("tiny:off", ":off"), ("tiny:steered", ":steered")])

@@ -61,7 +61,7 @@ def test_a_full_request() -> None:
     assert chat.stop == ["x"]
     assert chat.steering is not None
     assert chat.steering.strength == 0.5
-    assert [part.type for part in chat.messages[1].content if not isinstance(part, str)] == ["image_url", "text"]
+    assert [part.type for part in chat.messages[1].content or () if not isinstance(part, str)] == ["image_url", "text"]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,8 @@ def test_a_full_request() -> None:
         ("tools", [], [{"type": "function"}]),
         ("tool_choice", "auto", "required"),
         ("functions", [], [{}]),
+        ("tool_choice", "none", {"type": "function", "function": {"name": "f"}}),
+        ("function_call", "none", {"name": "f"}),
         ("store", False, True),
         ("modalities", ["text"], ["text", "audio"]),
         ("service_tier", "auto", "flex"),
@@ -87,8 +89,23 @@ def test_known_fields_take_neutral_values_only(name: str, neutral: Any, other: A
 
 
 def test_an_answer_of_ours_can_be_sent_back() -> None:
-    message = ChatCompletionMessage(role="assistant", content="a star", refusal=None, tool_calls=[])
-    parse_chat(json.dumps(body(user("and?"), message.model_dump(), user("sure?"))).encode())
+    for content, refusal in (("a star", None), (None, "I can't."), (None, None)):
+        message = ChatCompletionMessage(role="assistant", content=content, refusal=refusal, tool_calls=[])
+        parse_chat(json.dumps(body(user("and?"), message.model_dump(), user("sure?"))).encode())
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(("field", "choice"), [("tools", "tool_choice"), ("functions", "function_call")])
+def test_tools_that_are_not_to_be_called_are_accepted_and_others_named(field: str, choice: str) -> None:
+    parse_chat(json.dumps(body(**{field: [TOOL] * 128, choice: "none", "parallel_tool_calls": True})).encode())
+    for chosen in ({}, {choice: None}, {choice: "auto"}):
+        error = refused({**body(), field: [TOOL], **chosen})
+        assert (error.code, error.param, error.status) == ("unsupported_value", field, 400)
+        assert f'{choice}: "none"' in error.message
+    for malformed in ("f", {}, ["f"], [TOOL] * 129):
+        assert (refused(body(**{field: malformed, choice: "none"})).param or "").startswith(field)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +135,14 @@ def test_an_answer_of_ours_can_be_sent_back() -> None:
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [user({"type": "refusal", "refusal": "no"})]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": {}}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": [image_part()]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "refusal"}]}]}, "messages[0].content[0].refusal"),
+        ({"messages": [{"role": "assistant", "refusal": 3}]}, "messages[0].refusal"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": [user({"type": "input_audio"})]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "system", "content": [image_part()]}]}, "messages[0].content[0].type"),
         ({"messages": [user({"type": "text"})]}, "messages[0].content[0].text"),

@@ -142,6 +142,9 @@ BAD_BODIES: dict[str, bytes] = {
     "image: of the assistant": changed(
         messages=[{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
     ),
+    "tools to be called": changed(tools=[{"type": "function", "function": {"name": "f"}}]),
+    "tools: of text, none to be called": changed(tools=["f"], tool_choice="none"),
+    "content: null of the user": changed(messages=[{"role": "user", "content": None}]),
     "stream: text": changed(stream="true"),
     "stream: 1": changed(stream=1),
     "stop: number": changed(stop=1),
@@ -212,6 +215,12 @@ ODD_BODIES: dict[str, bytes] = {
     "the smallest seed": changed(seed=-(2**63)),
     "a bias of all": changed(logit_bias={str(index): -100 for index in range(100)}),
     "stop at a surrogate pair": changed(stop=["\U0001f600"]),
+    "tools that are not to be called": changed(
+        tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none", parallel_tool_calls=True
+    ),
+    "an answer of null": changed(messages=[user("x"), {"role": "assistant", "content": None}, user("y")]),
+    "an answer of no parts": changed(messages=[user("x"), {"role": "assistant", "content": []}, user("y")]),
+    "a refusal": changed(messages=[user("x"), {"role": "assistant", "content": None, "refusal": "no"}, user("y")]),
     "only a system message": changed(messages=[{"role": "system", "content": "x"}]),
     "the assistant speaks first": changed(messages=[{"role": "assistant", "content": "x"}, user("y")]),
 }

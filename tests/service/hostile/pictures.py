@@ -15,6 +15,9 @@ from tests.service.examples import encoded, picture
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG, JPEG, WEBP = encoded(picture()), encoded(picture(), "JPEG"), encoded(picture(), "WEBP")
+GIF = encoded(picture(), "GIF")
+GIF_FRAME_AT = GIF.index(b",", 13)
+"""Where its first frame begins."""
 NOISE = Image.effect_noise((99, 99), 50)
 SOF = b"\xff\xc0"
 """JPEG's start of frame, where the size stands."""
@@ -84,6 +87,17 @@ def vp8(width: int, height: int) -> bytes:
     return WEBP[:at] + struct.pack("<HH", width, height) + WEBP[at + 4 :]
 
 
+def gif_canvas(width: int, height: int) -> bytes:
+    """A GIF whose canvas is that large and whose one frame is 48 x 32."""
+    return GIF[:6] + struct.pack("<HH", width, height) + GIF[10:]
+
+
+def gif_frame(width: int, height: int) -> bytes:
+    """A GIF of 48 x 32 whose frame says that it is that large."""
+    at = GIF_FRAME_AT + 5
+    return GIF[:at] + struct.pack("<HH", width, height) + GIF[at + 4 :]
+
+
 def jpeg_of_scans(count: int, size: tuple[int, int] = (3000, 2000)) -> bytes:
     """A JPEG whose last scan comes again and again: little to send, much to decode."""
     whole = encoded(picture("white", size), "JPEG", progressive=True)
@@ -129,7 +143,6 @@ HOSTILE_PICTURES: dict[str, bytes] = {
     "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100),
     "a pickle": b"\x80\x04\x95" + bytes(100),
     # Pillow could read these; we don't let it
-    "GIF": encoded(picture(), "GIF"),
     "BMP": encoded(picture(), "BMP"),
     "TIFF": encoded(picture(), "TIFF"),
     "ICO": encoded(picture(), "ICO"),
@@ -199,6 +212,15 @@ HOSTILE_PICTURES: dict[str, bytes] = {
     "WebP of garbage": riff((b"VP8 ", b"garbage" * 20)),
     "WebP chunk longer than the file": riff((b"VP8 ", b""))[:-4] + struct.pack("<I", 2**31),
     "WebP animated": animation("WEBP"),
+    # GIFs that are broken or films
+    "GIF signature only": b"GIF89a",
+    "GIF without a frame": GIF[:13] + b";",
+    "GIF cut in half": encoded(NOISE, "GIF")[:3000],
+    "GIF bomb": gif_canvas(65_000, 65_000),
+    "GIF frame bomb": gif_frame(65_000, 65_000),
+    "GIF 1 x 1": encoded(picture(size=(1, 1)), "GIF"),
+    "GIF animated": animation("GIF"),
+    "GIF of 20,000 frames": GIF[:-1] + GIF[GIF_FRAME_AT:-1] * 20_000 + b";",
     "WAV": b"RIFF\x24\0\0\0WAVEfmt " + bytes(100),
 }
 """Each is a 400 that names the image."""
@@ -228,6 +250,11 @@ UNUSUAL_PICTURES: dict[str, bytes] = {
     "16-bit RGB and alpha": png(rows(channels=8), depth=16, color=6),
     "2-bit grey": png(rows(width=2, channels=1), depth=2, color=0),
     "interlaced": png(chunk(b"IDAT", zlib.compress(bytes(500))), interlace=1),
+    "GIF": GIF,
+    "GIF with a clear color": encoded(picture(mode="P"), "GIF", transparency=0),
+    "GIF without an end": GIF[:-1],
+    "GIF with a loop of one frame": encoded(picture(), "GIF", loop=0, duration=100),
+    "GIF on a larger canvas": gif_canvas(100, 100),
     "lossless WebP with alpha": encoded(picture(mode="RGBA"), "WEBP", lossless=True),
     # additions
     "a phone's two pictures": animation("MPO"),

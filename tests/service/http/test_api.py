@@ -279,7 +279,7 @@ async def test_too_many_at_once_are_refused_and_places_are_given_back(serve) -> 
     assert (await server.chat()).status_code == 200
     assert (await busy[1]).status_code == 200
     assert await server.metric("vlsae_requests_in_progress") == 0
-    assert await server.metric('vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}') == 1
+    assert await server.metric('vlsae_requests_total{applied="unknown",arm="unknown",finish="cancelled"}') == 1
 
 
 @pytest.mark.parametrize("places", [0, 1])

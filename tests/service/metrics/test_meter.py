@@ -69,12 +69,12 @@ def test_a_refused_request_is_a_rejection_and_no_request(metrics: Metrics) -> No
 def test_one_that_breaks_on_its_way_is_both(metrics: Metrics) -> None:
     run(metrics, delta(0, "a"), failure="engine_unavailable")
     assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable") == 1
-    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="error") == 1
+    assert value(metrics, "vlsae_requests_total", arm="unknown", applied="unknown", finish="error") == 1
 
 
 def test_one_whose_client_left(metrics: Metrics) -> None:
     run(metrics, delta(0, "a"), failure="cancelled")
-    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="cancelled") == 1
+    assert value(metrics, "vlsae_requests_total", arm="unknown", applied="unknown", finish="cancelled") == 1
     (rejections,) = metrics.rejections.collect()
     assert {sample.value for sample in rejections.samples if sample.name.endswith("_total")} == {0}
 
@@ -91,7 +91,7 @@ def test_tokens_of_an_answer_that_never_ended_are_counted(metrics: Metrics, fail
 )
 def test_a_prompt_that_was_computed_for_nothing_is_counted(metrics: Metrics, failure: str, finish: str) -> None:
     run(metrics, failure=failure, started=True)
-    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish=finish) == 1
+    assert value(metrics, "vlsae_requests_total", arm="unknown", applied="unknown", finish=finish) == 1
     assert value(metrics, "vlsae_prompt_tokens_total") == 20
     assert value(metrics, "vlsae_request_duration_seconds_count") == 1
 

@@ -114,9 +114,9 @@ async def test_without_max_tokens_the_default_counts(replica: ModelReplica) -> N
         ),
         ({"sampling": Sampling(max_tokens=1, logit_bias={10**6: 1.0})}, "invalid_value", "logit_bias.1000000"),
         (
-            {"sampling": Sampling(max_tokens=1, response_format=ResponseFormat())},
-            "unsupported_value",
-            "response_format",
+            {"sampling": Sampling(max_tokens=1, response_format=ResponseFormat(json_schema='{"$ref":"#"}'))},
+            "invalid_value",
+            "response_format.json_schema.schema",
         ),
         (
             {"images": 0, "steering": RequestedSteering(settings=SteeringRequest(enabled=True), explicit=True)},

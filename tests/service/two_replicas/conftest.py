@@ -35,7 +35,8 @@ def watched(checkpoint: tuple[Path, Path]) -> Iterator[Watched]:
         server = start_server(
             "--model", str(checkpoint[0]), "--artifact", str(checkpoint[1]), "--keys-file", str(home / "keys.json"),
             "--ingress-replicas", "2", "--model-replicas", "2", "--log-file", str(home / "service.log"),
-            "--gateway", "on", "--traces-endpoint", collector.endpoint, "--body-timeout-s", "3", home=home,
+            "--gateway", "on", "--traces-endpoint", collector.endpoint, "--body-timeout-s", "3",
+            "--live-file", str(home / "live.json"), home=home,
         )  # fmt: skip
         try:
             yield Watched(server, home, secrets, collector)

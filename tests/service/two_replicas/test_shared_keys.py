@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from service.callers import keys
+from service.watched_file import LOOK_EVERY_S
 from tests.service.watched_server import REQUESTS_PER_MINUTE, Watched
 
 pytestmark = [pytest.mark.service, pytest.mark.slow]
@@ -125,7 +126,7 @@ def test_keys_are_exchanged_under_way(watched: Watched) -> None:
     add_key(watched, "new")
     until(lambda: status(watched, "new") == 200)
     file.write_text("{")
-    time.sleep(keys.REREAD_S + 0.1)
+    time.sleep(LOOK_EVERY_S + 0.1)
     assert {status(watched, "new") for _ in range(10)} == {200}, "a broken file takes no keys away"
     file.write_text(before)
     until(lambda: status(watched, "new") == 401)

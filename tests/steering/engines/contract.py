@@ -6,11 +6,13 @@ The fixture is any engine on a tiny LLaVA of `tests/tiny_models.py` with its art
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from dataclasses import replace
 
 import pytest
 
-from steering.engines.base import Sampling
+from steering.engines.base import ResponseFormat, Sampling
 from steering.errors import EngineUnavailable, InvalidSteering
 from tests.steering.engines.driving import LATER_TURN, ask, make_request, prompt_text_tokens, send
 from tests.tiny_models import drawn_image
@@ -157,6 +159,61 @@ async def test_an_answer_that_ends_before_steering_begins_is_the_plain_one_and_s
     receipt = late.end.receipt
     assert (receipt.applied, receipt.reason) == (False, "no_text_position")
     assert (receipt.positions, receipt.relative_shift, receipt.min_answer_tokens) == ([0], [0.0], generated)
+
+
+async def test_structured_output_follows_its_schema_steered_too(engine):
+    schema = json.dumps({"type": "object", "properties": {"seen": {"type": "boolean"}}, "required": ["seen"],
+                         "additionalProperties": False})  # fmt: skip
+    wanted = ResponseFormat(json_schema=schema)
+    for steering in ({"enabled": False}, {"strength": 1.0}, {"gamma": 0.5}):
+        answer = await ask(engine, steering=steering, max_tokens=100, n=2, response_format=wanted)
+        for choice in range(2):
+            assert isinstance(json.loads(answer.text(choice))["seen"], bool)
+            assert answer.finish_reasons()[choice] == "stop"
+        assert answer.end.receipt.applied == (steering != {"enabled": False})
+    anything = await ask(engine, max_tokens=60, response_format=ResponseFormat())
+    assert anything.text().startswith("{")
+
+
+async def test_logprobs_are_those_of_what_the_grammar_allows(engine):
+    wanted = ResponseFormat(json_schema='{"enum": ["a", "b"]}')
+    answer = await ask(engine, max_tokens=100, top_logprobs=VOCABULARY, response_format=wanted)
+    quote, letter, *_ = answer.logprobs()
+    assert sorted(quote.values())[-2:] == [-9999.0, 0.0]
+    possible = [logprob for logprob in letter.values() if logprob > -9999.0]
+    assert len(possible) == 2
+    assert sum(math.exp(logprob) for logprob in possible) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 7},
+        {"type": "array", "uniqueItems": True},
+        {"type": "string", "pattern": "(?<=a)b"},
+        {"type": "object", "properties": {"a": False}, "required": ["a"]},
+        {"$ref": "#"},
+        {"type": "string", "pattern": "^((a{0,30}){0,30}){0,30}$"},
+    ],
+    ids=str,
+)
+async def test_a_schema_that_cannot_be_followed_is_refused_and_harms_nobody(engine, schema, monkeypatch):
+    monkeypatch.setattr("steering.engines.grammar_trial.CPU_S", 1.0)
+    with pytest.raises(InvalidSteering) as caught:
+        await ask(engine, max_tokens=10, response_format=ResponseFormat(json_schema=json.dumps(schema)))
+    assert caught.value.field == "response_format.json_schema.schema"
+    assert (await ask(engine, max_tokens=2, logit_bias={257: -100.0})).finish_reasons() == {0: "length"}
+
+
+async def test_plausibility_leaves_a_grammar_something_to_choose(engine):
+    """What the base branch favours is not what the grammar allows: with all others at -inf nothing would be left."""
+    for plausibility in (0.8, 1.0):
+        answer = await ask(
+            engine, steering={"plausibility": plausibility}, max_tokens=100,
+            response_format=ResponseFormat(json_schema='{"type": "boolean"}'),
+        )  # fmt: skip
+        assert json.loads(answer.text()) in (True, False)
+        assert answer.end.receipt.applied
 
 
 async def test_what_cannot_be_done_is_refused_with_the_field(engine):

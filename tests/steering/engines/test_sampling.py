@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steering.engines.base import MASKED_LOGPROB, Sampling
+from steering.engines.base import IMPLAUSIBLE, MASKED_LOGPROB, Sampling
 from steering.engines.sampling import Sampler, blend_branches, top_logprobs
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, 3.0])
@@ -46,7 +46,8 @@ def test_blend_and_plausibility():
     torch.testing.assert_close(blend_branches(base, steered, 1.0, 0.0), steered)
     torch.testing.assert_close(blend_branches(base, steered, 0.5, 0.0), (base + steered) / 2)
     masked = blend_branches(base, steered, 1.0, 0.1)
-    assert masked.tolist() == [0.0, 3.0, float("-inf")]
+    assert masked.tolist() == [0.0, 3.0, 9.0 - IMPLAUSIBLE]
+    assert masked.softmax(0)[2] == 0
     own, top = top_logprobs(masked, 2, 3)
     assert own == MASKED_LOGPROB
     assert [token for token, _ in top] == [1, 0, 2]

@@ -15,6 +15,7 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
 from steering.artifact import Artifact, check_fits, load_artifact
+from steering.engines.base import IMPLAUSIBLE
 from steering.engines.vllm.plugin.batch import Batch
 from steering.engines.vllm.plugin.configuration import check_config, read_config
 from steering.engines.vllm.plugin.pooling import PoolingAttention
@@ -27,9 +28,6 @@ from steering.slot_tables import SlotTables
 Made = TypeVar("Made")
 MIN_KERNEL_ROWS = 256
 """Rows that a launch of the kernels takes at least: the texts of several prompts that are prefilled together."""
-IMPLAUSIBLE = 1e5
-"""Taken off an implausible token's logit. Its probability is then 0 in float32, yet a grammar that allows only
-implausible tokens still has one to choose, which with -inf it had not."""
 
 
 class _Steered(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import pytest
 
@@ -37,31 +36,12 @@ async def test_a_zero_delta_is_not_called_steering(engine):
     assert (answer.end.receipt.applied, answer.end.receipt.reason) == (False, "delta_0")
 
 
-async def test_structured_output_follows_its_schema_steered_too(engine):
-    schema = json.dumps({"type": "object", "properties": {"seen": {"type": "boolean"}}, "required": ["seen"],
-                         "additionalProperties": False})  # fmt: skip
-    wanted = ResponseFormat(json_schema=schema)
-    for steering in ({"enabled": False}, {"strength": 1.0}, {"gamma": 0.5}):
-        answer = await ask(engine, steering=steering, max_tokens=100, response_format=wanted)
-        assert isinstance(json.loads(answer.text())["seen"], bool)
-        assert answer.end.receipt.applied == (steering != {"enabled": False})
-    for schema in ('{"type": "integer", "multipleOf": 7}', '{"type": "string", "pattern": "^a{300}$"}'):
-        with pytest.raises(InvalidSteering) as caught:
-            await ask(engine, max_tokens=10, response_format=ResponseFormat(json_schema=schema))
-        assert caught.value.field == "response_format.json_schema.schema"
-    anything = await ask(engine, max_tokens=60, response_format=ResponseFormat())
-    assert anything.text().lstrip().startswith("{")
-
-
-async def test_plausibility_leaves_a_grammar_something_to_choose(engine):
-    """What the base branch favours is not what the grammar allows: with all others at -inf nothing would be left."""
-    for plausibility in (0.8, 1.0):
-        answer = await ask(
-            engine, steering={"plausibility": plausibility}, max_tokens=100,
-            response_format=ResponseFormat(json_schema='{"type": "boolean"}'),
-        )  # fmt: skip
-        assert json.loads(answer.text()) in (True, False)
-        assert answer.end.receipt.applied
+async def test_a_schema_that_only_vllm_cannot_compile_is_named(engine):
+    """Its compiler keeps rules of other grammars and loses this one's."""
+    schema = '{"type": "string", "pattern": "^a{300}$"}'
+    with pytest.raises(InvalidSteering) as caught:
+        await ask(engine, max_tokens=10, response_format=ResponseFormat(json_schema=schema))
+    assert caught.value.field == "response_format.json_schema.schema"
 
 
 async def test_choices_share_a_request_and_each_has_its_receipt(engine, reference):

@@ -1,0 +1,48 @@
+"""How strictly a request's fields are read, and what is said where one will not do. Knows none of the fields."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+def inconsistent(field: str, reason: str) -> PydanticCustomError:
+    """Two fields that do not go together; `field` is the one to change."""
+    return PydanticCustomError("inconsistent", "{reason}", {"field": field, "reason": reason})
+
+
+def uncallable(field: str, choice: str) -> PydanticCustomError:
+    """Tools that the model would be free to call."""
+    reason = 'this model calls none; send {choice}: "none", or leave {field} out'
+    return PydanticCustomError("unsupported", reason, {"field": field, "choice": choice})
+
+
+class Neutral:
+    """Annotates a known OpenAI field that may only ask for nothing; any other value is an error, never ignored."""
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": [None, *self.values]}
+
+    def _check(self, value: object) -> object:
+        if value is None or any(type(value) is type(neutral) and value == neutral for neutral in self.values):
+            return value
+        allowed = ", ".join(["null", *(json.dumps(neutral) for neutral in self.values)])
+        raise PydanticCustomError("unsupported", "only these values are supported: {allowed}", {"allowed": allowed})
+
+
+class Strict(BaseModel):
+    """No coercion, no unknown field, no NaN."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
