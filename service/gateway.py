@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from service.settings import Settings, SettingsError
+from service.settings import LaunchSettings, Settings, SettingsError
 
 CONFIGURATION = Path(__file__).parent.parent / "deploy" / "gateway" / "haproxy.cfg"
 PREFIX = "GATEWAY_"
@@ -52,7 +52,7 @@ class Gateway:
             raise SettingsError(f"--gateway: HAProxy refuses {configuration}:\n{checked.stdout}{checked.stderr}")
 
     @classmethod
-    def before(cls, settings: Settings, *, server_port: int) -> Gateway:
+    def before(cls, settings: LaunchSettings, *, server_port: int) -> Gateway:
         """The gateway of these settings, before a Serve on loopback. Raises SettingsError."""
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         values = {
@@ -146,7 +146,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def settle_gateway(settings: Settings) -> Settings:
+def settle_gateway(settings: LaunchSettings) -> LaunchSettings:
     """What 'auto' means for `python -m service`. Raises SettingsError for limits that nobody would keep."""
     choice = settings.gateway
     if choice == "auto":

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service.settings import KEYS_VARIABLE, Settings, SettingsError
+from service.settings import KEYS_VARIABLE, LaunchSettings, Settings, SettingsError
 from service.watched_file import WatchedFile
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def check_keys_are_named(settings: Settings, environment: Mapping[str, str]) -> 
         )
 
 
-def without_keys_on_loopback(settings: Settings, environment: Mapping[str, str]) -> Settings:
+def without_keys_on_loopback(settings: LaunchSettings, environment: Mapping[str, str]) -> LaunchSettings:
     """Settings that allow a service without keys where nobody but this machine can reach it."""
     if settings.keys_file or environment.get(KEYS_VARIABLE) or not settings.on_loopback:
         return settings

@@ -19,7 +19,7 @@ from service.gateway import Gateway, GatewayError, check_serve_mode, free_port, 
 from service.http.api import build_api
 from service.http.request_guard import GATEWAY_HEADER
 from service.images.decoder import DecoderLimits, ImageDecoder
-from service.settings import Settings, SettingsError
+from service.settings import LaunchSettings, Settings, SettingsError
 from tests.service.examples import ScriptedModel, body
 from tests.service.gateways import running_backend, running_gateway
 from tests.service.running_server import REPOSITORY, RunningServer
@@ -43,7 +43,7 @@ def certificate(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
 async def test_clients_can_speak_tls_and_nothing_else_then(certificate: tuple[Path, ssl.SSLContext]) -> None:
     file, trusting = certificate
     async with running_backend() as backend:
-        settings = Settings(host="127.0.0.1", port=free_port(), tls_certificate=str(file))
+        settings = LaunchSettings(host="127.0.0.1", port=free_port(), tls_certificate=str(file))
         with Gateway.before(settle_gateway(settings), server_port=backend.port):
             async with httpx.AsyncClient(verify=trusting) as client:
                 answer = await client.get(f"https://127.0.0.1:{settings.port}/a")
@@ -55,10 +55,10 @@ async def test_clients_can_speak_tls_and_nothing_else_then(certificate: tuple[Pa
 def test_a_certificate_that_is_none_stops_the_start(tmp_path: Path) -> None:
     file = tmp_path / "gateway.pem"
     with pytest.raises(SettingsError, match=f"--tls-certificate: {file} is not a file"):
-        settle_gateway(Settings(tls_certificate=str(file)))
+        settle_gateway(LaunchSettings(tls_certificate=str(file)))
     file.write_text("nonsense")
     with pytest.raises(SettingsError, match=r"--gateway: HAProxy refuses [\s\S]*gateway.pem"):
-        Gateway.before(Settings(tls_certificate=str(file)), server_port=1)
+        Gateway.before(LaunchSettings(tls_certificate=str(file)), server_port=1)
 
 
 def test_a_gateway_that_is_not_there_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_gateway_that_cannot_listen_is_none() -> None:
     ],
 )
 def test_what_auto_means(given: dict, means: str) -> None:
-    assert settle_gateway(Settings(**given)).gateway == means
+    assert settle_gateway(LaunchSettings(**given)).gateway == means
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_auto_means(given: dict, means: str) -> None:
 )
 def test_limits_that_nobody_would_keep_stop_the_start(given: dict, says: str) -> None:
     with pytest.raises(SettingsError, match=says):
-        settle_gateway(Settings(**given))
+        settle_gateway(LaunchSettings(**given))
 
 
 def test_serve_s_own_ways_to_clients_are_refused() -> None:
@@ -150,7 +150,7 @@ def test_it_goes_with_its_parent(tmp_path: Path) -> None:
 async def test_what_comes_past_a_promised_gateway_is_refused(promised: str) -> None:
     """All but probes and scrapes."""
     settings = Settings(model="/models/tiny", artifact="/a", allow_anonymous=True, gateway=promised)  # type: ignore[arg-type]
-    decoder = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=999))
+    decoder = ImageDecoder(workers=1, limits=DecoderLimits(max_side=999))
     transport = httpx.ASGITransport(app=build_api(settings, ScriptedModel(), decoder))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         for headers in ({}, {GATEWAY_HEADER: "off"}):
