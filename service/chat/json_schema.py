@@ -11,6 +11,8 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 from jsonschema.validators import validator_for
 
+from service.chat.plain_schema import plain_schema
+
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_DEPTH = 32
 """Objects and arrays inside each other; one level of a client's own objects takes two."""
@@ -20,23 +22,13 @@ MAX_SHOWN = 300
 
 
 def canonical_json_schema(schema: Any) -> str:
-    """The schema as compact JSON text. Keys keep their order: an answer's members come in it.
+    """The schema as compact JSON text, plainly put. Keys keep their order: an answer's members come in it.
 
     Raises ValueError that says what is wrong.
     """
     if not isinstance(schema, dict):
         raise ValueError("must be an object")
-    for count, (value, depth) in enumerate(_parts(schema), start=1):
-        if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if count > MAX_PARTS:
-            raise ValueError(f"more than {MAX_PARTS} objects, arrays and booleans")
-        reference = value.get("$ref") if isinstance(value, dict) else None
-        if isinstance(reference, str) and not _points_into(schema, reference):
-            raise ValueError(f"$ref {reference[:100]!r} does not point to a part of the schema ('#/...')")
-    text = json.dumps(schema, separators=(",", ":"), allow_nan=False)
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise ValueError(f"larger than {MAX_SCHEMA_BYTES} bytes")
+    _checked_text(schema)
     try:
         dialect = validator_for(schema) if isinstance(schema.get("$schema", ""), str) else Draft202012Validator
         dialect.check_schema(schema)
@@ -45,6 +37,21 @@ def canonical_json_schema(schema: Any) -> str:
         raise ValueError(f"not a JSON schema: at '/{where}': {error.message}"[:MAX_SHOWN]) from None
     except (OverflowError, RecursionError):
         raise ValueError("a pattern in it is too large") from None
+    return _checked_text(plain_schema(schema))
+
+
+def _checked_text(schema: dict) -> str:
+    for count, (value, depth) in enumerate(_parts(schema), start=1):
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if count > MAX_PARTS:
+            raise ValueError(f"more than {MAX_PARTS} objects, arrays and booleans")
+        reference = value.get("$ref") if isinstance(value, dict) else None
+        if isinstance(reference, str) and not _points_into(schema, reference):
+            raise ValueError(f"$ref {reference[:100]!r} does not point to a part of the schema ('#/$defs/...')")
+    text = json.dumps(schema, separators=(",", ":"), allow_nan=False)
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise ValueError(f"larger than {MAX_SCHEMA_BYTES} bytes")
     return text
 
 

@@ -16,6 +16,7 @@ from steering.request import SteeringRequest
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS_ENTRIES = 1024
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+INSTEAD_OF_TOOLS = "for an answer that follows a schema send response_format"
 
 
 class TextPart(Strict):
@@ -113,6 +114,8 @@ class AssistantMessage(Strict):
     audio: Annotated[Any, Neutral()] = None
     function_call: Annotated[Any, Neutral()] = None
     tool_calls: Annotated[Any, Neutral([])] = None
+    provider_specific_fields: dict[str, Any] | None = None
+    """What LiteLLM notes on an answer and sends back with it. Accepted and not used."""
 
 
 def _message_tag(message: Any) -> str | None:
@@ -237,7 +240,7 @@ class ChatCompletionRequest(Strict):
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
 
     audio: Annotated[Any, Neutral()] = None
-    function_call: Annotated[Any, Neutral("none", "auto")] = None
+    function_call: Annotated[Any, Neutral("none", "auto", instead=INSTEAD_OF_TOOLS)] = None
     functions: Tools = None
     modalities: Annotated[Any, Neutral(["text"])] = None
     moderation: Annotated[Any, Neutral()] = None
@@ -248,7 +251,7 @@ class ChatCompletionRequest(Strict):
     reasoning_effort: Annotated[Any, Neutral("none")] = None
     service_tier: Annotated[Any, Neutral("auto", "default")] = None
     store: Annotated[Any, Neutral(False)] = None
-    tool_choice: Annotated[Any, Neutral("none", "auto")] = None
+    tool_choice: Annotated[Any, Neutral("none", "auto", instead=INSTEAD_OF_TOOLS)] = None
     tools: Tools = None
     """Accepted and not used where `tool_choice` is "none"; the model calls no tools. `functions` likewise."""
     verbosity: Annotated[Any, Neutral("medium")] = None
@@ -264,5 +267,5 @@ class ChatCompletionRequest(Strict):
             raise inconsistent("max_tokens", "differs from max_completion_tokens; send one of them")
         for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
             if getattr(self, field) and getattr(self, choice) != "none":
-                raise uncallable(field, choice)
+                raise uncallable(field, choice, INSTEAD_OF_TOOLS)
         return self

@@ -15,17 +15,17 @@ def inconsistent(field: str, reason: str) -> PydanticCustomError:
     return PydanticCustomError("inconsistent", "{reason}", {"field": field, "reason": reason})
 
 
-def uncallable(field: str, choice: str) -> PydanticCustomError:
-    """Tools that the model would be free to call."""
-    reason = 'this model calls none; send {choice}: "none", or leave {field} out'
-    return PydanticCustomError("unsupported", reason, {"field": field, "choice": choice})
+def uncallable(field: str, choice: str, instead: str) -> PydanticCustomError:
+    """Tools that the model would be free to call; `instead`: what else there is."""
+    reason = 'this model calls none; send {choice}: "none", or leave {field} out; {instead}'
+    return PydanticCustomError("unsupported", reason, {"field": field, "choice": choice, "instead": instead})
 
 
 class Neutral:
     """Annotates a known OpenAI field that may only ask for nothing; any other value is an error, never ignored."""
 
-    def __init__(self, *values: object) -> None:
-        self.values = values
+    def __init__(self, *values: object, instead: str = "") -> None:
+        self.values, self._instead = values, f"; {instead}" if instead else ""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -37,7 +37,8 @@ class Neutral:
         if value is None or any(type(value) is type(neutral) and value == neutral for neutral in self.values):
             return value
         allowed = ", ".join(["null", *(json.dumps(neutral) for neutral in self.values)])
-        raise PydanticCustomError("unsupported", "only these values are supported: {allowed}", {"allowed": allowed})
+        reason = "only these values are supported: {allowed}{instead}"
+        raise PydanticCustomError("unsupported", reason, {"allowed": allowed, "instead": self._instead})
 
 
 class Strict(BaseModel):

@@ -1,7 +1,8 @@
 """Which parts of JSON Schema the grammar library does not enforce. An answer must follow its schema: such a schema is
 refused on every engine alike. Pure data in, words out: no library, no engine.
 
-The rules are vLLM's for xgrammar 0.2 (`vllm/v1/structured_output/backend_xgrammar.py`); a test holds them against it.
+The rules are vLLM's for xgrammar 0.2 (`vllm/v1/structured_output/backend_xgrammar.py`), a test holds them against it;
+and one that it lacks, of required members.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def _of_objects(part: dict) -> str | None:
         others = [word for word in ("patternProperties", "properties") if word in part]
         if others or part.get("unevaluatedProperties", True) is not True:
             return f"'propertyNames' beside '{[*others, 'unevaluatedProperties'][0]}' is not enforced"
+    if part.get("required") and (named := [word for word in ("propertyNames", "patternProperties") if word in part]):
+        return f"'required' beside '{named[0]}' is not enforced"
     patterns = part.get("patternProperties")
     if isinstance(patterns, dict) and ("properties" in part or len(patterns) > 1):
         return "'patternProperties' beside other properties is not enforced"

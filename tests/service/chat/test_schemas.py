@@ -94,6 +94,13 @@ def test_an_answer_of_ours_can_be_sent_back() -> None:
         parse_chat(json.dumps(body(user("and?"), message.model_dump(), user("sure?"))).encode())
 
 
+def test_an_answer_as_litellm_sends_it_back_is_one() -> None:
+    message = {"role": "assistant", "content": "a star", "tool_calls": None, "function_call": None}
+    parse_chat(json.dumps(body(user("and?"), {**message, "provider_specific_fields": {"refusal": None}})).encode())
+    error = refused(body({**message, "provider_specific_fields": "x"}))
+    assert error.param == "messages[0].provider_specific_fields"
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -104,6 +111,11 @@ def test_tools_that_are_not_to_be_called_are_accepted_and_others_named(field: st
         error = refused({**body(), field: [TOOL], **chosen})
         assert (error.code, error.param, error.status) == ("unsupported_value", field, 400)
         assert f'{choice}: "none"' in error.message
+        assert "response_format" in error.message
+    for forced in ("required", {"type": "function", "function": {"name": "f"}}):
+        error = refused({**body(), field: [TOOL], choice: forced})
+        assert (error.code, error.param) == ("unsupported_value", choice)
+        assert "response_format" in error.message
     for malformed in ("f", {}, ["f"], [TOOL] * 129):
         assert (refused(body(**{field: malformed, choice: "none"})).param or "").startswith(field)
 
