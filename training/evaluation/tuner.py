@@ -26,7 +26,7 @@ from training.evaluation.non_inferiority import ACCURACY_MARGIN
 from training.evaluation.preset_rules import AGAINST, FITNESS, FOREIGN, FORGETS, dev_scores
 from training.evaluation.scores import RESAMPLES, Scoreboard, is_zero
 
-BETAS = ((1.0, 0.0), (1.0, 0.1), (1.0, 0.3), (0.9, 0.9), (0.0, 1.0))
+BETAS = ((1.0, 0.0), (1.0, 0.1), (1.0, 0.2), (0.9, 0.9), (0.0, 1.0))
 """(beta_up, beta_down) of the grid: only add, hardly remove, mostly add, the paper's, only remove."""
 STARTS: dict[Task, tuple[int | None, ...]] = {"captions": (3, 1, 6), "questions": (0, None)}
 """Where steering may begin, in tokens of the answer (None: with the text behind the image). The grid has the first, its
@@ -104,11 +104,11 @@ def grid(form: Form, alphas: Iterable[float], task: Task) -> list[Preset]:
 def neighbours(preset: Preset, task: Task) -> list[Preset]:
     """A smaller and a larger step, another beginning, and one of the betas moved."""
     changes: list[dict[str, Any]] = [
-        {"alpha": round(preset.alpha * 0.85, 3)},
-        {"alpha": min(4.0, round(preset.alpha * 1.2, 3))},
+        {"alpha": round(preset.alpha * 0.9, 3)},
+        {"alpha": min(4.0, round(preset.alpha * 1.1, 3))},
         {"beta_up": max(0.0, round(preset.beta_up - 0.25, 3))},
         {"beta_down": max(0.0, round(preset.beta_down - 0.05, 3))},
-        {"beta_down": min(1.0, round(preset.beta_down + 0.1, 3))},
+        {"beta_down": min(1.0, round(preset.beta_down + 0.05, 3))},
         *({"min_answer_tokens": start} for start in STARTS[task] if start != preset.min_answer_tokens),
     ]
     return [preset.model_copy(update=change) for change in changes]
