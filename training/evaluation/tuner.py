@@ -1,7 +1,8 @@
 """Tries settings of steering on dev scenes and judges them. Writes no artifact.
 
 Every form gets the same budget: a grid, the neighbours of its best settings, a shortlist that is also fed other scenes'
-images, and a final on fresh dev scenes. Questions are asked in first and in second turns throughout.
+images, and a final on fresh dev scenes, where the step is set more finely. Questions are asked in first and in second
+turns throughout.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ has hardly begun: what begins later cannot touch it, and earlier turns are left 
 OFF = Preset(strength=0.0, alpha=0.0)
 SOFTENINGS = 3
 """How often the step of a form's best setting is made smaller where only recall speaks against it."""
+CLIMBS = 3
+"""How often the step of a form's best setting is made larger, or smaller, in the final."""
 FIRST_LOOK = 1000
 """Questions per split and turn with which a final begins. Where none of their answers changes, none of the others is
 asked: if more than one answer in 300 did, one of 1,000 would have with a probability of .96."""
@@ -139,8 +142,22 @@ class Tuner:
             if best.against == (FORGETS,):  # a smaller step keeps more of what is there
                 smaller = best.preset.model_copy(update={"alpha": round(best.preset.alpha * 0.85, 3)})
                 best = await self._try(smaller, task, "final", foreign=True)
+        if not best.against:
+            best = await self._climb(best, task)
         verdict = "; ".join(best.against) or "may become a preset"
         self._report(f"{task}, {form}: best {in_short(best.preset)}, {figures(best.scores)}: {verdict}")
+        return best
+
+    async def _climb(self, best: Trial, task: Task) -> Trial:
+        """A larger step, or a smaller one, for as long as the final's scenes find it fitter and nothing is against it:
+        neighbours differ by less than the search's few scenes can tell."""
+        for factor in (1.1, 0.9):
+            for _ in range(CLIMBS):
+                moved = best.preset.model_copy(update={"alpha": min(4.0, round(best.preset.alpha * factor, 3))})
+                trial = await self._try(moved, task, "final", foreign=True)
+                if trial.against or trial.fitness >= best.fitness:
+                    break
+                best = trial
         return best
 
     async def compared(self, preset: Preset, task: Task, *, thorough: bool = True) -> Scoreboard:
