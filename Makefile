@@ -45,7 +45,7 @@ lint: setup-dev ## ruff, pyright, import-linter
 	$(RUN) -m pyright
 	.venv/bin/lint-imports
 
-miniature: setup-dev ## rebuild the bundled miniature from its seed (CLIP, LLaVA, artifact; about an hour on two cores)
+miniature: setup-dev ## rebuild the bundled miniature from its seed (CLIP, LLaVA, artifact; an hour and a quarter)
 	$(RUN) -m training.miniature
 
 setup: .venv/.ready
