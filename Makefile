@@ -31,7 +31,7 @@ help: ## this list
 serve: $(if $(filter vllm,$(ENGINE)),setup-vllm,setup) ## run the service on 127.0.0.1 [PORT=8000 ENGINE=huggingface|vllm MODEL= ARTIFACT= DEVICE= DTYPE= STEERING=off]
 	@exec $(RUN) -m service $(if $(PORT),--port $(PORT)) $(if $(ENGINE),--engine $(ENGINE)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) \
-		$(if $(DEVICE),--device $(DEVICE)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(STEERING),--steering $(STEERING))
+		$(if $(DEVICE),--engine.device $(DEVICE)) $(if $(DTYPE),--engine.dtype $(DTYPE)) $(if $(STEERING),--steering $(STEERING))
 
 demo: setup ## start it, ask about held-out scenes with steering off and on, stop it
 	@$(RUN) -m training.miniature.demo

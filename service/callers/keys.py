@@ -18,13 +18,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service.settings import KEYS_VARIABLE, Settings, SettingsError
+from service.settings import KEYS_VARIABLE, LaunchSettings, Settings, SettingsError
 from service.watched_file import WatchedFile
 
 log = logging.getLogger(__name__)
@@ -155,13 +154,9 @@ def check_keys_are_named(settings: Settings, environment: Mapping[str, str]) -> 
         )
 
 
-def without_keys_on_loopback(settings: Settings, environment: Mapping[str, str]) -> Settings:
+def without_keys_on_loopback(settings: LaunchSettings, environment: Mapping[str, str]) -> LaunchSettings:
     """Settings that allow a service without keys where nobody but this machine can reach it."""
-    try:
-        loopback = ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = settings.host == "localhost"
-    if settings.keys_file or environment.get(KEYS_VARIABLE) or not loopback:
+    if settings.keys_file or environment.get(KEYS_VARIABLE) or not settings.on_loopback:
         return settings
     return settings.model_copy(update={"allow_anonymous": True, "only_local_names": True})
 

@@ -12,10 +12,12 @@ from service.images.decoder import ImageDecoder
 from service.images.intake import AdmitImages, take_images
 from service.images.remote import RemoteImages
 from service.model.job import ModelJob, Turn
-from service.settings import Settings
+from service.settings import MIB, Settings
 from steering.engines.base import ResponseFormat, Sampling
 from steering.request import RequestedSteering, SteeringRequest, merge_sources
 
+MAX_TEXT_BYTES = MIB
+"""All texts of a conversation together, in UTF-8; for most models the context is the tighter limit."""
 STRENGTH_HEADER = "x-steering-strength"
 ALIASES = {"": SteeringRequest(), ":off": SteeringRequest(enabled=False), ":steered": SteeringRequest(enabled=True)}
 """Suffix of the model id to what it asks for."""
@@ -109,10 +111,10 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
             raise ApiError("invalid_value", f"{name}: at most {settings.max_tokens_limit} are allowed", param=name)
     if len(image_parts(request)) > settings.max_images:
         raise ApiError("invalid_value", f"messages: at most {settings.max_images} images are allowed", param="messages")
-    if (asked := text_bytes(request)) > settings.max_text_bytes:
+    if (asked := text_bytes(request)) > MAX_TEXT_BYTES:
         raise ApiError(
             "request_too_large",
-            f"messages: the texts together have {asked} bytes; at most {settings.max_text_bytes} are allowed",
+            f"messages: the texts together have {asked} bytes; at most {MAX_TEXT_BYTES} are allowed",
             param="messages",
         )
 

@@ -46,6 +46,8 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 OWNER = "vl-sae-steering"
 LOOK_EVERY_S = 1.0
+IMAGE_FETCH_TIMEOUT_S = 5.0
+"""For all remote images of a request together."""
 
 
 def build_api(
@@ -64,7 +66,8 @@ def build_api(
     cannot be read.
     """
     metrics, tracing = Metrics(), Tracing(settings.traces_endpoint)
-    metrics.warn_if_alone(settings.ingress_replicas)
+    if proxied:
+        metrics.warn_if_alone()
     drain = Drain(settings.drain_file, settings.drain_timeout_s)
     ledger = Ledger() if ledger is None else ledger
     keys = load_keys(settings, os.environ)
@@ -83,7 +86,7 @@ def build_api(
         live=live,
         chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
-        readiness=Readiness(model, unready_after_s=settings.unready_after_s),
+        readiness=Readiness(model),
         with_keys=keys is not None,
         started=int(time.time()),
     )
@@ -98,7 +101,12 @@ def build_api(
     api = FastAPI(
         title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
     )
-    api.add_middleware(RequestGuard, access=access, only_local_names=settings.only_local_names)
+    api.add_middleware(
+        RequestGuard,
+        access=access,
+        only_local_names=settings.only_local_names,
+        behind_gateway=settings.behind_gateway,
+    )
     api.add_middleware(RequestObserver, metrics=metrics, tracing=tracing, proxied=proxied)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
@@ -187,8 +195,7 @@ class Handlers:
 
 
 def _remote_images(settings: Settings) -> RemoteImages:
-    timeout_s, max_image_bytes = settings.image_fetch_timeout_s, settings.max_image_bytes
-    return RemoteImages(settings.image_hosts, timeout_s=timeout_s, max_image_bytes=max_image_bytes)
+    return RemoteImages(settings.image_hosts, timeout_s=IMAGE_FETCH_TIMEOUT_S, max_image_bytes=settings.max_image_bytes)
 
 
 async def _keep_looking(handlers: Handlers) -> None:

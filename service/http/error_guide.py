@@ -51,7 +51,8 @@ GUIDE = {
     "request_too_large": Advice("the body, its texts, an image, or all images together are above a limit, or above "
                                 "what the key may send in a minute", "send less", NO),
     "unsupported_media_type": Advice("the body is not said to be JSON", "send `Content-Type: application/json`", NO),
-    "rate_limit_exceeded": Advice("the key's requests, images or pixels of this minute are used up",
+    "rate_limit_exceeded": Advice("the key's requests, images or pixels of this minute are used up, or the "
+                                  "address's requests",
                                   "wait as long as `Retry-After` says", LATER),
     "overloaded": Advice("too many requests, connections or bytes at once", "wait; `Retry-After` is an estimate",
                          LATER),

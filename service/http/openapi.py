@@ -14,7 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import core_schema
 
 from service import VERSION
-from service.chat.request import ALIASES, STRENGTH_HEADER
+from service.chat.request import ALIASES, MAX_TEXT_BYTES, STRENGTH_HEADER
 from service.chat.schemas import ChatCompletionRequest
 from service.errors import ERROR_KINDS, ApiError
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
@@ -283,7 +283,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
     limits = {"n": settings.max_choices, "max_tokens": settings.max_tokens_limit}
     for field, limit in {**limits, "max_completion_tokens": settings.max_tokens_limit}.items():
         chat[field]["anyOf"][0]["maximum"] = limit
-    chat["messages"]["description"] = f"Their texts have at most {settings.max_text_bytes} bytes of UTF-8 together."
+    chat["messages"]["description"] = f"Their texts have at most {MAX_TEXT_BYTES} bytes of UTF-8 together."
     url = schemas["ImageUrl"]["properties"]["url"]
     url["format"] = "image-url"
     url["description"] = _image_description(settings)

@@ -25,13 +25,17 @@ LONGEST_LENGTH = 20
 """Digits of a content-length; Python refuses to read thousands of them."""
 PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 """Ray Serve's proxy obeys these: with them a client could keep a generation running after it has gone."""
+GATEWAY_HEADER = "x-vlsae-gateway"
+"""`on` in all that comes through a gateway, which lets no client say so."""
 
 
 class RequestGuard:
     """ASGI middleware. Serve's proxy makes the request id where there is none, and returns it as a header."""
 
-    def __init__(self, app: ASGIApp, *, access: Access, only_local_names: bool) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access, only_local_names: bool, behind_gateway: bool) -> None:
+        """`behind_gateway`: all but probes and scrapes must come through one."""
         self._app, self._access, self._only_local_names = app, access, only_local_names
+        self._behind_gateway = behind_gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,6 +71,8 @@ class RequestGuard:
         """Raises ApiError. Who has no key is not told which paths there are."""
         if route is not None and route.scope is None:
             return ANYBODY
+        if self._behind_gateway and (route is None or route.scope != "metrics"):
+            check_gateway(headers)
         caller = await self._access.admit(headers)
         if route is None:
             raise ApiError("route_not_found", "there is no such path")
@@ -83,6 +89,13 @@ def check_headers(headers: Headers) -> None:
     for name in PROXY_HEADERS:
         if name in headers:
             raise ApiError("invalid_header", f"{name}: this header is not accepted", param=name)
+
+
+def check_gateway(headers: Headers) -> None:
+    """The limits that the setting `gateway` promises are nowhere else. Raises ApiError."""
+    if headers.get(GATEWAY_HEADER) != "on":
+        log.warning("a request came without %s: on: past the gateway that the settings promise", GATEWAY_HEADER)
+        raise ApiError("permission_denied", "this service is to be asked through its gateway, which this was not")
 
 
 def check_host(headers: Headers) -> None:

@@ -99,10 +99,11 @@ class DecoderDied(Exception):
 class DecoderLimits:
     """What one worker process may use."""
 
-    memory_bytes: int
-    timeout_s: float
+    memory_bytes: int = 1024 * 1024 * 1024
+    """Address space."""
+    timeout_s: float = 10.0
     """CPU seconds for one image; on the clock, CLOCK_PER_CPU times as many."""
-    max_side: int
+    max_side: int = 16_384
     """Longest side in pixels."""
 
 

@@ -132,12 +132,10 @@ class Metrics:
         MachineCollector(registry, self._folder)
         return generate_latest(registry)
 
-    def warn_if_alone(self, replicas: int) -> None:
+    def warn_if_alone(self) -> None:
         """Say once what a scrape would leave out."""
-        if replicas > 1 and self._folder is None:
-            log.warning(
-                "%d ingress replicas and no %s: each answers /metrics for itself alone", replicas, FOLDER_VARIABLE
-            )
+        if self._folder is None:
+            log.warning("no %s: each ingress replica answers /metrics for itself alone", FOLDER_VARIABLE)
 
 
 class Meter:

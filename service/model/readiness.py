@@ -20,13 +20,15 @@ PATIENCE_S = 3.0
 BUSY_WINDOW_S = 5.0
 """A token that is not older says that the model lives, though all its places are taken."""
 
+UNREADY_AFTER_S = 10.0
+"""An engine with work that makes no step for so long is not ready; it is again with the next step."""
+
 
 class Readiness:
     """Ready is a model that makes progress, or has none to make."""
 
-    def __init__(self, model: ModelClient, *, unready_after_s: float) -> None:
-        """`unready_after_s`: an engine with work that makes no step for so long is not ready."""
-        self._model, self._unready_after_s = model, unready_after_s
+    def __init__(self, model: ModelClient) -> None:
+        self._model = model
         self.status = RecentStatus(model.status).status
 
     async def check(self) -> dict:
@@ -39,7 +41,7 @@ class Readiness:
             if self._model.seconds_since_event() <= BUSY_WINDOW_S:
                 return {"status": "ready"}
             raise
-        if not health.alive or health.seconds_since_progress > self._unready_after_s:
+        if not health.alive or health.seconds_since_progress > UNREADY_AFTER_S:
             raise ApiError("engine_unavailable", "the model makes no progress; try again later")
         return {"status": "ready", "running": health.running, "waiting": health.waiting}
 

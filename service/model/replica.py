@@ -58,33 +58,34 @@ class ModelStatus:
 
 def build_engine(settings: Settings) -> Engine:
     """The engine that the settings name; its dependencies are imported here and nowhere else."""
+    asked = settings.engine.settled()
     common: dict[str, Any] = {
         "model": settings.model,
         "artifact": settings.loaded_artifact,
-        "device": settings.resolved_device(),
-        "dtype": settings.resolved_dtype(),
-        "max_batch_size": settings.max_batch_size,
-        "max_context_tokens": settings.max_context_tokens,
+        "device": asked.device,
+        "dtype": asked.dtype,
+        "max_batch_size": asked.max_batch_size,
+        "max_context_tokens": asked.max_context_tokens,
     }
-    if settings.engine == "vllm":
-        os.environ.update(NO_USAGE_REPORTS, OMP_NUM_THREADS=str(settings.cpu_threads))  # Ray has set the latter to 1
+    if asked.name == "vllm":
+        os.environ.update(NO_USAGE_REPORTS, OMP_NUM_THREADS=str(asked.cpu_threads))  # Ray has set the latter to 1
         from steering.engines.vllm.engine import VllmEngine
 
         return VllmEngine(
             **common,
-            branches=settings.branches,
-            cuda_graphs=settings.cuda_graphs,
-            cpu_threads=settings.cpu_threads,
-            kv_cache_gib=settings.kv_cache_gib,
-            gpu_memory_share=settings.gpu_memory_share,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            compile=settings.compile,
+            branches=asked.branches,
+            cuda_graphs=asked.cuda_graphs,
+            cpu_threads=asked.cpu_threads,
+            kv_cache_gib=asked.kv_cache_gib,
+            gpu_memory_share=asked.gpu_memory_share,
+            tensor_parallel_size=asked.tensor_parallel_size,
+            compile=asked.compile,
         )
     import torch
 
     from steering.engines.huggingface.engine import HuggingFaceEngine
 
-    torch.set_num_threads(settings.cpu_threads)
+    torch.set_num_threads(asked.cpu_threads)
     return HuggingFaceEngine(**common)
 
 
@@ -173,7 +174,7 @@ class ModelReplica:
         health = self._engine.health()
         if not health.alive:
             raise RuntimeError("the engine's loop has ended")
-        if health.seconds_since_progress > self._settings.stall_timeout_s:
+        if health.seconds_since_progress > self._settings.engine.stall_timeout_s:
             raise RuntimeError(f"the engine has made no step for {health.seconds_since_progress:.0f} s")
 
     async def stop(self) -> None:
@@ -209,5 +210,5 @@ def system_fingerprint(settings: Settings, capabilities: Capabilities) -> str:
     for file in sorted(path for path in Path(settings.model).iterdir() if path.is_file()):
         with file.open("rb") as content:
             digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(FINGERPRINTED_BYTES))
-    digest.update(f"{capabilities.artifact} {capabilities.engine} {settings.resolved_dtype()}".encode())
+    digest.update(f"{capabilities.artifact} {capabilities.engine} {settings.engine.settled().dtype}".encode())
     return "fp_" + digest.hexdigest()[:12]

@@ -2,13 +2,13 @@
 
     python tests/benchmarks/faults.py --json FILE
 
-The bundled miniature on the Hugging Face engine. For each fault requests arrive at random times, at `--share` of the
-measured capacity; after a fifth of the time the fault strikes. Each row counts how every request ended: 'right' (the
-scene's answer when asked alone), 'tie' (left it where two tokens were as good as tied), 'wrong' (a stream that just
-stops, but properly as HTTP, too), the error's code with the status, or 'cut' (the connection ended within the answer,
-which no client takes for one). Recovery: from the fault until the first request that was sent after it is answered, and
-until /readyz says 200 again (null where it did not while the load ran). The exit status is 1 where something wrong came
-back.
+The bundled miniature on the Hugging Face engine, behind its gateway. For each fault requests arrive at random times, at
+`--share` of the measured capacity; after a fifth of the time the fault strikes. Each row counts how every request
+ended: 'right' (the scene's answer when asked alone), 'tie' (left it where two tokens were as good as tied), 'wrong' (a
+stream that just stops, but properly as HTTP, too), the error's code with the status, or 'cut' (the connection ended
+within the answer, which no client takes for one). Recovery: from the fault until the first request that was sent after
+it is answered, and until /readyz says 200 again (null where it did not while the load ran). The exit status is 1 where
+something wrong came back.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def main() -> int:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="which, in this order")
     parser.add_argument("--stall-seconds", type=float, help="how long the engine stands still [a quarter of the load]")
     settings = parser.parse_args()
-    with running_service("--model", str(LLAVA), "--artifact", str(ARTIFACT)) as service:
+    with running_service("--model", str(LLAVA), "--artifact", str(ARTIFACT), "--gateway", "on") as service:
         report = asyncio.run(measure(service, settings))
     if settings.json:
         settings.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

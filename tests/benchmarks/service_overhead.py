@@ -113,7 +113,7 @@ async def _first_text(events: Any) -> float:
 
 
 async def measure(service: RunningService, model: Path, artifact: Path, options: argparse.Namespace) -> dict[str, Any]:
-    settings = Settings(model=str(model), artifact=str(artifact), engine="huggingface")
+    settings = Settings(model=str(model), artifact=str(artifact))
     asked = scenes(settings.model_name, options.items, TOKENS)
     replica = ModelReplica(settings)
     await replica.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from service.gateway import free_port
 from service.model.readiness import FRESH_S
 from steering.cluster.local_ray import descendants
 
@@ -104,12 +104,6 @@ def _stat(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text()
     except OSError:  # it ended in between
         return " Z "
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_command(*arguments: str) -> list[str]:

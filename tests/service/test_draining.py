@@ -45,7 +45,7 @@ class Service:
 
     def __init__(self, folder: Path, drain_timeout_s: float) -> None:
         self.file, self.model = folder / "drain", PatientModel()
-        limits = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
+        limits = DecoderLimits()
         settings = Settings(
             model="/models/tiny",
             artifact="/a",

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -40,21 +41,23 @@ class Conversation:
     def _run(self) -> int:
         url = self._server.url + "/v1/chat/completions"
         with httpx.stream("POST", url, json=self._fields, timeout=PATIENCE_S) as answer:
-            for line in answer.iter_lines():
-                self.lines.append(line)
-                if line:
-                    self.began.set()
+            with suppress(httpx.RemoteProtocolError):  # no proper end of the message
+                for line in answer.iter_lines():
+                    self.lines.append(line)
+                    if line:
+                        self.began.set()
             return answer.status_code
 
     def outcome(self) -> str:
-        """'complete', or the code of the error that it ended with."""
+        """'complete', 'cut', or the code of the error that it ended with."""
         status = self.status.result(PATIENCE_S)
         last = [line for line in self.lines if line][-1].removeprefix("data: ")
         if last == "[DONE]":
             return "complete"
         answer = json.loads(last)
-        assert "error" in answer or (status == 200 and answer["choices"][0]["finish_reason"]), "it was cut"
-        return answer["error"]["code"] if "error" in answer else "complete"
+        if "error" in answer:
+            return answer["error"]["code"]
+        return "complete" if status == 200 and answer["choices"][0]["finish_reason"] else "cut"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,11 @@ def wait_for(condition, what: str) -> None:
 
 
 def ready(server: RunningServer) -> bool:
-    return server.get("/readyz").status_code == 200
+    """Without a gateway a probe may have to wait for an ingress that is being replaced."""
+    try:
+        return server.get("/readyz").status_code == 200
+    except httpx.ReadTimeout:
+        return False
 
 
 def answer_of(server: RunningServer) -> str:
@@ -139,7 +146,7 @@ def test_a_lost_ingress_replica_comes_back_with_its_settings(own: RunningServer,
     stream = Conversation(own, pool, **endless, stream=True)
     stream.began.wait(PATIENCE_S)
     os.kill(own.pid_of(":Ingress"), signal.SIGKILL)
-    assert stream.outcome() == "engine_unavailable"
+    assert stream.outcome() == "cut", "there is nobody to say more; without [DONE] it is not complete"
     wait_for(lambda: ready(own), "it did not come back")
     assert answer_of(own) == before
 

@@ -92,7 +92,7 @@ def test_a_file_is_followed(tmp_path: Path, later: Callable[[], None]) -> None:
 
 async def test_the_next_request_has_it_and_the_document_and_the_version_say_so() -> None:
     model, live = ScriptedModel(), LiveSettings(BUNDLED)
-    decoder = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384))
+    decoder = ImageDecoder(workers=1, limits=DecoderLimits())
     api = build_api(BUNDLED, model, decoder, live=live)
     ask = body(user(image_part(), "what?"), model=BUNDLED.model_name, n=2)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as client:

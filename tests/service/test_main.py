@@ -15,7 +15,7 @@ import pytest
 from service import __main__ as command
 from service.__main__ import check_drain_file, check_port, own_url, startup_failure
 from service.model.replica import ModelStatus
-from service.settings import Settings, SettingsError
+from service.settings import LaunchSettings, SettingsError
 from steering.engines.base import Health
 from steering.engines.checkpoint import read_checkpoint
 
@@ -58,15 +58,15 @@ def test_others_do() -> None:
     ],
 )
 def test_where_the_service_is_reached_from_here(host: str, url: str) -> None:
-    assert own_url(Settings(host=host)) == url
+    assert own_url(LaunchSettings(host=host)) == url
 
 
 def test_what_is_left_of_an_earlier_drain_is_named(tmp_path: Path) -> None:
     left = tmp_path / "drain"
-    check_drain_file(Settings(drain_file=str(left)))
+    check_drain_file(LaunchSettings(drain_file=str(left)))
     left.touch()
     with pytest.raises(SettingsError, match=f"--drain-file: {left} exists"):
-        check_drain_file(Settings(drain_file=str(left)))
+        check_drain_file(LaunchSettings(drain_file=str(left)))
 
 
 def test_the_start_says_what_the_artifact_is_worth(
@@ -83,7 +83,7 @@ def test_the_start_says_what_the_artifact_is_worth(
     ):
         status = ModelStatus(health=health, capabilities=known, system_fingerprint="fp")
         monkeypatch.setattr(command, "model_status", lambda status=status: status)
-        command.report(Settings(), 1.0, keyed=False)
+        command.report(LaunchSettings(), 1.0, keyed=False)
         shown = capsys.readouterr().out
         assert all(f"\n{line}" in shown for line in expected), shown
 
@@ -91,7 +91,7 @@ def test_the_start_says_what_the_artifact_is_worth(
 def test_who_interrupts_the_start_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """There is no Serve yet that could be asked to delete anything."""
 
-    def interrupted(_settings: Settings) -> None:
+    def interrupted(_settings: LaunchSettings) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "private_ray", lambda **_options: nullcontext())
@@ -99,5 +99,5 @@ def test_who_interrupts_the_start_waits_for_nobody(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(command, "stop_on_signals", lambda: None)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with pytest.raises(KeyboardInterrupt):
-        command.serve_until_interrupted(Settings(), keyed=False)
+        command.serve_until_interrupted(LaunchSettings(), None, keyed=False)
     assert "stopping" not in capsys.readouterr().out

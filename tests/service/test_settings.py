@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 import service.settings
-from service.settings import BUNDLED_ARTIFACT, Settings, SettingsError, check_installation, parse_settings
+from service.command_line import parse_settings
+from service.settings import (
+    BUNDLED_ARTIFACT,
+    EngineSettings,
+    LaunchSettings,
+    Settings,
+    SettingsError,
+    check_installation,
+)
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -18,12 +26,12 @@ REPOSITORY = Path(__file__).parent.parent.parent
 def test_flags_win_over_environment_over_defaults() -> None:
     environment = {"VLSAE_MAX_IMAGES": "3", "VLSAE_MAX_CHOICES": "5", "PATH": "/bin"}
     settings = parse_settings(["--max-images", "2"], environment)
-    assert (settings.max_images, settings.max_choices, settings.max_batch_size) == (2, 5, 32)
+    assert (settings.max_images, settings.max_choices, settings.engine.max_batch_size) == (2, 5, 32)
 
 
 def test_empty_values_count_as_not_given() -> None:
-    settings = parse_settings(["--artifact", "", "--device", "", "--dtype", ""], {"VLSAE_PORT": ""})
-    assert settings == Settings()
+    settings = parse_settings(["--artifact", "", "--engine.device", "", "--engine.dtype", ""], {"VLSAE_PORT": ""})
+    assert settings == LaunchSettings()
 
 
 def test_the_bundled_artifact_goes_with_the_bundled_model_only(tmp_path: Path) -> None:
@@ -44,13 +52,19 @@ def test_steering_off_loads_no_artifact() -> None:
         (["--engine", "tgi"], {}, "--engine.*'huggingface'"),
         (["--max-image-pixels", "-1"], {}, "--max-image-pixels"),
         (["--request-timeout-s", "nan"], {}, "--request-timeout-s.*finite"),
-        (["--device", "tpu"], {}, "--device"),
-        (["--device", "cuda:1"], {}, "--device.*'cuda'"),
-        (["--branches", "3"], {}, "--branches.*2"),
-        (["--compile", "maybe"], {}, "--compile.*boolean"),
-        (["--kv-cache-gib", "0"], {}, "--kv-cache-gib"),
-        (["--gpu-memory-share", "90"], {}, "--gpu-memory-share.*1"),
-        ([], {"VLSAE_MAX_IMAGE": "3"}, "VLSAE_MAX_IMAGE: there is no such setting"),
+        (["--engine.device", "tpu"], {}, "--engine.device"),
+        (["--engine.device", "cuda:1"], {}, "--engine.device.*'cuda'"),
+        (["--engine.branches", "3"], {}, "--engine.branches.*2"),
+        (["--engine.compile", "maybe"], {}, "--engine.compile.*boolean"),
+        (["--engine.kv-cache-gib", "0"], {}, "--engine.kv-cache-gib"),
+        (["--engine.gpu-memory-share", "90"], {}, "--engine.gpu-memory-share.*1"),
+        ([], {"VLSAE_MAX_IMAGE": "3"}, "VLSAE_MAX_IMAGE: there is no such setting; is it max_image"),
+        (["--max-image", "3"], {}, "--max-image: there is no such setting; is it max_image"),
+        (["--device", "cpu"], {}, "--device: is engine.device now"),
+        (["--device=cpu"], {}, "--device=cpu: is engine.device now"),
+        ([], {"VLSAE_BRANCHES": "2"}, "VLSAE_BRANCHES: is engine.branches now"),
+        ([], {"VLSAE_ENGINE__BRANCH": "2"}, "VLSAE_ENGINE__BRANCH: there is no such setting; is it engine.branches"),
+        ([], {"VLSAE_UNREADY_AFTER_S": "2"}, "VLSAE_UNREADY_AFTER_S: cannot be set any more"),
         ([], {"VLSAE_DEFAULT_STRENGTH": "2"}, "--default-strength"),
     ],
 )
@@ -72,7 +86,7 @@ def test_what_kubernetes_says_of_a_service_named_vlsae_is_no_setting() -> None:
         "VLSAE_HEAD_SVC_SERVICE_HOST": "10.96.0.8",
         "VLSAE_HEAD_SVC_PORT": "tcp://10.96.0.8:8000",
     }
-    assert parse_settings([], told) == Settings()
+    assert parse_settings([], told) == LaunchSettings()
     assert parse_settings([], told | {"VLSAE_MAX_IMAGES": "3"}).max_images == 3
 
 
@@ -88,7 +102,8 @@ def test_help_shows_every_setting_with_its_unit(capsys: pytest.CaptureFixture[st
         "_side": "pixels",
         "_gib": "GiB",
     }
-    for name, field in Settings.model_fields.items():
+    groups = (LaunchSettings, EngineSettings)
+    for name, field in (item for group in groups for item in group.model_fields.items() if item[0] != "engine"):
         assert field.description, name
         assert field.description in shown
         for ending, unit in units.items():
@@ -114,7 +129,8 @@ def test_a_missing_vllm_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.vllm
 def test_looking_for_vllm_does_not_import_it() -> None:
     program = (
-        "import sys; from service.settings import *; check_installation(parse_settings(['--engine', 'vllm'], {}));"
+        "import sys; from service.settings import *; from service.command_line import *;"
+        "check_installation(parse_settings(['--engine', 'vllm'], {}));"
         "print([name for name in ('vllm', 'torch') if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
@@ -122,17 +138,17 @@ def test_looking_for_vllm_does_not_import_it() -> None:
 
 
 def test_settings_of_vllm() -> None:
-    environment = {"VLSAE_COMPILE": "on", "VLSAE_BRANCHES": "1", "VLSAE_KV_CACHE_GIB": "0.5"}
-    arguments = ["--engine", "vllm", "--gpu-memory-share", "0.5", "--tensor-parallel-size", "2"]
-    settings = parse_settings(arguments, environment)
-    assert (settings.compile, settings.branches, settings.kv_cache_gib) == (True, 1, 0.5)
+    environment = {"VLSAE_ENGINE__COMPILE": "on", "VLSAE_ENGINE__BRANCHES": "1", "VLSAE_ENGINE__KV_CACHE_GIB": "0.5"}
+    arguments = ["--engine", "vllm", "--engine.gpu-memory-share", "0.5", "--engine.tensor-parallel-size", "2"]
+    settings = parse_settings(arguments, environment).engine
+    assert (settings.name, settings.compile, settings.branches, settings.kv_cache_gib) == ("vllm", True, 1, 0.5)
     assert (settings.gpu_memory_share, settings.tensor_parallel_size) == (0.5, 2)
-    assert parse_settings(["--compile", "off"], environment).compile is False
+    assert parse_settings(["--engine.compile", "off"], environment).engine.compile is False
 
 
 def test_only_vllm_shares_a_model_among_devices() -> None:
-    with pytest.raises(SettingsError, match="--tensor-parallel-size: only --engine vllm"):
-        check_installation(parse_settings(["--tensor-parallel-size", "2"], {}))
+    with pytest.raises(SettingsError, match=r"--engine\.tensor-parallel-size: only --engine vllm"):
+        check_installation(parse_settings(["--engine.tensor-parallel-size", "2"], {}))
 
 
 def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -149,9 +165,9 @@ def test_missing_folders_are_named(flag: str, tiny_llava: Path, tmp_path: Path) 
 
 
 def test_automatic_choices() -> None:
-    assert Settings(device="cpu").resolved_dtype() == "float32"
-    assert Settings(device="cuda").resolved_dtype() == "bfloat16"
-    assert Settings(device="cuda", dtype="float32").resolved_dtype() == "float32"
+    assert EngineSettings(device="cpu").settled().dtype == "float32"
+    assert EngineSettings(device="cuda").settled().dtype == "bfloat16"
+    assert EngineSettings(device="cuda", dtype="float32").settled().dtype == "float32"
 
 
 def test_the_model_s_name_is_its_folder_s() -> None:
@@ -160,7 +176,7 @@ def test_the_model_s_name_is_its_folder_s() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--max-memory-bytes", "1000"], ["--max-request-pixels", "9" * 12], ["--max-body-bytes", "9" * 12]]
+    "arguments", [["--max-memory-bytes", "1000"], ["--max-image-pixels", "9" * 12], ["--max-body-bytes", "9" * 12]]
 )
 def test_one_request_at_its_limits_must_fit(arguments: list[str]) -> None:
     with pytest.raises(SettingsError, match=r"^--max-memory-bytes: .*max_request_pixels: at least \d+ bytes"):

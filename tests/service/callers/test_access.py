@@ -49,9 +49,7 @@ class Service:
         file.write_text(json.dumps({"keys": keys}))
         self.clock, self.model = Clock(), ScriptedModel()
         self.ledger = ledger or Ledger(clock=self.clock)
-        self.decoder = ImageDecoder(
-            workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
-        )
+        self.decoder = ImageDecoder(workers=1, limits=DecoderLimits())
         options = {"model": "/models/tiny", "artifact": "/a", "keys_file": str(file), **settings}
         self.api = build_api(Settings(**options), self.model, self.decoder, ledger=self.ledger)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app=self.api), base_url="http://test")

@@ -16,7 +16,7 @@ import pytest
 
 from service.callers import keys
 from service.callers.keys import ANYBODY, KeyFileError, KeyRing, Quota, load_keys, parse_keys, without_keys_on_loopback
-from service.settings import Settings, SettingsError
+from service.settings import LaunchSettings, Settings, SettingsError
 from tests.service.running_server import REPOSITORY, free_port, run_command
 
 SECRET = "vlsae-swordfish"
@@ -204,10 +204,10 @@ def test_no_keys_is_a_decision(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_only_loopback_needs_no_keys(host: str, allowed: bool) -> None:
-    decided = without_keys_on_loopback(Settings(host=host), {})
+    decided = without_keys_on_loopback(LaunchSettings(host=host), {})
     assert (decided.allow_anonymous, decided.only_local_names) == (allowed, allowed)
-    assert not without_keys_on_loopback(Settings(host=host, keys_file="/k"), {}).allow_anonymous
-    assert not without_keys_on_loopback(Settings(host=host), {"VLSAE_KEYS": "{}"}).allow_anonymous
+    assert not without_keys_on_loopback(LaunchSettings(host=host, keys_file="/k"), {}).allow_anonymous
+    assert not without_keys_on_loopback(LaunchSettings(host=host), {"VLSAE_KEYS": "{}"}).allow_anonymous
 
 
 def test_the_command_refuses_another_address_without_keys() -> None:

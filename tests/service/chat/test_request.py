@@ -28,9 +28,7 @@ def parsed(content: dict) -> ChatCompletionRequest:
 
 @pytest.fixture
 async def decoder() -> AsyncIterator[ImageDecoder]:
-    decoder = ImageDecoder(
-        workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=SETTINGS.max_image_side)
-    )
+    decoder = ImageDecoder(workers=1, limits=DecoderLimits())
     yield decoder
     decoder.close()
 
@@ -154,13 +152,13 @@ def test_limits(fields: dict, param: str) -> None:
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
-def test_all_texts_of_a_request_have_one_limit() -> None:
-    settings = SETTINGS.model_copy(update={"max_text_bytes": 20})
+def test_all_texts_of_a_request_have_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.chat.request.MAX_TEXT_BYTES", 20)
     texts = [{"type": "text", "text": "\u00e9" * 4}, image_part(), {"type": "text", "text": "x" * 5}]
     fits = [{"role": "system", "content": "x" * 7}, user(*texts)]
-    check_limits(parsed(body(*fits)), settings)
+    check_limits(parsed(body(*fits)), SETTINGS)
     with pytest.raises(ApiError, match=r"messages: .* 21 bytes; at most 20 ") as caught:
-        check_limits(parsed(body(*fits, user("x"))), settings)
+        check_limits(parsed(body(*fits, user("x"))), SETTINGS)
     assert (caught.value.status, caught.value.code, caught.value.param) == (413, "request_too_large", "messages")
 
 
@@ -216,9 +214,9 @@ async def test_images_keep_their_places(decoder: ImageDecoder) -> None:
 
 
 async def test_a_request_s_pixels_are_bounded_together(decoder: ImageDecoder) -> None:
-    settings = SETTINGS.model_copy(update={"max_request_pixels": 2 * 48 * 32 - 1})
-    with pytest.raises(ApiError, match="3072 pixels together; at most 3071") as caught:
-        await job_of(decoder, body(user(image_part(), image_part())), settings)
+    settings = SETTINGS.model_copy(update={"max_image_pixels": 48 * 32})
+    with pytest.raises(ApiError, match="4608 pixels together; at most 3072") as caught:
+        await job_of(decoder, body(user(image_part(), image_part(), image_part())), settings)
     assert caught.value.param == "messages"
 
 

@@ -213,7 +213,7 @@ BEHAVIOURS: dict[Callable[[Address], int], set[int]] = {
     leaves_before_the_answer: {0},
     leaves_after_the_first_byte: {200},
     resets_in_the_middle: {0},
-    half_closes_and_reads: {0, 200},
+    half_closes_and_reads: {0, 200, 400},
     half_closes_a_stream: {0},
     reads_nothing: {0},
     reads_byte_by_byte: {0},

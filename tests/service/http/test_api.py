@@ -31,7 +31,7 @@ class Server:
     """The API over a scripted model, and a client for it."""
 
     def __init__(self, model: ScriptedModel, settings: Settings) -> None:
-        limits = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
+        limits = DecoderLimits()
         self.model, self.decoder = model, ImageDecoder(workers=1, limits=limits)
         self.api = build_api(settings, model, self.decoder)
         transport = httpx.ASGITransport(app=self.api)

@@ -1,4 +1,5 @@
-"""The hostile corpus against the real service: three passes, the status of every input, and what they leave behind.
+"""The hostile corpus against the real service, what is about the wire through a gateway: three passes, the status of
+every input, and what they leave behind.
 
 Whatever a pass costs for good must show between the second and the third: by then every buffer has had its size. Where
 the third grew, two more tell a buffer that came late from something that every pass costs.
@@ -15,6 +16,7 @@ import pytest
 from transformers import AutoProcessor
 
 from tests.service.examples import body, data_url, user
+from tests.service.gateways import running_gateway
 from tests.service.hostile.bodies import BAD_BODIES, LARGE_BODIES, MISSING_MODELS, MODEL, ODD_BODIES
 from tests.service.hostile.clients import BEHAVIOURS, Address, endless_request, send
 from tests.service.hostile.pictures import HOSTILE_PICTURES, UNUSUAL_PICTURES
@@ -108,10 +110,12 @@ def growth(used: list[dict[str, float]]) -> float:
 
 
 @pytest.fixture
-def address(server: RunningServer, checkpoint: tuple[Path, Path]) -> Address:
+def address(server: RunningServer, checkpoint: tuple[Path, Path]) -> Iterator[Address]:
+    """The gateway's."""
     end_token = AutoProcessor.from_pretrained(checkpoint[0]).tokenizer.eos_token_id
     context = server.get("/version").json()["context_tokens"]
-    return Address(server.port, server.name, endless_request(server.name, end_token, context))
+    with running_gateway(server.port, IDLE_TIMEOUT="5s") as port:
+        yield Address(port, server.name, endless_request(server.name, end_token, context))
 
 
 @any_engine_will_do

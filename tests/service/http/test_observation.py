@@ -33,7 +33,7 @@ class Endless(ScriptedModel):
 async def clients() -> AsyncIterator:
     """Makes a client of a service whose model says these events."""
     opened = []
-    decoder = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=999))
+    decoder = ImageDecoder(workers=1, limits=DecoderLimits(max_side=999))
 
     def client(*events, model: ScriptedModel | None = None, proxied: bool = False) -> httpx.AsyncClient:
         api = build_api(SETTINGS, model or ScriptedModel(*events), decoder, proxied=proxied)

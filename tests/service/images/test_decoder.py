@@ -20,7 +20,7 @@ from service.images.decoder import PIECE_CHARACTERS, DecoderLimits, ImageDecoder
 from tests.service.examples import data_url, encoded, picture
 from tests.service.hostile.pictures import jpeg_of_scans, jpeg_with_fill, webp_canvas
 
-LIMITS = DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384)
+LIMITS = DecoderLimits()
 FIELD = "messages[0].content[1].image_url.url"
 
 
@@ -165,7 +165,7 @@ async def test_the_size_is_judged_before_the_pixels(decoder: ImageDecoder) -> No
 
 
 async def test_memory_is_limited() -> None:
-    small = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=256 * 1024**2, timeout_s=10, max_side=16_384))
+    small = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=256 * 1024**2))
     with pytest.raises(ApiError, match="not a complete"):
         await decode(small, encoded(picture(mode="1", size=(9000, 9000))), max_pixels=10**9)
     assert (await decode(small, encoded(picture()))).width == 48
@@ -173,7 +173,7 @@ async def test_memory_is_limited() -> None:
 
 
 async def test_a_decoder_that_hangs_is_killed_and_replaced() -> None:
-    impatient = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=4, max_side=16_384))
+    impatient = ImageDecoder(workers=1, limits=DecoderLimits(timeout_s=4))
     assert (await decode(impatient, encoded(picture()))).width == 48
     (process,) = impatient._processes
     os.kill(process.pid, signal.SIGSTOP)
@@ -304,7 +304,7 @@ async def test_fill_bytes_in_a_scan_cost_no_time(decoder: ImageDecoder) -> None:
 
 async def test_an_image_that_takes_too_much_cpu_time_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.images.decoder.CLOCK_PER_CPU", 100)  # however busy the machine is
-    impatient = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=0.5, max_side=16_384))
+    impatient = ImageDecoder(workers=1, limits=DecoderLimits(timeout_s=0.5))
     assert (await decode(impatient, encoded(picture()))).width == 48
     with pytest.raises(ApiError, match="takes too long") as caught:
         await decode(impatient, jpeg_of_scans(50, size=(5000, 5000)))

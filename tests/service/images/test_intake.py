@@ -24,7 +24,7 @@ USED_UP = ApiError("rate_limit_exceeded", "the quota is used up")
 
 @pytest.fixture
 async def decoder() -> AsyncIterator[ImageDecoder]:
-    decoder = ImageDecoder(workers=2, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=16_384))
+    decoder = ImageDecoder(workers=2, limits=DecoderLimits())
     yield decoder
     decoder.close()
 
@@ -71,9 +71,9 @@ async def test_a_quota_of_pixels_refuses_before_anything_is_decoded(decoder: Ima
 
 
 async def test_a_bad_header_or_too_many_pixels_cost_no_pixels(decoder: ImageDecoder) -> None:
-    few = SETTINGS.model_copy(update={"max_request_pixels": 3000})
-    with pytest.raises(ApiError, match="3072 pixels together; at most 3000"):
-        await take(decoder, GOOD, GOOD, settings=few, used_up="pixels")
+    few = SETTINGS.model_copy(update={"max_image_pixels": 1536})
+    with pytest.raises(ApiError, match="4608 pixels together; at most 3072"):
+        await take(decoder, GOOD, GOOD, GOOD, settings=few, used_up="pixels")
     with pytest.raises(ApiError, match=r"^url\[1\]: the image is too large"):
         await take(decoder, GOOD, data_url(bare_png(65_000, 65_000)), used_up="pixels")
 

@@ -34,7 +34,7 @@ async def asked(
 ) -> httpx.Response:
     """One request that belongs to a trace of its caller's, to a service that ends after it."""
     settings = Settings(model="/models/tiny", artifact="/a", allow_anonymous=True, traces_endpoint=collector.endpoint)
-    decoder = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=10, max_side=999))
+    decoder = ImageDecoder(workers=1, limits=DecoderLimits(max_side=999))
     api = build_api(settings, model or ScriptedModel(*events), decoder)
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-{flags}", "x-request-id": "r-1"}
     try:

@@ -34,7 +34,7 @@ class AskedModel(ScriptedModel):
 
 async def test_any_number_of_probes_is_one_call() -> None:
     model = AskedModel()
-    decoder = ImageDecoder(workers=1, limits=DecoderLimits(memory_bytes=1024**3, timeout_s=1, max_side=99))
+    decoder = ImageDecoder(workers=1, limits=DecoderLimits(timeout_s=1, max_side=99))
     api = build_api(Settings(model="/models/tiny", artifact="/a", allow_anonymous=True), model, decoder)
     model.may_answer.clear()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as client:

@@ -23,7 +23,7 @@ from service.images.decoder import RgbImage
 from service.images.worker import decode
 from service.model.job import ModelJob, Turn
 from service.model.replica import AnswerStart, ModelReplica, build_engine, max_tokens_for, system_fingerprint
-from service.settings import BUNDLED_ARTIFACT, Settings, SettingsError
+from service.settings import BUNDLED_ARTIFACT, EngineSettings, Settings, SettingsError
 from steering.engines.base import GenerationEnd, ResponseFormat, Sampling, TextDelta
 from steering.request import RequestedSteering, SteeringRequest
 from tests.service.chat.test_streaming import played
@@ -32,11 +32,12 @@ from tests.tiny_models import drawn_image
 PICTURE = drawn_image(3)
 IMAGE = RgbImage(PICTURE.width, PICTURE.height, PICTURE.tobytes())
 CONTEXT = 256
+CPU = EngineSettings(device="cpu")
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_llava: Path, tiny_artifact: Path) -> Settings:
-    return Settings(model=str(tiny_llava), artifact=str(tiny_artifact), device="cpu", default_max_tokens=6)
+    return Settings(model=str(tiny_llava), artifact=str(tiny_artifact), engine=CPU, default_max_tokens=6)
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ async def test_a_failure_nobody_foresaw_is_an_event_too(replica: ModelReplica) -
 async def test_the_bundled_miniature_is_served_by_default_and_answers_the_example_as_shown() -> None:
     picture = decode(example_picture(), 10_000, 100)
     image = RgbImage(picture.width, picture.height, picture.tobytes())
-    replica = ModelReplica(Settings(device="cpu"))
+    replica = ModelReplica(Settings(engine=CPU))
     await replica.start()
     _, *events = await events_of(replica, job(images=(image,), text="Describe the image.", max_tokens=48))
     await replica.stop()
@@ -169,7 +170,7 @@ def test_vllm_is_built_as_set_and_sends_no_usage_reports(monkeypatch: pytest.Mon
         "branches": 1, "cpu_threads": 3, "kv_cache_gib": 0.5, "gpu_memory_share": 0.4, "tensor_parallel_size": 2,
         "compile": True, "max_batch_size": 5,
     }  # fmt: skip
-    engine = build_engine(Settings(engine="vllm", device="cpu", **asked))
+    engine = build_engine(Settings(engine=EngineSettings(name="vllm", device="cpu", **asked)))
     assert type(engine).__name__ == "VllmEngine"
     built = dataclasses.asdict(vars(engine)["_options"])
     assert {**built, **asked, "device": "cpu", "dtype": "float32"} == built
@@ -238,7 +239,9 @@ async def test_the_fingerprint_tells_models_apart(replica: ModelReplica, setting
     first = system_fingerprint(settings, able)
     assert first == system_fingerprint(settings, able) == replica.status().system_fingerprint
     assert first != system_fingerprint(settings, dataclasses.replace(able, artifact=None))
-    assert first != system_fingerprint(settings.model_copy(update={"dtype": "bfloat16"}), able)
+    assert first != system_fingerprint(
+        settings.model_copy(update={"engine": EngineSettings(device="cpu", dtype="bfloat16")}), able
+    )
 
 
 def test_how_many_tokens_fit() -> None:

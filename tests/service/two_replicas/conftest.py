@@ -1,4 +1,4 @@
-"""One real service of two ingress and two model replicas, with keys, a log file and a collector of traces."""
+"""One real service of two ingress and two model replicas and a gateway, with keys, a log file and a trace collector."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def watched(checkpoint: tuple[Path, Path]) -> Iterator[Watched]:
         server = start_server(
             "--model", str(checkpoint[0]), "--artifact", str(checkpoint[1]), "--keys-file", str(home / "keys.json"),
             "--ingress-replicas", "2", "--model-replicas", "2", "--log-file", str(home / "service.log"),
-            "--traces-endpoint", collector.endpoint, "--body-timeout-s", "3",
+            "--gateway", "on", "--traces-endpoint", collector.endpoint, "--body-timeout-s", "3",
             "--live-file", str(home / "live.json"), home=home,
         )  # fmt: skip
         try:
