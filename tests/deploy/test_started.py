@@ -21,7 +21,7 @@ from tests.service.asking import GREEDY, receipt
 from tests.service.running_server import REPOSITORY
 from tests.tiny_models import save_tiny_artifact, save_tiny_llava
 
-START_TIMEOUT_S = 270
+START_TIMEOUT_S, STOP_TIMEOUT_S = 270, 60
 ON_A_CPU = {"device": "cpu", "tensor_parallel_size": 1}
 
 
@@ -49,7 +49,10 @@ def started(config: dict[str, Any], home: Path) -> Iterator[str]:
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}"
     finally:
-        process.communicate()
+        try:
+            process.communicate(timeout=STOP_TIMEOUT_S)
+        finally:
+            process.kill()
 
 
 def written(cluster: str) -> dict[str, Any]:
