@@ -21,6 +21,7 @@ BUDGETS_S = {
     "tests/training/test_pipeline.py": 480,
     "tests/steering/engines/vllm": 440,
     "tests/steering": 240,
+    "tests/deploy": 240,
     "tests/benchmarks": 60,
     "tests/test_repository.py": 30,
     "tests/test_deploy.py": 30,
