@@ -23,7 +23,7 @@ export DO_NOT_TRACK := 1
 unexport VIRTUAL_ENV
 unexport PYTHONDONTWRITEBYTECODE  # with it each of the service's processes compiles all that it imports
 
-.PHONY: help serve demo test lint miniature requirements setup setup-vllm setup-dev clean
+.PHONY: help serve demo test check lint miniature requirements setup setup-vllm setup-dev clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ demo: setup ## start it, ask about held-out scenes with steering off and on, sto
 
 test: setup-dev lint ## everything that CI runs: lint, types, import rules, all tests
 	@$(RUN) .ci/run_suites.py
+
+check: setup-dev lint ## lint, types, and the tests that start no server: under three minutes
+	@$(RUN) .ci/run_suites.py --quick
 
 lint: setup-dev ## ruff, pyright, import-linter
 	$(RUN) -m ruff check .
