@@ -21,6 +21,7 @@ from service.chat.streaming import AnswerHead, Event, completion_json, error_eve
 from service.draining import Drain
 from service.errors import ApiError
 from service.http.body import read_json_body
+from service.http.experiment_headers import unit_header_of
 from service.live_settings import LiveSettings
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import record_of
@@ -109,6 +110,7 @@ class ChatAnswer(Response):
 
     async def _take_in(self, held: Share) -> tuple[ModelJob, AnswerShape]:
         """The body and all that was made of it on the way ends here."""
+        unit_header = unit_header_of(self._request.headers)
         with self._route.admission.memory.share(self._caller.name) as body_share:
             body = await read_json_body(
                 self._request,
@@ -120,7 +122,9 @@ class ChatAnswer(Response):
                 body,
                 self._settings,
                 strength_header=self._request.headers.get(STRENGTH_HEADER),
+                unit_header=unit_header,
                 caller=self._caller,
+                meter=self._meter,
                 record=self._record,
                 body_share=body_share,
                 held=held,
