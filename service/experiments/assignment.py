@@ -25,6 +25,8 @@ class Assignment:
     experiment: str
     """Its name."""
     seed: str
+    default: str
+    """Name of the default arm."""
     reason: Reason
     """'unit': by the hash. Else why not: the caller asked for its own steering, named no unit, or is not covered."""
     arm: Arm | None
@@ -48,7 +50,14 @@ def assign(experiment: Experiment, *, unit: str | None, own_steering: bool) -> A
 
     def assigned(reason: Reason, arm: Arm | None) -> Assignment:
         digest = unit_digest(experiment.seed, unit) if unit is not None else None
-        return Assignment(experiment=experiment.name, seed=experiment.seed, reason=reason, arm=arm, unit=digest)
+        return Assignment(
+            experiment=experiment.name,
+            seed=experiment.seed,
+            default=experiment.arms[0].name,
+            reason=reason,
+            arm=arm,
+            unit=digest,
+        )
 
     if own_steering:
         return assigned(OWN, None)

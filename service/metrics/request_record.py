@@ -105,6 +105,7 @@ def assignment_facts(assignment: Assignment) -> dict[str, object]:
     facts = {
         "name": assignment.experiment,
         "salt": assignment.seed,
+        "default": assignment.default,
         "arm": assignment.label,
         "share": assignment.arm.weight if assignment.arm is not None and assignment.reason == "unit" else None,
         "unit": assignment.unit,

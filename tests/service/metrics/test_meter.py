@@ -56,7 +56,9 @@ def test_a_steered_answer(metrics: Metrics) -> None:
     assert value(metrics, "vlsae_empty_answers_total", applied="true", arm="none") == 0
 
 
-BOLD = Assignment(experiment="e", seed="e", reason="unit", arm=Arm(name="bold", weight=0.25), unit="0123456789abcdef")
+BOLD = Assignment(
+    experiment="e", seed="e", default="calm", reason="unit", arm=Arm(name="bold", weight=0.25), unit="0123456789abcdef"
+)
 
 
 def test_an_answer_in_an_arm_is_counted_there_and_nowhere_else(metrics: Metrics) -> None:
@@ -77,7 +79,7 @@ def test_an_answer_in_an_arm_is_counted_there_and_nowhere_else(metrics: Metrics)
     assert all(line.endswith(" 0.0") for line in counted)
     facts = record.facts()
     assert facts["experiment"] == {
-        "name": "e", "salt": "e", "arm": "bold", "share": 0.25, "unit": "0123456789abcdef",
+        "name": "e", "salt": "e", "default": "calm", "arm": "bold", "share": 0.25, "unit": "0123456789abcdef",
     }  # fmt: skip
     assert (facts["choices"], facts["empty_choices"]) == (2, 1)
     assert facts["steering"]["relative_shift"] == 0.375  # pyright: ignore

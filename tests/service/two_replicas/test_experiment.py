@@ -1,4 +1,4 @@
-"""An experiment on two ingress replicas: one unit, one arm, whoever answers; live changes reach both; sums are right."""
+"""An experiment on two ingress replicas: one unit, one arm; live changes reach both; the metrics' sums are right."""
 
 from __future__ import annotations
 
