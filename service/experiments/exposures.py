@@ -32,6 +32,8 @@ class Exposures(NamedTuple):
     default: str
     """The arm that the others are held against."""
     requests: list[Exposure]
+    shadows: list[Line]
+    """What is known of each second answer that nobody saw."""
 
 
 MEASURES: dict[str, Callable[[Line], float | None]] = {
@@ -53,6 +55,7 @@ def read_exposures(lines: Iterable[str]) -> list[Exposures]:
     """One for each name and salt, in the order of their first request. Lines that are none of ours are passed over."""
     asked: list[Line] = []
     scores: dict[str, float] = {}
+    shadows: dict[tuple[str, str], list[Line]] = defaultdict(list)
     for text in lines:
         try:
             line = json.loads(text)
@@ -62,6 +65,8 @@ def read_exposures(lines: Iterable[str]) -> list[Exposures]:
             continue
         if line.get("message") == "feedback":
             scores[line.get("completion_id", "")] = line["score"]
+        elif line.get("message") == "shadow":
+            shadows[line["experiment"]["name"], line["experiment"]["salt"]].append(line)
         elif line.get("message") == "request" and isinstance(line.get("experiment"), dict):
             asked.append(line)
     found: dict[tuple[str, str], list[Exposure]] = defaultdict(list)
@@ -70,7 +75,7 @@ def read_exposures(lines: Iterable[str]) -> list[Exposures]:
             line["feedback"] = scores[line["completion_id"]]
         found[line["experiment"]["name"], line["experiment"]["salt"]].append(_exposure(line))
     defaults = {(one["experiment"]["name"], one["experiment"]["salt"]): one["experiment"]["default"] for one in asked}
-    return [Exposures(*key, defaults[key], requests) for key, requests in found.items()]
+    return [Exposures(*key, defaults[key], requests, shadows[key]) for key, requests in found.items()]
 
 
 def _exposure(line: Line) -> Exposure:

@@ -27,6 +27,7 @@ from service.experiments.statistics import (
     sample_ratio_p,
 )
 
+SHADOW_MEASURES = ("same", "greedy", "similarity", "shown_tokens", "shadow_tokens")
 WITHHELD = "withheld: the sample ratio is red"
 
 
@@ -48,6 +49,7 @@ def report_on(found: Exposures) -> dict[str, Any]:
         "sample_ratio": {"p": p, "red": red},
         "units_in_two_arms": twice,
         "counted_apart": {arm: len(asked) for arm, asked in by_arm.items() if arm not in shares},
+        "shadow": _shadow(found),
         "arms": {
             arm: {
                 "share": shares[arm],
@@ -72,6 +74,14 @@ def report_on(found: Exposures) -> dict[str, Any]:
             if arm != default
         },
     }
+
+
+def _shadow(found: Exposures) -> dict[str, float] | None:
+    """Of all second answers; their differences are the sampling's, too, where that was not greedy."""
+    if not (seen := found.shadows):
+        return None
+    means = {name: sum(line[name] for line in seen) / len(seen) for name in SHADOW_MEASURES}
+    return {"answers": len(seen), **means}
 
 
 def sample_of(asked: list[Exposure], measure: str) -> Sample:
@@ -106,6 +116,8 @@ def table(report: dict[str, Any]) -> str:
         f"units in two arms: {report['units_in_two_arms']}",
         "counted apart: " + (", ".join(f"{arm} {n}" for arm, n in report["counted_apart"].items()) or "nothing"),
     ]
+    if shadow := report["shadow"]:
+        lines.append("shadow: " + ", ".join(f"{name} {value:.4g}" for name, value in shadow.items()))
     for arm, told in report["arms"].items():
         treatments = "; ".join(told["treatments"])
         lines.append(f"\n{arm}: share {told['share']:g}, {told['units']} units, {told['requests']} requests")

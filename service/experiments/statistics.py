@@ -54,7 +54,7 @@ class Sample(NamedTuple):
     """One measure in one arm: a value for each request, and whose request it was."""
 
     values: Sequence[float]
-    units: Sequence[str]
+    units: Sequence[str] | Sequence[int]
 
 
 def sample_ratio_p(units: Mapping[str, int], shares: Mapping[str, float]) -> float:

@@ -24,6 +24,7 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 SCORE_BUCKETS = (0, 0.25, 0.5, 0.75, 1)
 SHIFT_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
+SHADOW_OUTCOMES = ("same", "different", "failed", "dropped")
 PROBES = frozenset(("/healthz", "/readyz"))
 """Asked over and over while a service starts: their refusals are nobody's loss."""
 
@@ -131,6 +132,20 @@ class Metrics:
         self.empty_answers = Counter(
             "vlsae_empty_answers_total", "Choices without any text.", ["applied", "arm"], registry=registry
         )
+        self.shadow_answers = Counter(
+            "vlsae_shadow_answers_total",
+            "Shadows that were to run, by what came of it.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.shadow_similarity = Histogram(
+            "vlsae_shadow_similarity_ratio",
+            "How far a shadow's answer agrees with the one that was shown: 1 is the same.",
+            buckets=SCORE_BUCKETS,
+            registry=registry,
+        )
+        for outcome in SHADOW_OUTCOMES:
+            self.shadow_answers.labels(outcome=outcome)
         self._arms: set[str] = set()
         self.expect(NO_ARM)
         for gauge in (self.in_progress, self.waiting, self.at_model):

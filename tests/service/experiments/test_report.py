@@ -124,6 +124,20 @@ def test_feedback_is_joined_by_the_answer() -> None:
     assert [one.values["feedback"] for one in found.requests if "feedback" in one.values] == [0.25] * 9
 
 
+def test_shadows_are_summed_up() -> None:
+    known = {"name": "strength", "salt": "strength", "arm": "whole"}
+    facts = {"experiment": known, "greedy": True, "shown_tokens": 10}
+    seen = [
+        written({**facts, "same": True, "similarity": 1.0, "shadow_tokens": 10}, "shadow"),
+        written({**facts, "same": False, "similarity": 0.5, "shadow_tokens": 20}, "shadow"),
+    ]
+    found = told([*log_of(), *seen])
+    assert found["shadow"] == {
+        "answers": 2, "same": 0.5, "greedy": 1, "similarity": 0.75, "shown_tokens": 10, "shadow_tokens": 15,
+    }  # fmt: skip
+    assert "shadow: answers 2, same 0.5" in report.table(found)
+
+
 def test_a_treatment_that_changed_on_the_way_is_said() -> None:
     found = told([*log_of(), *log_of(strength=0.25, seed=1)])
     assert len(found["arms"]["half"]["treatments"]) == 2

@@ -26,36 +26,34 @@ def sample(values, units=None) -> Sample:
 
 
 def requests_of(
-    generator: np.random.Generator, units: int, rate: float, *, name: str, most: int = 4
-) -> tuple[np.ndarray, list[str]]:
+    generator: np.random.Generator, units: int, rate: float, *, first: int, most: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
     """Each unit asks one to `most` times, and what befalls it befalls most of its requests."""
     asked = generator.integers(1, most + 1, units)
     unlucky = generator.beta(0.5 * rate / (1 - rate), 0.5, units)
     owners = np.repeat(np.arange(units), asked)
-    return (generator.random(len(owners)) < unlucky[owners]).astype(float), [f"{name}{owner}" for owner in owners]
+    return (generator.random(len(owners)) < unlucky[owners]).astype(float), first + owners
 
 
 def alarms(rate: float, other: float, *, repeats: int, peeks: int, seed: int) -> tuple[int, int]:
     """Experiments that were told apart at any of so many looks: by the anytime-valid interval, and by the usual one."""
     generator, anytime, once = np.random.default_rng(seed), 0, 0
     for _ in range(repeats):
-        arms = [requests_of(generator, UNITS // 2, p, name=name) for p, name in ((rate, "a"), (other, "b"))]
+        arms = [requests_of(generator, UNITS // 2, p, first=first) for p, first in ((rate, 0), (other, UNITS))]
         seen_anytime = seen_once = False
         for peek in range(1, peeks + 1):
             until = UNITS // 2 * peek // peeks
-            looked = [Sample(*_first(values, owners, until)) for values, owners in arms]
+            counts = [int(np.searchsorted(owners, owners[0] + until)) for _, owners in arms]
+            looked = [
+                Sample(values[:count].tolist(), owners[:count].tolist())
+                for (values, owners), count in zip(arms, counts, strict=True)
+            ]
             found = difference(*looked)
             seen_anytime |= found.shown
             low, high = found.once.low, found.once.high
             seen_once |= low is not None and high is not None and (low > 0 or high < 0)
         anytime, once = anytime + seen_anytime, once + seen_once
     return anytime, once
-
-
-def _first(values: np.ndarray, owners: list[str], units: int) -> tuple[list[float], list[str]]:
-    """What there is when so many units have come."""
-    count = next((index for index, owner in enumerate(owners) if int(owner[1:]) >= units), len(owners))
-    return values[:count].tolist(), owners[:count]
 
 
 def test_one_request_a_unit_is_the_usual_interval() -> None:
