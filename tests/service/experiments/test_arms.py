@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +139,12 @@ def test_it_survives_its_own_json() -> None:
     found = Experiment.model_validate(GOOD)
     assert Experiment.model_validate(found.model_dump()) == found
     assert Experiment.model_validate_json(found.model_dump_json()) == found
+
+
+def test_the_experiment_on_the_page_is_one() -> None:
+    page = (Path(__file__).parents[3] / "service/README.md").read_text()
+    (block,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    live = LiveSettings(BUNDLED)
+    live.change(json.loads(block))
+    assert live.describe()["refused"] is None
+    assert live.current.experiment is not None

@@ -118,6 +118,31 @@ def test_who_is_counted_apart(watched: Watched, change: Callable[[dict], None]) 
     assert own.json()["steering"]["strength"] == 0.25
 
 
+def test_a_shadow_is_measured_and_not_shown(watched: Watched, change: Callable[[dict], None]) -> None:
+    """Against itself it is the same, against the plain model it may differ; either way the answer is the arm's."""
+    for steering, outcomes in (({}, {"same"}), ({"enabled": False}, {"same", "different"})):
+        shadow = {"steering": steering, "share": 1}
+        one_arm = {"name": "alone", "arms": [{"name": "full", "weight": 1}], "shadow": shadow}
+        change({"experiment": one_arm})
+        before = shadows_of(watched)
+        answer = ask(watched, UNITS[0], max_tokens=8)
+        assert answer.json()["steering"]["arm"] == "full"
+        deadline = time.monotonic() + PATIENCE_S
+        while not (seen := shadows_of(watched) - before):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert seen.total() == 1
+        assert set(seen) <= outcomes
+    told = [json.loads(line) for line in (watched.home / "service.log").read_text().splitlines()]
+    assert {line["greedy"] for line in told if line["message"] == "shadow"} == {True}
+
+
+def shadows_of(watched: Watched) -> Counter[str]:
+    scraped = watched.scrape()
+    kinds = ("same", "different", "failed", "dropped")
+    return Counter({kind: int(scraped[f'vlsae_shadow_answers_total{{"outcome": "{kind}"}}']) for kind in kinds})
+
+
 def test_the_trace_says_the_arm_and_not_the_unit(watched: Watched, change: Callable[[dict], None]) -> None:
     change({"experiment": {**EXPERIMENT, "coverage": 1}})
     answer = ask(watched, "hush-visitor-hush", seed=7)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -30,6 +31,8 @@ PROMETHEUS = REPOSITORY / "deploy/prometheus"
 DASHBOARD = json.loads((REPOSITORY / "deploy/grafana/dashboard.json").read_text())
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PATIENCE_S = 40
+ONLY_SOMETIMES = re.compile("feedback|assignments")
+"""What the dashboard has of these needs a caller that gives it, or an experiment."""
 TOKENS = 'vlsae_completion_tokens_total{"arm": "none"}'
 SECRETS = {
     place: f"hush{place}{number:04d}hush"
@@ -138,7 +141,9 @@ def test_a_real_prometheus_scrapes_it_and_its_sums_are_right(watched: Watched) -
         for ask in asks(watched.server.name):
             watched.client.post(CHAT, json=ask)
         _until_scraped(prometheus, watched)
-        _until(lambda: [one for one in expressions if "feedback" not in one and not _query(prometheus, one)] == [])
+        _until(
+            lambda: [one for one in expressions if not ONLY_SOMETIMES.search(one) and not _query(prometheus, one)] == []
+        )
         _until(lambda: {rule["health"] for rule in _rules(prometheus)} == {"ok"})
         _until(lambda: [rule["name"] for rule in _rules(prometheus) if rule["state"] != "inactive"] == [])
     finally:
