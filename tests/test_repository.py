@@ -126,7 +126,7 @@ def test_every_command_of_a_page_is_of_a_kind_that_is_checked(page: str):
     lines = "".join(code for language, code in blocks if not language).replace("\\\n", " ").splitlines()
     assert [line for line in lines if not COMMAND.match(line)] == []
     languages = [language for language, _ in blocks if language]
-    run = {"README.md": ["sh"], "service/README.md": ["python"], "steering/README.md": ["python"]}
+    run = {"README.md": ["sh"], "service/README.md": ["python", "json"], "steering/README.md": ["python"]}
     assert languages == run.get(page, [])
 
 

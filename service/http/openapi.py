@@ -29,6 +29,7 @@ from service.http.answers import (
     Version,
 )
 from service.http.error_guide import GUIDE
+from service.http.experiment_headers import ARM_HEADER, ASSIGNMENT_HEADER, UNIT, UNIT_HEADER
 from service.http.feedback_route import FeedbackRequest
 from service.http.request_id import REQUEST_ID, REQUEST_ID_HEADER
 from service.http.routes import ROUTES, Route
@@ -49,6 +50,8 @@ class Bodies(NamedTuple):
     body: dict[str, Any] | None = None
     links: dict[str, Any] | None = None
     parameters: tuple[dict[str, Any], ...] = ()
+    headers: tuple[str, ...] = ()
+    """Of a 200, beside those of every answer."""
 
 
 class Schemas(GenerateJsonSchema):
@@ -75,7 +78,7 @@ def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
         "paths": _paths(settings, with_keys),
         "components": {
             "schemas": _schemas(settings),
-            "headers": {name: {**header, "required": name != "x-should-retry"} for name, header in HEADERS.items()},
+            "headers": {name: {**header, "required": name not in NOT_ALWAYS} for name, header in HEADERS.items()},
             "parameters": {"RequestId": REQUEST_ID_PARAMETER},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": KEYS}},
         },
@@ -93,10 +96,26 @@ HEADERS: dict[str, dict[str, Any]] = {
     REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
     "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
+    ARM_HEADER: {
+        "description": "While an experiment runs: the arm whose steering this is, `own` for the caller's.",
+        "schema": {"type": "string"},
+    },
+    ASSIGNMENT_HEADER: {
+        "description": "Why: `unit` by the hash of who asked, `no_unit` the default arm, since nobody was named.",
+        "schema": {"enum": ["unit", "no_unit", "not_covered", "own"]},
+    },
     "x-should-retry": {
         "description": "There where sending the request again is no use; OpenAI's clients obey it.",
         "schema": {"const": "false"},
     },
+}
+NOT_ALWAYS = ("x-should-retry", ARM_HEADER, ASSIGNMENT_HEADER)
+UNIT_PARAMETER = {
+    "name": UNIT_HEADER,
+    "in": "header",
+    "description": "Who asks, for an experiment: the same unit gets the same arm. Else `user` of the body is the unit.",
+    "schema": {"type": "string", "pattern": f"^{UNIT.pattern}$"},
+    "example": "visitor-17",
 }
 STRENGTH_PARAMETER = {
     "name": STRENGTH_HEADER,
@@ -127,7 +146,7 @@ def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]
         "security": [{"key": [scope]}] if scope else [],
         "parameters": [{"$ref": "#/components/parameters/RequestId"}, *given.parameters],
         "responses": {
-            "200": {"description": route.answer, "headers": _headers(200), "content": given.content},
+            "200": {"description": route.answer, "headers": _headers(200, given.headers), "content": given.content},
             **_error_responses(codes),
         },
     }
@@ -162,8 +181,8 @@ def _error_example(code: str) -> dict[str, Any]:
     return {"summary": GUIDE[code].when, "value": ApiError(code, f"{GUIDE[code].when}: {GUIDE[code].remedy}").body()}
 
 
-def _headers(status: int) -> dict[str, Any]:
-    names = (REQUEST_ID_HEADER, *STATUS_HEADERS.get(status, ()))
+def _headers(status: int, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    names = (REQUEST_ID_HEADER, *STATUS_HEADERS.get(status, ()), *more)
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
@@ -185,7 +204,8 @@ def _bodies(settings: Settings) -> dict[str, Bodies]:
             _chat_content(name),
             body={"schema": _ref(ChatCompletionRequest), "examples": _chat_examples(name)},
             links=FEEDBACK_LINK,
-            parameters=(STRENGTH_PARAMETER,),
+            parameters=(STRENGTH_PARAMETER, UNIT_PARAMETER),
+            headers=(ARM_HEADER, ASSIGNMENT_HEADER),
         ),
         "/v1/feedback": Bodies(_json(FeedbackTaken), body={"schema": _ref(FeedbackRequest), "example": feedback}),
         "/v1/models": Bodies(_json(ModelList)),
