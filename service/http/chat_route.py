@@ -22,7 +22,7 @@ from service.chat.streaming import AnswerHead, Event, completion_json, error_eve
 from service.draining import Drain
 from service.errors import ApiError
 from service.http.body import read_json_body
-from service.http.experiment_headers import unit_header_of
+from service.http.headers import unit_header_of
 from service.live_settings import LiveSettings
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import record_of

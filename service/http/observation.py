@@ -7,8 +7,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.http.experiment_headers import assignment_headers
-from service.http.request_id import REQUEST_ID_HEADER, request_id_of
+from service.http.headers import REQUEST_ID_HEADER, assignment_headers, request_id_of
 from service.metrics.logs import log_request
 from service.metrics.meter import Metrics
 from service.metrics.request_record import RequestRecord

@@ -14,7 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import core_schema
 
 from service import VERSION
-from service.chat.request import ALIASES, MAX_TEXT_BYTES, STRENGTH_HEADER
+from service.chat.request import ALIASES, MAX_TEXT_BYTES
 from service.chat.schemas import ChatCompletionRequest
 from service.errors import ERROR_KINDS, ApiError
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
@@ -29,9 +29,17 @@ from service.http.answers import (
     Version,
 )
 from service.http.error_guide import GUIDE
-from service.http.experiment_headers import ARM_HEADER, ASSIGNMENT_HEADER, UNIT, UNIT_HEADER
 from service.http.feedback_route import FeedbackRequest
-from service.http.request_id import REQUEST_ID, REQUEST_ID_HEADER
+from service.http.headers import (
+    ARM_HEADER,
+    ASSIGNMENT_HEADER,
+    HEADERS,
+    NOT_ALWAYS,
+    REQUEST_ID_HEADER,
+    REQUEST_ID_PARAMETER,
+    STRENGTH_PARAMETER,
+    UNIT_PARAMETER,
+)
 from service.http.routes import ROUTES, Route
 from service.settings import Settings
 
@@ -86,44 +94,6 @@ def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
 
 
 KEYS = "An API key, where the service has keys; without keys every route is open."
-REQUEST_ID_PARAMETER = {
-    "name": REQUEST_ID_HEADER,
-    "in": "header",
-    "description": "Names the request in the service's log; one is made where none is given.",
-    "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
-}
-HEADERS: dict[str, dict[str, Any]] = {
-    REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
-    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
-    "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
-    ARM_HEADER: {
-        "description": "While an experiment runs: the arm whose steering this is, `own` for the caller's.",
-        "schema": {"type": "string"},
-    },
-    ASSIGNMENT_HEADER: {
-        "description": "Why: `unit` by the hash of who asked, `no_unit` the default arm, since nobody was named.",
-        "schema": {"enum": ["unit", "no_unit", "not_covered", "own"]},
-    },
-    "x-should-retry": {
-        "description": "There where sending the request again is no use; OpenAI's clients obey it.",
-        "schema": {"const": "false"},
-    },
-}
-NOT_ALWAYS = ("x-should-retry", ARM_HEADER, ASSIGNMENT_HEADER)
-UNIT_PARAMETER = {
-    "name": UNIT_HEADER,
-    "in": "header",
-    "description": "Who asks, for an experiment: the same unit gets the same arm. Else `user` of the body is the unit.",
-    "schema": {"type": "string", "pattern": f"^{UNIT.pattern}$"},
-    "example": "visitor-17",
-}
-STRENGTH_PARAMETER = {
-    "name": STRENGTH_HEADER,
-    "in": "header",
-    "description": "The dial, where the body does not say: 0 is the plain model, 1 the preset.",
-    "schema": {"type": "string", "pattern": r"^(0{1,3}(\.[0-9]{1,9})?|0{0,2}1(\.0{1,9})?|\.[0-9]{1,9})$"},
-    "example": "0.5",
-}
 
 
 def _paths(settings: Settings, with_keys: bool) -> dict[str, Any]:
