@@ -39,7 +39,7 @@ demo: setup ## start it, ask about held-out scenes with steering off and on, sto
 test: setup-dev lint ## everything that CI runs: lint, types, import rules, all tests
 	@$(RUN) .ci/run_suites.py
 
-check: setup-dev lint ## lint, types, and the tests that start no server: under three minutes
+check: setup-dev lint ## lint, types, and the tests that start no server; about three minutes
 	@$(RUN) .ci/run_suites.py --quick
 
 lint: setup-dev ## ruff, pyright, import-linter
