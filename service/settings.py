@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from service.experiments.arms import Experiment
+
 KEYS_VARIABLE = "VLSAE_KEYS"
 """Not a setting, since settings are shown and passed around: `keys.py` reads it."""
 BUNDLE = Path(__file__).parent.parent / "training" / "miniature" / "bundle"
@@ -70,6 +72,13 @@ class EngineSettings(Group):
     """vLLM: number of devices that share one model."""
     compile: bool = False
     """vLLM on a CPU: compile the model at start, for faster steps (on CUDA it always is)."""
+
+    @property
+    def can_do(self) -> tuple[tuple[str, ...], int]:
+        """Modes of steering, and the most branches of a request."""
+        if self.name == "huggingface":
+            return ("causal", "exact"), 2
+        return ("causal",), self.branches or (2 if self.settled().device == "cpu" else 1)
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +153,8 @@ class Settings(Group):
 
     live_file: str | None = None
     """JSON file of settings that hold from when it changes, without a new start, such as {"default_strength": 0.5}."""
+    experiment: Experiment | None = None
+    """An A/B experiment as a JSON object (service/README.md); meant for the live file."""
     log_file: str | None = None
     """File to which one JSON line per request is appended (default: standard error of the replica)."""
     traces_endpoint: str | None = Field(default=None, pattern=r"^https?://")

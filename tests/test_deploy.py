@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from service.metrics.meter import Metrics
 from service.settings import Settings
-from tests.pages import code_blocks, read, sections
+from tests.pages import read, sections
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CONFIG = DEPLOY / "serve_config.yaml"
@@ -33,16 +32,6 @@ def test_the_serve_configuration_names_our_application_and_settings():
     settings = Settings.model_validate(application.args)
     assert Path(settings.model).name == "llava"
     assert schema.http_options.host == "127.0.0.1"
-
-
-def test_the_page_s_pod_drains_before_it_is_killed():
-    [example] = [code for language, code in code_blocks(read("deploy/README.md")) if language == "yaml"]
-    pod = yaml.safe_load(example)
-    settings = Settings.model_validate(pod["args"])
-    *_, module, file, option, seconds = pod["lifecycle"]["preStop"]["exec"]["command"]
-    assert importlib.util.find_spec(module) is not None
-    assert (file, option) == (str(settings.drain_file), "--timeout-s")
-    assert settings.drain_timeout_s < float(seconds) < pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("file", WATCHING)

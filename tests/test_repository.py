@@ -32,9 +32,10 @@ from training.alignment import FAITHFULNESS, alignment_gate
 BUNDLE = ROOT / "training/miniature/bundle"
 each_page = pytest.mark.parametrize("page", PAGES)
 COMMAND = re.compile(
-    r"(?:[A-Z_]+=\S+ )*(?:make|python -m|python|pytest|serve deploy|pip install) |training/pipeline\.sh "
+    r"(?:[A-Z_]+=\S+ )*(?:make|python -m|python|pytest|serve deploy|pip install|kubectl|docker build) "
+    r"|training/pipeline\.sh "
 )
-"""How a line of a page's code begins: what follows is looked up below."""
+"""How a line of a page's code begins: what follows is looked up below, and in `tests/deploy/test_runbook.py`."""
 MADE = {".venv/bin/activate", "atlas/index.html", "shards/*.skipped.jsonl", "thumbnails/"}
 """Paths on the pages that a user's own run makes; what lies in build/ it makes, too."""
 
@@ -97,7 +98,7 @@ def test_every_make_target_and_variable_of_a_page_exists(page: str):
 @each_page
 def test_every_module_named_on_a_page_exists(page: str):
     dotted = re.findall(r"(?<![\w./:-])(?:training|service|tests)(?:\.[a-z_]+)+", read(page).replace("README.md", ""))
-    named = [name for name in dotted if not name.endswith((".py", ".sh"))]
+    named = [name for name in dotted if not name.endswith((".py", ".sh", ".yaml"))]
     assert named or page in ("README.md", "steering/README.md")
     for name in sorted(set(named) | set(re.findall(r"python -m ([a-z_.]*[a-z_])", read(page))) - {"pytest"}):
         path = ROOT / name.replace(".", "/")
@@ -108,13 +109,14 @@ def test_every_module_named_on_a_page_exists(page: str):
 
 @each_page
 def test_every_option_on_a_page_is_one_that_some_command_takes(page: str):
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", "\n".join(commands(read(page)))))
+    ours = [command for command in commands(read(page)) if not command.startswith(("kubectl ", "docker "))]
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", "\n".join(ours)))
     sources = [path for folder in ("training", "service", "tests/benchmarks") for path in (ROOT / folder).rglob("*.py")]
     others = [ROOT / "training/pipeline.sh", ROOT / "tests/service/generated_requests.py"]
     code = "\n".join(path.read_text() for path in [*sources, *others])
     fields = {"--" + name.replace("_", "-") for name in re.findall(r"^    (\w+):", code, re.MULTILINE)}
     literal = set(re.findall(r"--[a-z][a-z0-9-]+", re.sub(r'"""[\s\S]*?"""', "", code)))
-    assert used - fields - literal - {"--noconftest"} == set()
+    assert used - fields - literal - {"--noconftest", "--target"} == set()
 
 
 @each_page
@@ -124,8 +126,8 @@ def test_every_command_of_a_page_is_of_a_kind_that_is_checked(page: str):
     lines = "".join(code for language, code in blocks if not language).replace("\\\n", " ").splitlines()
     assert [line for line in lines if not COMMAND.match(line)] == []
     languages = [language for language, _ in blocks if language]
-    run = {"README.md": ["sh"], "service/README.md": ["python"], "steering/README.md": ["python"]}
-    assert languages == run.get(page, ["yaml"] if page == "deploy/README.md" else [])
+    run = {"README.md": ["sh"], "service/README.md": ["python", "json"], "steering/README.md": ["python"]}
+    assert languages == run.get(page, [])
 
 
 @each_page
@@ -135,7 +137,7 @@ def test_every_path_and_link_of_a_page_leads_somewhere(page: str):
         assert (folder / target).exists(), target
         headings = re.findall(r"^#+ (.+)$", ((folder / target) if target else ROOT / page).read_text(), re.MULTILINE)
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
-    code = " ".join(commands(text))
+    code = " ".join(command for command in commands(text) if not command.startswith("kubectl "))
     paths = set(re.findall(r"(?<![\w./:~*-])(?:[\w.-]+/)+(?:[\w.*-]+\w)?(?![\w/])", code))
     ours = {path for path in paths if path.partition("/")[0] not in ("build", "application")} - MADE
     assert [path for path in sorted(ours) if not (any(ROOT.glob(path)) or any(folder.glob(path)))] == []

@@ -4,10 +4,10 @@ A world supplies two things: the true objects of a scene, and a function from a 
 
 Rohrbach et al. 2018 (arXiv 1809.02156):
     CHAIR_i = invented mentions / all mentions          CHAIR_s = captions with an invented object / captions
-CHAIR falls for any caption that says less, so it stands with recall (true objects named / true objects), the
-length in words and the numbers of different objects named and of those invented. As in the authors' code CHAIR_i counts
-mentions, a repeated one again, and ratios are pooled over all captions. Where captions name no object at all, CHAIR_i
-is 0.
+CHAIR falls for any caption that says less, so it stands with recall (true objects named / true objects), the length in
+words, the numbers of different objects named and of those invented, and of the mentions that only repeat one: a text
+pushed towards its picture may say the same thing twice. As in the authors' code CHAIR_i counts mentions, a repeated one
+again, and ratios are pooled over all captions. Where captions name no object at all, CHAIR_i is 0.
 """
 
 from __future__ import annotations
@@ -81,5 +81,6 @@ def chair_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
         "length": ratio(total["words"], total["captions"]),
         "objects": ratio(total["objects_named"], total["captions"]),
         "invented": ratio(total["objects_named"] - total["true_objects_named"], total["captions"]),
+        "repeated": ratio(total["mentions"] - total["objects_named"], total["captions"]),
         "empty": ratio(total["empty"], total["captions"]),
     }

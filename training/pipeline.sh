@@ -51,7 +51,8 @@ if [ "$miniature" = llava ]; then
             --final-captions 200 --final-questions 200"}
         EVALUATE=${EVALUATE-"--captions 200 --questions 200 --conditions steered default other_image"}
     else
-        TUNE=${TUNE-"--alphas 1 2 3 --search-questions 100 --final-questions 4000 --finalists 2"}
+        TUNE=${TUNE-"--alphas 1.5 2 2.5 --search-captions 320 --search-questions 100 --final-captions 1000
+            --final-questions 4000 --finalists 4"}
     fi
 elif [ "$miniature" = clip ]; then
     export OMP_NUM_THREADS=1

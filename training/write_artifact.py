@@ -28,10 +28,12 @@ from steering.errors import BadArtifact
 from steering.settings import Preset
 from steering.sparse_autoencoder import VisionLanguageSAE
 from training.alignment import Alignment, check_finite, measure_alignment
+from training.centre_columns import centre_text_columns
 from training.collection.lvlm import LvlmRepresenter, LvlmSettings
 from training.collection.representer import ModelDtype, Prepared
 from training.command_line import Settings, parse_settings, run_stage
 from training.errors import InvalidTraining
+from training.fitting.batches import sample_batches
 from training.interpret_concepts import read_encoder, require_concepts_of
 from training.pairs import Pair, PairSource, open_pairs
 from training.run_folder import CONFIG_FILE, fold_centre, read_run_config
@@ -68,6 +70,9 @@ class ArtifactSettings(Settings):
     """Revision of the base model."""
     min_text_tokens: int = Field(default=1, ge=1)
     """A position is steered once so many text tokens are in the mean."""
+    centre_columns: bool = True
+    """Take the mean of the text decoder's columns into its bias: what every picture's concepts would add alike says
+    nothing of the picture. The authors' weights have it in the columns."""
     held_out: int | None = Field(default=None, gt=1)
     """Pairs at the end that alignment is measured on; all that neither autoencoder was trained on, and no others."""
     control_images: int = Field(default=256, ge=1)
@@ -123,7 +128,8 @@ def collected_with(store: RepresentationStore, settings: ArtifactSettings) -> Lv
 def read_parts(
     settings: ArtifactSettings, store: RepresentationStore
 ) -> tuple[AuxiliaryAutoencoder, VisionLanguageSAE]:
-    """Both autoencoders, trained on this store's states; what was taken off between them is in the first one."""
+    """Both autoencoders, trained on this store's states; what was taken off between them is in the first one, and the
+    second one's text columns are centred if they are to be."""
     found = read_encoder(store, settings.sparse, settings.auxiliary, "cpu")
     if not isinstance(found.sae, VisionLanguageSAE):
         raise InvalidTraining(
@@ -131,7 +137,11 @@ def read_parts(
             "concepts that image and text share, and can steer"
         )
     assert found.auxiliary is not None
-    return (fold_centre(found.auxiliary, found.centre) if found.centre else found.auxiliary), found.sae
+    sae = found.sae
+    if settings.centre_columns:
+        options = read_run_config(settings.sparse).settings
+        sae = centre_text_columns(found, sample_batches(store, held_out=options["held_out"], seed=options["seed"]))
+    return (fold_centre(found.auxiliary, found.centre) if found.centre else found.auxiliary), sae
 
 
 def _held_out(settings: ArtifactSettings) -> int:
@@ -184,6 +194,7 @@ def artifact_config(settings: ArtifactSettings, store: RepresentationStore, alig
             "model_sha256": collected.model_sha256,
             "auxiliary": auxiliary.settings,
             "sparse": sparse.settings,
+            "centre_columns": settings.centre_columns,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         },
         card=_card(settings, store, sparse.shared_size, sparse.num_concepts),

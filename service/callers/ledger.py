@@ -42,11 +42,11 @@ class AnswerLabels(NamedTuple):
     applied: str
 
     @classmethod
-    def of(cls, receipt: Receipt) -> AnswerLabels:
-        """Those of an answer with this receipt."""
+    def of(cls, receipt: Receipt, arm: str) -> AnswerLabels:
+        """Those of an answer with this receipt, whose request is counted under this arm."""
         strength = receipt.strength or 0.0
         return cls(
-            arm=receipt.arm or "none",
+            arm=arm,
             preset=receipt.preset or "none",
             strength=f"{next(bucket for bucket in STRENGTH_BUCKETS if strength <= bucket):g}",
             applied="true" if receipt.applied else "false",

@@ -39,6 +39,11 @@ class Admission:
         self._load: dict[str, LoadEstimate] = {"": LoadEstimate(clock=clock)}
         """Of all callers together under the empty name, and of each that is told apart, while it has requests."""
 
+    @property
+    def running(self) -> int:
+        """Requests now."""
+        return self._taken.total()
+
     @contextmanager
     def place(self, caller: str, *, places: int) -> Iterator[None]:
         """Around all work on one of `places` requests. Raises Overloaded at once, or what the block raises."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from service.callers.keys import Caller
 from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
 from service.errors import ApiError
+from service.experiments.arms import over_default
+from service.experiments.assignment import Assignment, assign
 from service.images.decoder import ImageDecoder
 from service.images.intake import AdmitImages, take_images
 from service.images.remote import RemoteImages
@@ -35,10 +37,15 @@ async def make_job(
     caller: Caller,
     admit_images: AdmitImages,
     take_bytes: Callable[[int], None] = lambda _count: None,
+    unit_header: str | None = None,
+    assigned: Callable[[Assignment], None] = lambda _assignment: None,
 ) -> ModelJob:
-    """Everything is checked before the first image is decoded."""
+    """Everything is checked before the first image is decoded. `assigned` is told what an experiment means for it."""
     alias = find_alias(request.model, settings.model_name)
-    steering = merge_steering(request.steering, strength_header, alias, settings)
+    assignment = assignment_of(request, strength_header, alias, unit_header, settings, caller)
+    if assignment is not None:
+        assigned(assignment)
+    steering = merge_steering(request.steering, strength_header, alias, settings, assignment)
     check_limits(request, settings)
     check_scopes(request, caller)
     return ModelJob(
@@ -70,10 +77,32 @@ def find_alias(model: str, served: str) -> str:
     raise ApiError("model_not_found", f"model: there is no model {model[:200]!r}; there are {known}", param="model")
 
 
+def assignment_of(
+    request: ChatCompletionRequest,
+    strength_header: str | None,
+    alias: str,
+    unit_header: str | None,
+    settings: Settings,
+    caller: Caller,
+) -> Assignment | None:
+    """None where no experiment runs. The unit is the key and, of that key, the header's or else the body's user."""
+    if settings.experiment is None:
+        return None
+    asked = request.steering is not None and bool(request.steering.model_dump(exclude_none=True))
+    own = asked or strength_header is not None or alias != ""
+    user = unit_header or request.user
+    unit = f"{caller.name}:{user}" if user else None
+    return assign(settings.experiment, unit=unit, own_steering=own)
+
+
 def merge_steering(
-    body: SteeringRequest | None, strength_header: str | None, alias: str, settings: Settings
+    body: SteeringRequest | None,
+    strength_header: str | None,
+    alias: str,
+    settings: Settings,
+    assignment: Assignment | None = None,
 ) -> RequestedSteering:
-    """Body, header and alias over the server's default (design, section 6)."""
+    """Body, header and alias, or else the arm, over the server's default: a caller's own steering is in no arm."""
     body = body or SteeringRequest()
     for name in ("concepts", "explain"):
         if getattr(body, name):
@@ -87,9 +116,12 @@ def merge_steering(
             param="steering.control",
         )
     default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
+    if assignment is not None and assignment.arm is not None:
+        return over_default(assignment.arm.steering, default, arm=assignment.shown)
     if body.preset is not None:
         default = SteeringRequest()  # a default strength belongs to the default preset
-    return merge_sources(body, _from_header(strength_header), ALIASES[alias], server=(default,))
+    arm = assignment and assignment.shown
+    return merge_sources(body, _from_header(strength_header), ALIASES[alias], server=(default,), arm=arm)
 
 
 def _from_header(value: str | None) -> SteeringRequest:

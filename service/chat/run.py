@@ -82,7 +82,9 @@ class ChatRunner:
         settings: Settings,
         *,
         strength_header: str | None,
+        unit_header: str | None,
         caller: Caller,
+        meter: Meter,
         record: RequestRecord,
         body_share: Share,
         held: Share,
@@ -101,6 +103,8 @@ class ChatRunner:
                 chat,
                 request_id=f"chatcmpl-{uuid.uuid4().hex}",
                 strength_header=strength_header,
+                unit_header=unit_header,
+                assigned=meter.assigned,
                 settings=settings,
                 decoder=self.decoder,
                 remote=self.remote,
@@ -136,13 +140,13 @@ class ChatRunner:
                     assert not isinstance(event, AnswerStart)
                     meter.observe(event)
                     if isinstance(event, GenerationEnd):
-                        await self._remember(answer_id, caller, event)
+                        await self._remember(answer_id, caller, event, record.arm)
                     yield event
 
-    async def _remember(self, answer_id: str, caller: Caller, end: GenerationEnd) -> None:
+    async def _remember(self, answer_id: str, caller: Caller, end: GenerationEnd, arm: str) -> None:
         """An answer on which no feedback can be given is still an answer."""
         try:
-            await self.ledger.record_answer(answer_id, caller.name, AnswerLabels.of(end.receipt))
+            await self.ledger.record_answer(answer_id, caller.name, AnswerLabels.of(end.receipt, arm))
         except ApiError as error:
             log.warning("feedback on an answer will not be accepted: %s", error.message)
 

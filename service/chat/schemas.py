@@ -234,8 +234,9 @@ class ChatCompletionRequest(Strict):
     """How the answer is steered; an extension."""
 
     user: str | None = Field(default=None, max_length=512)
-    """Accepted and not used, as are `safety_identifier`, `prompt_cache_key` and `metadata`: they change no answer."""
+    """Who asks: while an experiment runs, the unit that falls into an arm."""
     safety_identifier: str | None = Field(default=None, max_length=512)
+    """Accepted and not used, as are `prompt_cache_key` and `metadata`: they change no answer."""
     prompt_cache_key: str | None = Field(default=None, max_length=512)
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
 

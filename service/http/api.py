@@ -25,6 +25,7 @@ from service.callers.ledger_client import LedgerClient
 from service.chat.admission import Admission
 from service.chat.request import ALIASES, find_alias
 from service.chat.run import ChatRunner
+from service.chat.shadow import Shadows
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
 from service.http.chat_route import ChatAnswer, ChatRoute
@@ -82,9 +83,16 @@ def build_api(
         tracing=tracing,
     )
     admission = Admission(memory_bytes=settings.max_memory_bytes, in_progress=metrics.in_progress)
+    shadows = Shadows(
+        model,
+        metrics,
+        memory_bytes=settings.max_memory_bytes,
+        running=lambda: admission.running,
+        ending=lambda: drain.begun,
+    )
     handlers = Handlers(
         live=live,
-        chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics),
+        chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
         readiness=Readiness(model),
         with_keys=keys is not None,
@@ -96,6 +104,7 @@ def build_api(
         looking = asyncio.create_task(_keep_looking(handlers))
         yield
         looking.cancel()
+        shadows.close()
         tracing.close()
 
     api = FastAPI(

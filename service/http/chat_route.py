@@ -17,14 +17,15 @@ from starlette.types import Receive, Scope, Send
 from service.chat.admission import Admission, Share
 from service.chat.request import STRENGTH_HEADER
 from service.chat.run import AnswerShape, ChatRunner
+from service.chat.shadow import Shadows
 from service.chat.streaming import AnswerHead, Event, completion_json, error_event, event_stream
 from service.draining import Drain
 from service.errors import ApiError
 from service.http.body import read_json_body
+from service.http.headers import unit_header_of
 from service.live_settings import LiveSettings
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import record_of
-from service.model.client import Answer
 from service.model.job import ModelJob
 from service.model.replica import AnswerStart
 from service.settings import COPIES_OF_A_BODY
@@ -44,6 +45,7 @@ class ChatRoute:
     admission: Admission
     drain: Drain
     metrics: Metrics
+    shadows: Shadows
 
 
 class ChatAnswer(Response):
@@ -65,6 +67,7 @@ class ChatAnswer(Response):
             try:
                 async with self._route.drain.request():
                     with self._route.admission.place(self._caller.name, places=places):
+                        self._route.shadows.make_way(self._settings)
                         await self._answer_in_time(scope, receive, send)
                 failure = None
             except ApiError as error:
@@ -93,22 +96,30 @@ class ChatAnswer(Response):
         """What a request holds counts until its answer has ended: engines keep pixels as long, and Ray the job."""
         with self._route.admission.memory.share(self._caller.name) as held:
             job, shape = await self._take_in(held)
-            answer_id = job.request_id
+            answer_id, shadow = job.request_id, self._route.shadows.plan(job, self._settings, self._record)
             answer = self._route.runner.run(job, caller=self._caller, meter=self._meter, record=self._record)
             del job  # its pixels
-            async with aclosing(answer):
-                start = await anext(answer)
-                assert isinstance(start, AnswerStart)
-                head = AnswerHead(
-                    id=answer_id,
-                    created=int(time.time()),
-                    model=shape.model,
-                    system_fingerprint=start.system_fingerprint,
-                )
-                await self._write(shape, head, answer, scope, receive, send)
+            try:
+                async with aclosing(answer):
+                    start = await anext(answer)
+                    assert isinstance(start, AnswerStart)
+                    head = AnswerHead(
+                        id=answer_id,
+                        created=int(time.time()),
+                        model=shape.model,
+                        system_fingerprint=start.system_fingerprint,
+                    )
+                    events = cast(AsyncGenerator[Event, None], answer)  # after its start
+                    await self._write(shape, head, shadow.watching(events) if shadow else events, scope, receive, send)
+                if shadow:
+                    self._route.shadows.start(shadow, self._settings)
+            finally:
+                if shadow:
+                    self._route.shadows.drop(shadow)
 
     async def _take_in(self, held: Share) -> tuple[ModelJob, AnswerShape]:
         """The body and all that was made of it on the way ends here."""
+        unit_header = unit_header_of(self._request.headers)
         with self._route.admission.memory.share(self._caller.name) as body_share:
             body = await read_json_body(
                 self._request,
@@ -120,7 +131,9 @@ class ChatAnswer(Response):
                 body,
                 self._settings,
                 strength_header=self._request.headers.get(STRENGTH_HEADER),
+                unit_header=unit_header,
                 caller=self._caller,
+                meter=self._meter,
                 record=self._record,
                 body_share=body_share,
                 held=held,
@@ -130,13 +143,12 @@ class ChatAnswer(Response):
         self,
         shape: AnswerShape,
         head: AnswerHead,
-        answer: AsyncGenerator[Answer, None],
+        events: AsyncGenerator[Event, None],
         scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
         """The answer as it comes, or when it is whole."""
-        events = cast(AsyncGenerator[Event, None], answer)  # after its start
         if not shape.stream:
             body = await completion_json(head, events, n=shape.n, logprobs=shape.logprobs)
             await Response(body, media_type="application/json")(scope, receive, send)

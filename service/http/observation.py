@@ -7,7 +7,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.http.request_id import REQUEST_ID_HEADER, request_id_of
+from service.http.headers import REQUEST_ID_HEADER, assignment_headers, request_id_of
 from service.metrics.logs import log_request
 from service.metrics.meter import Metrics
 from service.metrics.request_record import RequestRecord
@@ -34,9 +34,10 @@ class RequestObserver:
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                record.status = message["status"]
+                record.status, answered = message["status"], MutableHeaders(scope=message)
+                answered.update(assignment_headers(record.assignment))
                 if not self._proxied:
-                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.request_id
+                    answered[REQUEST_ID_HEADER] = record.request_id
             await send(message)
 
         with self._tracing.request(record, headers):

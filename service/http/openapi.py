@@ -14,7 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import core_schema
 
 from service import VERSION
-from service.chat.request import ALIASES, MAX_TEXT_BYTES, STRENGTH_HEADER
+from service.chat.request import ALIASES, MAX_TEXT_BYTES
 from service.chat.schemas import ChatCompletionRequest
 from service.errors import ERROR_KINDS, ApiError
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
@@ -30,7 +30,16 @@ from service.http.answers import (
 )
 from service.http.error_guide import GUIDE
 from service.http.feedback_route import FeedbackRequest
-from service.http.request_id import REQUEST_ID, REQUEST_ID_HEADER
+from service.http.headers import (
+    ARM_HEADER,
+    ASSIGNMENT_HEADER,
+    HEADERS,
+    NOT_ALWAYS,
+    REQUEST_ID_HEADER,
+    REQUEST_ID_PARAMETER,
+    STRENGTH_PARAMETER,
+    UNIT_PARAMETER,
+)
 from service.http.routes import ROUTES, Route
 from service.settings import Settings
 
@@ -49,6 +58,8 @@ class Bodies(NamedTuple):
     body: dict[str, Any] | None = None
     links: dict[str, Any] | None = None
     parameters: tuple[dict[str, Any], ...] = ()
+    headers: tuple[str, ...] = ()
+    """Of a 200, beside those of every answer."""
 
 
 class Schemas(GenerateJsonSchema):
@@ -75,7 +86,7 @@ def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
         "paths": _paths(settings, with_keys),
         "components": {
             "schemas": _schemas(settings),
-            "headers": {name: {**header, "required": name != "x-should-retry"} for name, header in HEADERS.items()},
+            "headers": {name: {**header, "required": name not in NOT_ALWAYS} for name, header in HEADERS.items()},
             "parameters": {"RequestId": REQUEST_ID_PARAMETER},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": KEYS}},
         },
@@ -83,28 +94,6 @@ def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
 
 
 KEYS = "An API key, where the service has keys; without keys every route is open."
-REQUEST_ID_PARAMETER = {
-    "name": REQUEST_ID_HEADER,
-    "in": "header",
-    "description": "Names the request in the service's log; one is made where none is given.",
-    "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
-}
-HEADERS: dict[str, dict[str, Any]] = {
-    REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
-    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
-    "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
-    "x-should-retry": {
-        "description": "There where sending the request again is no use; OpenAI's clients obey it.",
-        "schema": {"const": "false"},
-    },
-}
-STRENGTH_PARAMETER = {
-    "name": STRENGTH_HEADER,
-    "in": "header",
-    "description": "The dial, where the body does not say: 0 is the plain model, 1 the preset.",
-    "schema": {"type": "string", "pattern": r"^(0{1,3}(\.[0-9]{1,9})?|0{0,2}1(\.0{1,9})?|\.[0-9]{1,9})$"},
-    "example": "0.5",
-}
 
 
 def _paths(settings: Settings, with_keys: bool) -> dict[str, Any]:
@@ -127,7 +116,7 @@ def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]
         "security": [{"key": [scope]}] if scope else [],
         "parameters": [{"$ref": "#/components/parameters/RequestId"}, *given.parameters],
         "responses": {
-            "200": {"description": route.answer, "headers": _headers(200), "content": given.content},
+            "200": {"description": route.answer, "headers": _headers(200, given.headers), "content": given.content},
             **_error_responses(codes),
         },
     }
@@ -162,8 +151,8 @@ def _error_example(code: str) -> dict[str, Any]:
     return {"summary": GUIDE[code].when, "value": ApiError(code, f"{GUIDE[code].when}: {GUIDE[code].remedy}").body()}
 
 
-def _headers(status: int) -> dict[str, Any]:
-    names = (REQUEST_ID_HEADER, *STATUS_HEADERS.get(status, ()))
+def _headers(status: int, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    names = (REQUEST_ID_HEADER, *STATUS_HEADERS.get(status, ()), *more)
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
@@ -185,7 +174,8 @@ def _bodies(settings: Settings) -> dict[str, Bodies]:
             _chat_content(name),
             body={"schema": _ref(ChatCompletionRequest), "examples": _chat_examples(name)},
             links=FEEDBACK_LINK,
-            parameters=(STRENGTH_PARAMETER,),
+            parameters=(STRENGTH_PARAMETER, UNIT_PARAMETER),
+            headers=(ARM_HEADER, ASSIGNMENT_HEADER),
         ),
         "/v1/feedback": Bodies(_json(FeedbackTaken), body={"schema": _ref(FeedbackRequest), "example": feedback}),
         "/v1/models": Bodies(_json(ModelList)),

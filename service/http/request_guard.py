@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.callers.access import Access, require
 from service.callers.keys import ANYBODY, Caller
 from service.errors import ApiError
-from service.http.request_id import check_request_id
+from service.http.headers import check_request_id
 from service.http.routes import Route, find_route
 from service.metrics.request_record import record_of
 

@@ -2,7 +2,7 @@
 
 Where PROMETHEUS_MULTIPROC_DIR names a folder, all processes of a machine keep their numbers there and every one of them
 answers a scrape with the sums; elsewhere a process answers for itself. Labels take values from fixed lists or from the
-operator's configuration, never from a caller.
+operator's configuration, never from a caller. What an experiment can change has the label `arm`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from service.errors import ERROR_KINDS
+from service.experiments.arms import NO_ARM
+from service.experiments.assignment import Assignment
 from service.metrics.machine import FOLDER_VARIABLE, MachineCollector, metrics_folder
 from service.metrics.request_record import RequestRecord
 from steering.engines.base import GenerationEnd, TextDelta
@@ -22,6 +24,7 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 SCORE_BUCKETS = (0, 0.25, 0.5, 0.75, 1)
 SHIFT_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
+SHADOW_OUTCOMES = ("same", "different", "failed", "dropped")
 PROBES = frozenset(("/healthz", "/readyz"))
 """Asked over and over while a service starts: their refusals are nobody's loss."""
 
@@ -37,11 +40,20 @@ class Metrics:
         self.requests = Counter(
             "vlsae_requests_total", "Requests a model replica began.", ["arm", "applied", "finish"], registry=registry
         )
+        self.assignments = Counter(
+            "vlsae_assignments_total",
+            "Chat requests while an experiment runs, counted when they fall into an arm, whatever becomes of them.",
+            ["arm"],
+            registry=registry,
+        )
         self.responses = Counter(
             "vlsae_http_responses_total", "HTTP requests answered, of any kind.", ["route", "status"], registry=registry
         )
         self.rejections = Counter(
-            "vlsae_rejections_total", "Requests answered with an error, by error code.", ["reason"], registry=registry
+            "vlsae_rejections_total",
+            "Requests answered with an error, by error code.",
+            ["reason", "arm"],
+            registry=registry,
         )
         self.in_progress = Gauge(
             "vlsae_requests_in_progress",
@@ -76,28 +88,34 @@ class Metrics:
         self.time_to_first_token = Histogram(
             "vlsae_time_to_first_token_seconds",
             "From the request's arrival at the ingress to the first token.",
+            ["arm"],
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.inter_token_latency = Histogram(
             "vlsae_inter_token_latency_seconds",
             "Between two tokens of a choice.",
+            ["arm"],
             buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
         self.duration = Histogram(
             "vlsae_request_duration_seconds",
             "From the request's arrival at the ingress to the end of its answer, whole or not.",
+            ["arm"],
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.prompt_tokens = Counter("vlsae_prompt_tokens_total", "Prompt tokens, images included.", registry=registry)
-        self.completion_tokens = Counter("vlsae_completion_tokens_total", "Generated tokens.", registry=registry)
+        self.completion_tokens = Counter(
+            "vlsae_completion_tokens_total", "Generated tokens.", ["arm"], registry=registry
+        )
         self.images = Counter("vlsae_images_total", "Images decoded.", registry=registry)
         self.image_pixels = Counter("vlsae_image_pixels_total", "Pixels of decoded images.", registry=registry)
         self.relative_shift = Histogram(
             "vlsae_relative_shift_ratio",
             "Mean |delta| / |hidden state| of a steered choice.",
+            ["arm"],
             buckets=SHIFT_BUCKETS,
             registry=registry,
         )
@@ -108,21 +126,44 @@ class Metrics:
             buckets=SCORE_BUCKETS,
             registry=registry,
         )
-        self.choices = Counter("vlsae_choices_total", "Choices of whole answers.", ["applied"], registry=registry)
-        self.empty_answers = Counter(
-            "vlsae_empty_answers_total", "Choices without any text.", ["applied"], registry=registry
+        self.choices = Counter(
+            "vlsae_choices_total", "Choices of whole answers.", ["applied", "arm"], registry=registry
         )
-        for code in ERROR_KINDS:
-            self.rejections.labels(reason=code)  # a rate needs to have seen the zero before the first
+        self.empty_answers = Counter(
+            "vlsae_empty_answers_total", "Choices without any text.", ["applied", "arm"], registry=registry
+        )
+        self.shadow_answers = Counter(
+            "vlsae_shadow_answers_total",
+            "Shadows that were to run, by what came of it.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.shadow_similarity = Histogram(
+            "vlsae_shadow_similarity_ratio",
+            "How far a shadow's answer agrees with the one that was shown: 1 is the same.",
+            buckets=SCORE_BUCKETS,
+            registry=registry,
+        )
+        for outcome in SHADOW_OUTCOMES:
+            self.shadow_answers.labels(outcome=outcome)
+        self._arms: set[str] = set()
+        self.expect(NO_ARM)
         for gauge in (self.in_progress, self.waiting, self.at_model):
             gauge.set(0)  # the file of a dead process with our id may hold another number
+
+    def expect(self, arm: str) -> None:
+        """A rate needs to have seen the zero before the first."""
+        if arm not in self._arms:
+            self._arms.add(arm)
+            for code in ERROR_KINDS:
+                self.rejections.labels(reason=code, arm=arm)
 
     def count_response(self, record: RequestRecord) -> None:
         """An HTTP request has ended."""
         status = "none" if record.status is None else str(record.status)
         self.responses.labels(route=record.route, status=status).inc()
         if record.error_code and record.route not in PROBES:
-            self.rejections.labels(reason=record.error_code).inc()
+            self.rejections.labels(reason=record.error_code, arm=record.arm).inc()
 
     def exposition(self) -> bytes:
         """The text that `/metrics` answers: this machine's sums where its processes share a folder."""
@@ -151,6 +192,13 @@ class Meter:
         self._end: GenerationEnd | None = None
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._gaps, self._gaps_s = 0, 0.0
+
+    def assigned(self, assignment: Assignment) -> None:
+        """From here on all that is counted of it is its arm's."""
+        self._record.assignment = assignment
+        self._metrics.expect(assignment.label)
+        self._metrics.assignments.labels(arm=assignment.label).inc()
 
     def submitted(self) -> None:
         """The request is handed to the model."""
@@ -186,11 +234,13 @@ class Meter:
         now, metrics = time.monotonic(), self._metrics
         if not self._last_token:
             self._record.time_to_first_token_s = now - self._record.arrived
-            metrics.time_to_first_token.observe(now - self._record.arrived)
+            metrics.time_to_first_token.labels(arm=self._record.arm).observe(now - self._record.arrived)
             self._waits_no_longer()
         elif choice in self._last_token:
+            gap_s, latency = now - self._last_token[choice], metrics.inter_token_latency.labels(arm=self._record.arm)
             for _ in range(tokens):
-                metrics.inter_token_latency.observe((now - self._last_token[choice]) / tokens)
+                latency.observe(gap_s / tokens)
+            self._gaps, self._gaps_s = self._gaps + tokens, self._gaps_s + gap_s
         self._last_token[choice] = now
         self._completion_tokens += tokens
 
@@ -209,7 +259,7 @@ class Meter:
         refused = failure in ERROR_KINDS and ERROR_KINDS[failure].status < 500
         if not self._started or (refused and not self._last_token):
             return  # no model replica had it, or the engine would not take it
-        self._metrics.duration.observe(time.monotonic() - self._record.arrived)
+        self._metrics.duration.labels(arm=self._record.arm).observe(time.monotonic() - self._record.arrived)
         if failure == "cancelled":
             finish = "cancelled"
         elif self._end is None:
@@ -225,14 +275,18 @@ class Meter:
         record.finish, record.receipt = finish, end and end.receipt
         record.prompt_tokens, record.completion_tokens = self._prompt_tokens, self._completion_tokens
         metrics.prompt_tokens.inc(self._prompt_tokens)
-        metrics.completion_tokens.inc(self._completion_tokens)
+        record.inter_token_s = self._gaps_s / self._gaps if self._gaps else None
+        arm = record.arm
+        metrics.completion_tokens.labels(arm=arm).inc(self._completion_tokens)
         if end is None:
-            metrics.requests.labels(arm="unknown", applied="unknown", finish=finish).inc()
+            metrics.requests.labels(arm=arm, applied="unknown", finish=finish).inc()
             return
         applied = "true" if end.receipt.applied else "false"
-        metrics.requests.labels(arm=end.receipt.arm or "none", applied=applied, finish=finish).inc()
-        metrics.choices.labels(applied=applied).inc(len(end.completion_tokens))
-        metrics.empty_answers.labels(applied=applied).inc(len(end.completion_tokens) - len(self._with_text))
+        record.choices = len(end.completion_tokens)
+        record.empty_choices = record.choices - len(self._with_text)
+        metrics.requests.labels(arm=arm, applied=applied, finish=finish).inc()
+        metrics.choices.labels(applied=applied, arm=arm).inc(record.choices)
+        metrics.empty_answers.labels(applied=applied, arm=arm).inc(record.empty_choices)
         if end.receipt.applied:
             for shift in end.receipt.relative_shift:
-                metrics.relative_shift.observe(shift)
+                metrics.relative_shift.labels(arm=arm).observe(shift)

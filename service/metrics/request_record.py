@@ -11,6 +11,8 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from starlette.types import Scope
 
 from service.errors import ERROR_KINDS
+from service.experiments.arms import NO_ARM
+from service.experiments.assignment import Assignment
 from steering.engines.base import Receipt
 
 
@@ -34,15 +36,28 @@ class RequestRecord:
     stream: bool | None = None
     images: int = 0
     image_pixels: int = 0
+    assignment: Assignment | None = None
+    """What the experiment in force meant for it."""
     time_to_first_token_s: float | None = None
+    inter_token_s: float | None = None
+    """Mean time between two tokens of a choice."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    choices: int | None = None
+    """Of a whole answer."""
+    empty_choices: int | None = None
+    """Those without any text."""
     finish: str | None = None
     """stop, length, cancelled or error, where the request reached the model."""
     receipt: Receipt | None = None
     duration_s: float = 0.0
     span: Span = INVALID_SPAN
     """The trace's span of this request; invalid where nothing is traced."""
+
+    @property
+    def arm(self) -> str:
+        """What metrics count it under."""
+        return NO_ARM if self.assignment is None else self.assignment.label
 
     @property
     def failed(self) -> bool:
@@ -58,6 +73,7 @@ class RequestRecord:
             "preset": self.receipt.preset,
             "strength": self.receipt.strength,
             "arm": self.receipt.arm,
+            "relative_shift": _mean(self.receipt.relative_shift),
         }
         facts = {
             "request_id": self.request_id,
@@ -69,15 +85,36 @@ class RequestRecord:
             "key": self.key,
             "duration_s": round(self.duration_s, 6),
             "time_to_first_token_s": self.time_to_first_token_s and round(self.time_to_first_token_s, 6),
+            "inter_token_s": self.inter_token_s and round(self.inter_token_s, 6),
             "stream": self.stream,
             "finish": self.finish,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            "choices": self.choices,
+            "empty_choices": self.empty_choices,
             "images": self.images or None,
             "image_pixels": self.image_pixels or None,
             "steering": steering,
+            "experiment": self.assignment and assignment_facts(self.assignment),
         }
         return {name: value for name, value in facts.items() if value is not None}
+
+
+def assignment_facts(assignment: Assignment) -> dict[str, object]:
+    """What a report needs to know."""
+    facts = {
+        "name": assignment.experiment,
+        "salt": assignment.seed,
+        "default": assignment.default,
+        "arm": assignment.label,
+        "share": assignment.arm.weight if assignment.arm is not None and assignment.reason == "unit" else None,
+        "unit": assignment.unit,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _mean(numbers: list[float]) -> float | None:
+    return round(sum(numbers) / len(numbers), 6) if numbers else None
 
 
 def record_of(scope: Scope) -> RequestRecord:

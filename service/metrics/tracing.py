@@ -75,7 +75,7 @@ def _provider(endpoint: str):
 
 def _describe(record: RequestRecord) -> None:
     """OpenTelemetry's names where there are any, ours for the rest."""
-    span, receipt = record.span, record.receipt
+    span, receipt, assignment = record.span, record.receipt, record.assignment
     span.update_name(f"{record.method} {record.route}")
     attributes = {
         "http.request.method": record.method,
@@ -94,6 +94,8 @@ def _describe(record: RequestRecord) -> None:
         "vlsae.applied": receipt and receipt.applied,
         "vlsae.preset": receipt and receipt.preset,
         "vlsae.strength": receipt and receipt.strength,
+        "vlsae.experiment": assignment and assignment.experiment,
+        "vlsae.arm": assignment and assignment.label,
     }
     for name, value in attributes.items():
         if value is not None:

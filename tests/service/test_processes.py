@@ -22,7 +22,7 @@ from tests.tiny_models import drawn_image
 pytestmark = [pytest.mark.service, pytest.mark.slow]
 MAX_ONGOING = 12
 """As `conftest.py` starts the server."""
-COMPLETION_TOKENS = "vlsae_completion_tokens_total"
+COMPLETION_TOKENS = 'vlsae_completion_tokens_total{arm="none"}'
 SENT = 40
 """At once: twice what a replica and its queue hold."""
 
@@ -37,7 +37,7 @@ def endless(server: RunningServer, checkpoint: tuple[Path, Path]) -> dict:
 
 
 def test_a_client_that_leaves_a_stream_frees_the_engine(server: RunningServer, endless: dict) -> None:
-    cancelled = 'vlsae_requests_total{applied="unknown",arm="unknown",finish="cancelled"}'
+    cancelled = 'vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}'
     before, tokens = server.metric(cancelled), server.metric(COMPLETION_TOKENS)
     with httpx.stream(
         "POST", server.url + "/v1/chat/completions", json={**endless, "stream": True}, timeout=30

@@ -26,13 +26,18 @@ def answered(rightly: float, key: str = "adversarial") -> dict[str, np.ndarray]:
     return {key: pope.counts_matrix(rows, range(SCENES), number_of_scenes=SCENES)}
 
 
-def captioned(invented: float, *, both_named: float = 1.0, captions: int = SCENES) -> dict[str, np.ndarray]:
-    """Captions of two true objects: a share names an invented one, a share names both true ones, the others one."""
+def captioned(
+    invented: float, *, both_named: float = 1.0, repeating: float = 0.0, captions: int = SCENES
+) -> dict[str, np.ndarray]:
+    """Captions of two true objects: a share names an invented one, a share names both true ones, the others one; a
+    share names the first one again."""
     truth = ["dog", "cat"]
     rows = [
         chair.count_caption(
             "some words here",
-            truth[: 1 + (number < both_named * captions)] + ["cup"] * (number < invented * captions),
+            truth[: 1 + (number < both_named * captions)]
+            + ["cup"] * (number < invented * captions)
+            + ["dog"] * (number < repeating * captions),
             set(truth),
         )
         for number in range(captions)

@@ -25,6 +25,7 @@ def test_hand_made_captions():
     assert scores["length"] == pytest.approx((10 + 10) / 2)
     assert scores["objects"] == pytest.approx(3 / 2)
     assert scores["invented"] == pytest.approx(1 / 2)
+    assert scores["repeated"] == pytest.approx(1 / 2)
     assert scores["empty"] == 0
 
 

@@ -181,6 +181,25 @@ def test_what_was_taken_off_between_the_autoencoders_is_in_the_artifact(made: Ma
     torch.testing.assert_close(folded[1], plain[1] - centre.text_S, atol=1e-5, rtol=1e-5)
 
 
+def test_text_columns_add_nothing_that_every_picture_would(made: Made) -> None:
+    """The mean column of the pictures' codes is in the bias, and what is rebuilt from a text stays nearly the same."""
+    config = write_artifact(made.settings(centre_columns=False))
+    assert config.training["centre_columns"] is False
+    as_trained = load_artifact(made.folder / "artifact")
+    assert write_artifact(made.settings()).training["centre_columns"] is True
+    centred = load_artifact(made.folder / "artifact")
+    batch = open_store(made.folder / "store").read(range(40 - HELD_OUT))
+    with torch.no_grad():
+        image, text = (centred.sae.encode(part) for part in centred.auxiliary(batch.image_ND, batch.text_ND))
+        added_S = (centred.sae.decode(image, "text") - centred.sae.text_decoder.bias).mean(0)
+        before_S = (as_trained.sae.decode(image, "text") - as_trained.sae.text_decoder.bias).mean(0)
+        rebuilt_NS, trained_NS = centred.sae.decode(text, "text"), as_trained.sae.decode(text, "text")
+    assert added_S.norm() < 1e-4 * before_S.norm()
+    torch.testing.assert_close(rebuilt_NS.mean(0), trained_NS.mean(0), atol=1e-5, rtol=1e-4)
+    assert torch.equal(centred.sae.encoder, as_trained.sae.encoder)
+    assert torch.equal(centred.sae.vision_decoder.weight, as_trained.sae.vision_decoder.weight)
+
+
 def test_the_card_is_what_its_maker_says_and_what_is_known(made: Made, tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text('{"licence": "Apache-2.0", "data": "drawn"}')
     card = write_artifact(made.settings(card=tmp_path / "card.json")).card

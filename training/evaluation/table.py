@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from training.evaluation.paired_bootstrap import Interval
 from training.evaluation.scores import Scores
 
-CHAIR_COLUMNS = ("chair_s", "chair_i", "recall", "length", "objects", "empty")
+CHAIR_COLUMNS = ("chair_s", "chair_i", "recall", "length", "objects", "repeated", "empty")
 POPE_COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_rate")
 
 

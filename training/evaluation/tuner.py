@@ -1,7 +1,8 @@
 """Tries settings of steering on dev scenes and judges them. Writes no artifact.
 
 Every form gets the same budget: a grid, the neighbours of its best settings, a shortlist that is also fed other scenes'
-images, and a final on fresh dev scenes. Questions are asked in first and in second turns throughout.
+images, and a final on fresh dev scenes, where the step is set more finely. Questions are asked in first and in second
+turns throughout.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from training.evaluation.non_inferiority import ACCURACY_MARGIN
 from training.evaluation.preset_rules import AGAINST, FITNESS, FOREIGN, FORGETS, dev_scores
 from training.evaluation.scores import RESAMPLES, Scoreboard, is_zero
 
-BETAS = ((1.0, 0.0), (1.0, 0.1), (1.0, 0.3), (0.9, 0.9), (0.0, 1.0))
+BETAS = ((1.0, 0.0), (1.0, 0.1), (1.0, 0.2), (0.9, 0.9), (0.0, 1.0))
 """(beta_up, beta_down) of the grid: only add, hardly remove, mostly add, the paper's, only remove."""
 STARTS: dict[Task, tuple[int | None, ...]] = {"captions": (3, 1, 6), "questions": (0, None)}
 """Where steering may begin, in tokens of the answer (None: with the text behind the image). The grid has the first, its
@@ -35,6 +36,8 @@ has hardly begun: what begins later cannot touch it, and earlier turns are left 
 OFF = Preset(strength=0.0, alpha=0.0)
 SOFTENINGS = 3
 """How often the step of a form's best setting is made smaller where only recall speaks against it."""
+CLIMBS = 3
+"""How often the step of a form's best setting is made larger, or smaller, in the final."""
 FIRST_LOOK = 1000
 """Questions per split and turn with which a final begins. Where none of their answers changes, none of the others is
 asked: if more than one answer in 300 did, one of 1,000 would have with a probability of .96."""
@@ -104,11 +107,11 @@ def grid(form: Form, alphas: Iterable[float], task: Task) -> list[Preset]:
 def neighbours(preset: Preset, task: Task) -> list[Preset]:
     """A smaller and a larger step, another beginning, and one of the betas moved."""
     changes: list[dict[str, Any]] = [
-        {"alpha": round(preset.alpha * 0.85, 3)},
-        {"alpha": min(4.0, round(preset.alpha * 1.2, 3))},
+        {"alpha": round(preset.alpha * 0.9, 3)},
+        {"alpha": min(4.0, round(preset.alpha * 1.1, 3))},
         {"beta_up": max(0.0, round(preset.beta_up - 0.25, 3))},
         {"beta_down": max(0.0, round(preset.beta_down - 0.05, 3))},
-        {"beta_down": min(1.0, round(preset.beta_down + 0.1, 3))},
+        {"beta_down": min(1.0, round(preset.beta_down + 0.05, 3))},
         *({"min_answer_tokens": start} for start in STARTS[task] if start != preset.min_answer_tokens),
     ]
     return [preset.model_copy(update=change) for change in changes]
@@ -139,8 +142,22 @@ class Tuner:
             if best.against == (FORGETS,):  # a smaller step keeps more of what is there
                 smaller = best.preset.model_copy(update={"alpha": round(best.preset.alpha * 0.85, 3)})
                 best = await self._try(smaller, task, "final", foreign=True)
+        if not best.against:
+            best = await self._climb(best, task)
         verdict = "; ".join(best.against) or "may become a preset"
         self._report(f"{task}, {form}: best {in_short(best.preset)}, {figures(best.scores)}: {verdict}")
+        return best
+
+    async def _climb(self, best: Trial, task: Task) -> Trial:
+        """A larger step, or a smaller one, for as long as the final's scenes find it fitter and nothing is against it:
+        neighbours differ by less than the search's few scenes can tell."""
+        for factor in (1.1, 0.9):
+            for _ in range(CLIMBS):
+                moved = best.preset.model_copy(update={"alpha": min(4.0, round(best.preset.alpha * factor, 3))})
+                trial = await self._try(moved, task, "final", foreign=True)
+                if trial.against or trial.fitness >= best.fitness:
+                    break
+                best = trial
         return best
 
     async def compared(self, preset: Preset, task: Task, *, thorough: bool = True) -> Scoreboard:

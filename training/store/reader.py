@@ -92,7 +92,7 @@ class RepresentationStore:
     def read(self, rows: Sequence[int] | Tensor, *, epoch: int = 0) -> PairBatch:
         """Rows in the order asked for. Raises InvalidTraining, naming file and row, for a state that is not finite.
 
-        `epoch` moves `begun_ND` on: as the epochs pass, every row goes through its prefixes and the whole in turn.
+        `epoch` moves `begun_ND` on: every other epoch it is the whole, in between one of the prefixes in turn.
         """
         wanted = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         image_ND, text_ND, begun_ND = (torch.empty(len(wanted), self.width) for _ in range(3))
@@ -105,10 +105,11 @@ class RepresentationStore:
             text_ids_N[places] = file.rows(TEXT_HASH, inside)
             image_ids_N[places] = file.rows(IMAGE_HASH, inside)
             begun_ND[places] = text_ND[places]
-            turns = [(wanted[place] + epoch) % (prefixes + 1) for place in places]
-            partial = [index for index, turn in enumerate(turns) if turn < prefixes]
+            turns = [wanted[place] + epoch for place in places]
+            partial = [index for index, turn in enumerate(turns) if prefixes and turn % 2 == 0]
             if partial:
-                found = file.rows(f"{self.name}.{PREFIXES}", [inside[i] * prefixes + turns[i] for i in partial])
+                chosen = [inside[i] * prefixes + turns[i] // 2 % prefixes for i in partial]
+                found = file.rows(f"{self.name}.{PREFIXES}", chosen)
                 begun_ND[[places[index] for index in partial]] = found.float()
         batch = PairBatch(image_ND, text_ND, begun_ND, text_ids_N, image_ids_N)
         self._check_finite(batch, wanted)

@@ -1,20 +1,23 @@
 """Grammars of response formats, and where in one a choice stands: which tokens may come next. Knows no model.
 
-The library and its options are vLLM's (`vllm/start.py`), so that both engines allow the same answers.
+The library and its options are vLLM's (`vllm/start.py`), so that both engines allow the same answers. It is imported
+where it is first needed: its import asks for a GPU, and a process that has cannot fork vLLM's any more.
 """
 
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import xgrammar
 from torch import Tensor
 
 from steering.engines.base import ResponseFormat
 from steering.engines.grammar_trial import bad_schema, spell
 from steering.errors import InvalidSteering
+
+if TYPE_CHECKING:
+    import xgrammar
 
 ANY_OBJECT = '{"type": "object"}'
 REMEMBERED = 64
@@ -34,6 +37,8 @@ class Grammars:
 
     @cached_property
     def _compiler(self) -> xgrammar.GrammarCompiler:
+        import xgrammar
+
         vocabulary = xgrammar.TokenizerInfo(
             spell(self._tokenizer, self._vocabulary_size), vocab_size=self._vocabulary_size,
             stop_token_ids=self._end_tokens,
@@ -51,12 +56,16 @@ class ChoiceGrammar:
     """One choice's way through its grammar."""
 
     def __init__(self, grammar: xgrammar.CompiledGrammar, vocabulary_size: int, end_tokens: list[int]) -> None:
+        import xgrammar
+
         self._matcher = xgrammar.GrammarMatcher(grammar, override_stop_tokens=end_tokens)
         self._allowed_1W = xgrammar.allocate_token_bitmask(1, vocabulary_size)
         """A bit a token."""
 
     def mask(self, logits_V: Tensor) -> Tensor:
         """A copy in which tokens that may not come next are -inf; an end may come where the text is whole."""
+        import xgrammar
+
         masked_1V = logits_V.to("cpu", torch.float32, copy=True)[None]
         self._matcher.fill_next_token_bitmask(self._allowed_1W)
         xgrammar.apply_token_bitmask_inplace(masked_1V, self._allowed_1W)

@@ -328,7 +328,7 @@ async def test_feedback_is_counted_by_what_was_done(service: Service, stream: bo
         ({"strength": None, "preset": None, "applied": False}, {"strength": "0", "preset": "none", "applied": "false"}),
         ({"strength": 0.1}, {"strength": "0.25"}),
         ({"strength": 0.25}, {"strength": "0.25"}),
-        ({"strength": 0.500001, "arm": "half"}, {"strength": "0.75", "arm": "half"}),
+        ({"strength": 0.500001}, {"strength": "0.75"}),
         ({"strength": 1.0, "preset": "questions"}, {"strength": "1", "preset": "questions"}),
     ],
 )

@@ -318,10 +318,10 @@ def test_operations_routes(server: RunningServer) -> None:
 
 def test_metrics_count(ask, server: RunningServer) -> None:
     sample = 'vlsae_requests_total{applied="true",arm="none",finish="length"}'
-    before, tokens = server.metric(sample), server.metric("vlsae_completion_tokens_total")
+    before, tokens = server.metric(sample), server.metric('vlsae_completion_tokens_total{arm="none"}')
     ask(max_tokens=2)
     assert server.metric(sample) == before + 1
-    assert server.metric("vlsae_completion_tokens_total") == tokens + 2
+    assert server.metric('vlsae_completion_tokens_total{arm="none"}') == tokens + 2
     assert server.metric("vlsae_requests_in_progress") == 0
 
 

@@ -91,7 +91,7 @@ def test_characters_of_several_tokens_stay_whole(ask, client: openai.OpenAI, ser
 
 def test_a_cancelled_answer_s_tokens_are_counted(ask, server: RunningServer, processor) -> None:
     """As the metrics see it: the whole prompt, and at least the tokens that were sent."""
-    names = ("vlsae_prompt_tokens_total", "vlsae_completion_tokens_total")
+    names = ("vlsae_prompt_tokens_total", 'vlsae_completion_tokens_total{arm="none"}')
     prompt = ask(max_tokens=1).usage.prompt_tokens
     before = [server.metric(name) for name in names]
     unending = {"logit_bias": {str(processor.tokenizer.eos_token_id): -100}, "max_tokens": 300}

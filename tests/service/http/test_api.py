@@ -106,7 +106,7 @@ async def test_before_the_first_token_an_error_has_its_status(serve, failure, st
     error = error_of(response)
     assert "secret" not in error["message"]
     assert ("retry-after" in response.headers) == (status == 503)
-    assert await server.metric(f'vlsae_rejections_total{{reason="{error["code"]}"}}') == 1
+    assert await server.metric(f'vlsae_rejections_total{{arm="none",reason="{error["code"]}"}}') == 1
     assert server.model.closed == 1
 
 
@@ -241,7 +241,7 @@ async def test_not_ready_has_its_code_in_the_log(serve, caplog: pytest.LogCaptur
     assert (await server.client.get("/readyz")).status_code == 503
     (line,) = [record for record in caplog.records if record.name == "service.requests"]
     assert getattr(line, "facts")["error_code"] == "engine_unavailable"  # noqa: B009
-    assert await server.metric('vlsae_rejections_total{reason="engine_unavailable"}') == 0
+    assert await server.metric('vlsae_rejections_total{arm="none",reason="engine_unavailable"}') == 0
 
 
 class SlowModel(ScriptedModel):
@@ -279,7 +279,7 @@ async def test_too_many_at_once_are_refused_and_places_are_given_back(serve) -> 
     assert (await server.chat()).status_code == 200
     assert (await busy[1]).status_code == 200
     assert await server.metric("vlsae_requests_in_progress") == 0
-    assert await server.metric('vlsae_requests_total{applied="unknown",arm="unknown",finish="cancelled"}') == 1
+    assert await server.metric('vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}') == 1
 
 
 @pytest.mark.parametrize("places", [0, 1])
@@ -389,7 +389,7 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure(serv
                  "headers": headers, "state": {}}  # fmt: skip
         await server.api(scope, receive, send)
         assert sent == []
-    assert await server.metric('vlsae_rejections_total{reason="internal_error"}') in (None, 0.0)
+    assert await server.metric('vlsae_rejections_total{arm="none",reason="internal_error"}') in (None, 0.0)
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 

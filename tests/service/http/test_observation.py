@@ -110,7 +110,9 @@ async def test_what_the_log_knows_of_an_answer(clients, told) -> None:
     assert facts == {
         "method": "POST", "route": CHAT, "status": 200, "stream": True, "finish": "stop", "prompt_tokens": 20,
         "completion_tokens": 3, "images": 1, "image_pixels": 48 * 32,
-        "steering": {"applied": True, "reason": None, "preset": "captions", "strength": 1.0, "arm": None},
+        "steering": {"applied": True, "reason": None, "preset": "captions", "strength": 1.0, "arm": None,
+                     "relative_shift": 0.25},
+        "choices": 1, "empty_choices": 0,
     }  # fmt: skip
 
 
@@ -120,14 +122,14 @@ async def test_a_stream_that_breaks_is_logged_with_its_error(clients, told) -> N
     (facts,) = told()
     assert (facts["status"], facts["error_code"], facts["finish"]) == (200, "engine_unavailable", "error")
     metrics = (await client.get("/metrics")).text
-    assert 'vlsae_rejections_total{reason="engine_unavailable"} 1.0' in metrics
+    assert 'vlsae_rejections_total{arm="none",reason="engine_unavailable"} 1.0' in metrics
     assert f'vlsae_http_responses_total{{route="{CHAT}",status="200"}} 1.0' in metrics
 
 
 async def test_a_client_that_leaves_is_logged(clients, told) -> None:
     client = clients(model=Endless())
     asking = asyncio.create_task(client.post(CHAT, json=body()))
-    while "vlsae_time_to_first_token_seconds_count 1.0" not in (await client.get("/metrics")).text:
+    while 'vlsae_time_to_first_token_seconds_count{arm="none"} 1.0' not in (await client.get("/metrics")).text:
         await asyncio.sleep(0.01)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):

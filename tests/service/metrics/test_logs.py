@@ -53,7 +53,8 @@ def test_a_request(file: Path) -> None:
         "completion_id": "chatcmpl-1", "method": "POST", "route": "/v1/chat/completions", "status": 200,
         "duration_s": 1.5, "time_to_first_token_s": 0.25, "stream": True, "finish": "stop", "prompt_tokens": 20,
         "completion_tokens": 3, "images": 2, "image_pixels": 300,
-        "steering": {"applied": True, "reason": None, "preset": "captions", "strength": 1.0, "arm": None},
+        "steering": {"applied": True, "reason": None, "preset": "captions", "strength": 1.0, "arm": None,
+                     "relative_shift": 0.25},
     }  # fmt: skip
 
 

@@ -75,9 +75,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 def test_sums_and_labels(machine: Machine) -> None:
     assert machine.value("vlsae_requests_total", arm="none", applied="true", finish="stop") == 5
-    assert machine.value("vlsae_completion_tokens_total") == 15
-    assert machine.value("vlsae_time_to_first_token_seconds_count") == 5
-    assert machine.value("vlsae_time_to_first_token_seconds_bucket", le="+Inf") == 5
+    assert machine.value("vlsae_completion_tokens_total", arm="none") == 15
+    assert machine.value("vlsae_time_to_first_token_seconds_count", arm="none") == 5
+    assert machine.value("vlsae_time_to_first_token_seconds_bucket", arm="none", le="+Inf") == 5
     assert machine.value("vlsae_requests_in_progress") == 5
     assert machine.value("vlsae_requests_waiting") == 0
     assert machine.value("vlsae_ready") == 1
@@ -93,7 +93,7 @@ def test_every_process_answers_for_all(machine: Machine) -> None:
         assert process.stdout is not None
         print("scrape", file=process.stdin, flush=True)
         text = "".join(iter(process.stdout.readline, "END\n"))
-        assert "vlsae_completion_tokens_total 15.0" in text
+        assert 'vlsae_completion_tokens_total{arm="none"} 15.0' in text
         assert "foreign" not in text
 
 
@@ -105,7 +105,9 @@ def test_the_command(machine: Machine) -> None:
     try:
         transport = httpx.HTTPTransport(retries=20)
         with httpx.Client(transport=transport) as client:
-            assert "vlsae_completion_tokens_total 15.0" in client.get(f"http://127.0.0.1:{port}/metrics").text
+            assert (
+                'vlsae_completion_tokens_total{arm="none"} 15.0' in client.get(f"http://127.0.0.1:{port}/metrics").text
+            )
     finally:
         exporter.terminate()
         exporter.wait()

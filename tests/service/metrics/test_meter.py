@@ -7,6 +7,8 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.experiments.arms import Arm
+from service.experiments.assignment import Assignment
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import RequestRecord
 from tests.service.examples import delta, end
@@ -22,10 +24,17 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def run(
-    metrics: Metrics, *events, failure: str | None = None, ago_s: float = 0.0, started: bool | None = None
+    metrics: Metrics,
+    *events,
+    failure: str | None = None,
+    ago_s: float = 0.0,
+    started: bool | None = None,
+    assignment: Assignment | None = None,
 ) -> RequestRecord:
     record = RequestRecord(request_id="r", method="POST", arrived=time.monotonic() - ago_s)
     meter = Meter(metrics, record)
+    if assignment is not None:
+        meter.assigned(assignment)
     if events or started:
         meter.started(prompt_tokens=20)
     for event in events:
@@ -39,42 +48,77 @@ def test_a_steered_answer(metrics: Metrics) -> None:
     run(metrics, delta(0, "a", tokens=2), delta(0, "b", finish="stop", tokens=3), end(6), ago_s=2)
     assert value(metrics, "vlsae_requests_total", arm="none", applied="true", finish="stop") == 1
     assert value(metrics, "vlsae_prompt_tokens_total") == 20
-    assert value(metrics, "vlsae_completion_tokens_total") == 6
-    assert value(metrics, "vlsae_time_to_first_token_seconds_count") == 1
-    assert value(metrics, "vlsae_time_to_first_token_seconds_sum") == pytest.approx(2, abs=0.5)
-    assert value(metrics, "vlsae_inter_token_latency_seconds_count") == 3
-    assert value(metrics, "vlsae_relative_shift_ratio_sum") == 0.25
-    assert value(metrics, "vlsae_empty_answers_total", applied="true") == 0
+    assert value(metrics, "vlsae_completion_tokens_total", arm="none") == 6
+    assert value(metrics, "vlsae_time_to_first_token_seconds_count", arm="none") == 1
+    assert value(metrics, "vlsae_time_to_first_token_seconds_sum", arm="none") == pytest.approx(2, abs=0.5)
+    assert value(metrics, "vlsae_inter_token_latency_seconds_count", arm="none") == 3
+    assert value(metrics, "vlsae_relative_shift_ratio_sum", arm="none") == 0.25
+    assert value(metrics, "vlsae_empty_answers_total", applied="true", arm="none") == 0
 
 
-def test_a_plain_answer_in_an_arm(metrics: Metrics) -> None:
-    run(metrics, delta(0, "a", finish="length"), end(1, applied=False, reason="disabled", arm="control"))
-    assert value(metrics, "vlsae_requests_total", arm="control", applied="false", finish="length") == 1
-    assert value(metrics, "vlsae_relative_shift_ratio_count") == 0
+BOLD = Assignment(
+    experiment="e", seed="e", default="calm", reason="unit", arm=Arm(name="bold", weight=0.25), unit="0123456789abcdef"
+)
+
+
+def test_an_answer_in_an_arm_is_counted_there_and_nowhere_else(metrics: Metrics) -> None:
+    events = delta(0, "a", tokens=2), delta(0, "", finish="stop", tokens=2), delta(1, "", finish="stop", tokens=0)
+    record = run(metrics, *events, end(4, 1, arm="bold", relative_shift=[0.5, 0.25]), assignment=BOLD)
+    assert value(metrics, "vlsae_assignments_total", arm="bold") == 1
+    assert value(metrics, "vlsae_requests_total", arm="bold", applied="true", finish="stop") == 1
+    assert value(metrics, "vlsae_completion_tokens_total", arm="bold") == 5
+    for name in ("time_to_first_token_seconds", "request_duration_seconds"):
+        assert value(metrics, f"vlsae_{name}_count", arm="bold") == 1
+    assert value(metrics, "vlsae_inter_token_latency_seconds_count", arm="bold") == 2
+    assert value(metrics, "vlsae_relative_shift_ratio_sum", arm="bold") == 0.75
+    assert value(metrics, "vlsae_choices_total", applied="true", arm="bold") == 2
+    assert value(metrics, "vlsae_empty_answers_total", applied="true", arm="bold") == 1
+    counted = [
+        line for line in metrics.exposition().decode().splitlines() if 'arm="none"' in line and "_created" not in line
+    ]
+    assert all(line.endswith(" 0.0") for line in counted)
+    facts = record.facts()
+    assert facts["experiment"] == {
+        "name": "e", "salt": "e", "default": "calm", "arm": "bold", "share": 0.25, "unit": "0123456789abcdef",
+    }  # fmt: skip
+    assert (facts["choices"], facts["empty_choices"]) == (2, 1)
+    assert facts["steering"]["relative_shift"] == 0.375  # pyright: ignore
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_an_arm_that_fails_shows_whether_or_not_the_model_had_it(metrics: Metrics, started: bool) -> None:
+    run(metrics, failure="engine_unavailable", started=started, assignment=BOLD)
+    run(metrics, failure="cancelled", started=True, assignment=BOLD)
+    assert value(metrics, "vlsae_assignments_total", arm="bold") == 2
+    assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable", arm="bold") == 1
+    assert value(metrics, "vlsae_rejections_total", reason="internal_error", arm="bold") == 0, "there before the first"
+    failed = value(metrics, "vlsae_requests_total", arm="bold", applied="unknown", finish="error")
+    assert failed == (1 if started else None)
+    assert value(metrics, "vlsae_requests_total", arm="bold", applied="unknown", finish="cancelled") == 1
 
 
 def test_empty_answers_are_counted_by_choice(metrics: Metrics) -> None:
     run(metrics, delta(0, "", finish="stop", tokens=0), delta(1, "a", finish="stop"), end(1, 2))
-    assert value(metrics, "vlsae_empty_answers_total", applied="true") == 1
-    assert value(metrics, "vlsae_choices_total", applied="true") == 2
+    assert value(metrics, "vlsae_empty_answers_total", applied="true", arm="none") == 1
+    assert value(metrics, "vlsae_choices_total", applied="true", arm="none") == 2
 
 
 def test_a_refused_request_is_a_rejection_and_no_request(metrics: Metrics) -> None:
     run(metrics, failure="invalid_image")
-    assert value(metrics, "vlsae_rejections_total", reason="invalid_image") == 1
+    assert value(metrics, "vlsae_rejections_total", reason="invalid_image", arm="none") == 1
     assert "vlsae_requests_total{" not in metrics.exposition().decode()
-    assert value(metrics, "vlsae_request_duration_seconds_count") == 0
+    assert value(metrics, "vlsae_request_duration_seconds_count", arm="none") is None
 
 
 def test_one_that_breaks_on_its_way_is_both(metrics: Metrics) -> None:
     run(metrics, delta(0, "a"), failure="engine_unavailable")
-    assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable") == 1
-    assert value(metrics, "vlsae_requests_total", arm="unknown", applied="unknown", finish="error") == 1
+    assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable", arm="none") == 1
+    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="error") == 1
 
 
 def test_one_whose_client_left(metrics: Metrics) -> None:
     run(metrics, delta(0, "a"), failure="cancelled")
-    assert value(metrics, "vlsae_requests_total", arm="unknown", applied="unknown", finish="cancelled") == 1
+    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="cancelled") == 1
     (rejections,) = metrics.rejections.collect()
     assert {sample.value for sample in rejections.samples if sample.name.endswith("_total")} == {0}
 
@@ -83,7 +127,7 @@ def test_one_whose_client_left(metrics: Metrics) -> None:
 def test_tokens_of_an_answer_that_never_ended_are_counted(metrics: Metrics, failure: str) -> None:
     run(metrics, delta(0, "a", tokens=2), delta(1, "b", tokens=3), delta(0, "", tokens=1), failure=failure)
     assert value(metrics, "vlsae_prompt_tokens_total") == 20
-    assert value(metrics, "vlsae_completion_tokens_total") == 6
+    assert value(metrics, "vlsae_completion_tokens_total", arm="none") == 6
 
 
 @pytest.mark.parametrize(
@@ -91,9 +135,9 @@ def test_tokens_of_an_answer_that_never_ended_are_counted(metrics: Metrics, fail
 )
 def test_a_prompt_that_was_computed_for_nothing_is_counted(metrics: Metrics, failure: str, finish: str) -> None:
     run(metrics, failure=failure, started=True)
-    assert value(metrics, "vlsae_requests_total", arm="unknown", applied="unknown", finish=finish) == 1
+    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish=finish) == 1
     assert value(metrics, "vlsae_prompt_tokens_total") == 20
-    assert value(metrics, "vlsae_request_duration_seconds_count") == 1
+    assert value(metrics, "vlsae_request_duration_seconds_count", arm="none") == 1
 
 
 def test_one_that_the_engine_refuses_has_cost_no_prompt(metrics: Metrics) -> None:
@@ -118,7 +162,7 @@ def test_a_probe_that_is_told_to_wait_is_no_rejection(metrics: Metrics) -> None:
             RequestRecord(request_id="r", method="GET", route=route, status=503, error_code="engine_unavailable")
         )
         assert value(metrics, "vlsae_http_responses_total", route=route, status="503") == 1
-    assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable") == 1
+    assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable", arm="none") == 1
 
 
 def test_images(metrics: Metrics) -> None:

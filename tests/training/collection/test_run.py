@@ -57,7 +57,7 @@ def test_a_store_holds_every_pair_with_its_states_in_the_source_s_order(tmp_path
         alone = representer.represent([prepared])["layer_2"]
         torch.testing.assert_close(batch.image_ND[row], alone.image_BD[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(batch.text_ND[row], alone.text_BD[0], atol=1e-5, rtol=1e-4)
-        begun = [store.read([row], epoch=epoch).begun_ND[0] for epoch in range(4)]
+        begun = [store.read([row], epoch=epoch).begun_ND[0] for epoch in range(6)]
         for prefix_D in alone.prefix_BND[0]:
             assert sum(torch.allclose(prefix_D, begun_D, atol=1e-5, rtol=1e-4) for begun_D in begun) >= 1
     assert said[-1].startswith("40 of 40 pairs (100.0 %), 0 skipped")

@@ -134,3 +134,5 @@ def test_what_other_images_take_away_is_no_merit():
     assert caption_fitness(other) == pytest.approx(0.2 + 0.2 - 0.04)
     forgets = board(plain=captioned(0.6), own=captioned(0.15, both_named=0.9))
     assert caption_fitness(forgets) > caption_fitness(needs), "an object in twenty is worth more than a caption"
+    repeats = board(plain=captioned(0.6, repeating=0.1), own=captioned(0.2, repeating=0.3))
+    assert caption_fitness(repeats) == pytest.approx(0.2 + 0.05)

@@ -149,6 +149,18 @@ async def test_where_only_recall_suffers_the_step_is_made_smaller():
     assert found.against == ()
 
 
+async def test_the_final_makes_the_step_larger_while_that_is_fitter():
+    wrong_of_ten = {1.0: 3, 1.1: 2, 1.21: 0, 1.331: 1, 1.089: 2}
+
+    def invents(request: SteeringRequest, seed: int) -> bool:
+        return seed % 10 < (wrong_of_ten[request.alpha or 0] if request.strength and not request.control else 6)
+
+    settings = QUICK.model_copy(update={"alphas": (1.0,), "refined": 0})
+    found = await Tuner(settings, DevWitness(invents), lambda line: None).best_of_form("difference", "captions")
+    assert found.preset.alpha == pytest.approx(1.21)
+    assert found.against == ()
+
+
 async def test_only_dev_scenes_are_seen():
     witness = DevWitness(lambda request, seed: False)
     await Tuner(QUICK, witness, lambda line: None).best_of_form("difference", "captions")

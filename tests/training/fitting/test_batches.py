@@ -48,17 +48,17 @@ def test_what_is_read_ahead_is_what_was_asked_for(opened):
 
 
 def test_every_text_goes_through_its_prefixes_and_the_whole_as_epochs_pass(opened):
-    """Within as many epochs as there are of them, whatever the order of the rows, and again in the next ones."""
+    """Within twice as many epochs as there are prefixes, whatever the order of the rows, and again in the next ones."""
     batches = ShuffledBatches(opened, held_out=HELD_OUT, batch_size=70, seed=0)
     seen: dict[int, list[torch.Tensor]] = {}
-    for step, batch in enumerate(batches.between(0, 8 * batches.steps_per_epoch)):
+    for step, batch in enumerate(batches.between(0, 12 * batches.steps_per_epoch)):
         for row, begun_D in zip(batches.rows(step).tolist(), batch.begun_ND, strict=True):
             seen.setdefault(row, []).append(begun_D)
     assert len(seen) == 350
     for row, begun in seen.items():
-        assert len({tuple(one.tolist()) for one in begun[:4]}) == 4
-        assert torch.equal(torch.stack(begun[:4]), torch.stack(begun[4:]))
-        assert any(torch.equal(one, opened.read([row]).text_ND[0]) for one in begun)
+        assert len({tuple(one.tolist()) for one in begun[:6]}) == 4
+        assert torch.equal(torch.stack(begun[:6]), torch.stack(begun[6:]))
+        assert sum(torch.equal(one, opened.read([row]).text_ND[0]) for one in begun) == 6
 
 
 def test_fewer_pairs_than_a_batch_are_one_smaller_batch_of_one_worker(opened):

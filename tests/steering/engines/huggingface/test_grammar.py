@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -109,3 +111,10 @@ def test_masked_tokens_are_as_good_as_impossible_and_the_end_comes_last() -> Non
     assert not logits_V.any(), "the model's own logits are left alone"
     with pytest.raises(InvalidSteering, match="no token of this model"):
         other.mask(torch.full((261,), float("-inf")))
+
+
+def test_an_engine_without_grammars_does_not_import_the_library():
+    """Importing it asks for a GPU; after that vLLM's processes, forked, could not use one."""
+    program = "import sys, steering.engines.huggingface.engine; print('xgrammar' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout == "False\n"

@@ -1,0 +1,118 @@
+"""The configurations of clusters, started: what needs a GPU or a Secret is swapped, all else is as it stands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from service.gateway import Gateway, free_port
+from tests.deploy.serving import serve_config
+from tests.service.asking import GREEDY, receipt
+from tests.service.running_server import REPOSITORY
+from tests.tiny_models import save_tiny_artifact, save_tiny_llava
+
+START_TIMEOUT_S, STOP_TIMEOUT_S = 270, 60
+ON_A_CPU = {"device": "cpu", "tensor_parallel_size": 1}
+
+
+@contextmanager
+def started(config: dict[str, Any], home: Path) -> Iterator[str]:
+    """The address of a gateway in front of a Serve on loopback that has this configuration and is ready."""
+    config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
+    (home / "serve.yaml").write_text(yaml.safe_dump(config))
+    port, log = free_port(), home / "log.txt"
+    addresses = {"GATEWAY_BIND": f"127.0.0.1:{port}", "GATEWAY_SERVER": f"127.0.0.1:{config['http_options']['port']}"}
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.deploy.serve_as_kuberay", str(home / "serve.yaml")],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        with Gateway(addresses):
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=10).status_code != 200:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+    finally:
+        try:
+            process.communicate(timeout=STOP_TIMEOUT_S)
+        finally:
+            process.kill()
+
+
+def written(cluster: str) -> dict[str, Any]:
+    """`serveConfigV2` without what Ray Serve would add by itself."""
+    return serve_config(cluster).model_dump(exclude_unset=True, mode="json")
+
+
+def one_replica_each(application: dict[str, Any]) -> None:
+    for deployment in application["deployments"]:
+        scaling = deployment.get("autoscaling_config")
+        if scaling:
+            scaling |= {"min_replicas": 1, "max_replicas": 1}
+
+
+def with_here(args: dict[str, Any], home: Path) -> dict[str, Any]:
+    """Files that must not be shared with others on this machine."""
+    assert "drain_file" in args
+    return {**args, "drain_file": str(home / "drain")}
+
+
+def ask(url: str, model: str, key: str = "unused") -> dict[str, Any]:
+    """The receipt of an answer about a picture."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    answer = client.chat.completions.create(model=model, **GREEDY)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 0
+    return receipt(answer)
+
+
+@pytest.mark.service
+@pytest.mark.slow
+def test_development_serves_the_miniature_behind_its_gateway(tmp_path: Path):
+    config = written("kuberay/dev")
+    [application] = config["applications"]
+    application["args"] = with_here(application["args"], tmp_path)
+    with started(config, tmp_path) as url:
+        assert ask(url, "llava")["applied"]
+        past_the_gateway = httpx.get(f"http://127.0.0.1:{config['http_options']['port']}/v1/models")
+        assert past_the_gateway.status_code >= 400
+
+
+@pytest.mark.service
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_production_serves_a_tiny_llava_on_vllm(tmp_path: Path):
+    """Swapped: model and artifact, the device, files of Secrets, the number of replicas."""
+    model = save_tiny_llava(tmp_path / "llava-1.5-7b-hf", hidden_size=128)
+    artifact = save_tiny_artifact(tmp_path / "llava-1.5-7b-vlsae", model)
+    keys = tmp_path / "keys.json"
+    made = [sys.executable, "-m", "service.callers.keys", "--file", str(keys), "--name", "alice", "--scopes", "chat"]
+    key = subprocess.run(made, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()[-1]
+    config = written("kuberay/production")
+    [application] = config["applications"]
+    args = with_here(application["args"], tmp_path)
+    assert args["engine"]["name"] == "vllm"
+    here = {"model": str(model), "artifact": str(artifact), "keys_file": str(keys)}
+    application["args"] = {**args, **here, "engine": {**args["engine"], **ON_A_CPU}}
+    one_replica_each(application)
+    with started(config, tmp_path) as url:
+        assert ask(url, model.name, key)["applied"]
+        with pytest.raises(openai.AuthenticationError):
+            ask(url, model.name, "another")
