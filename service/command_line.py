@@ -35,7 +35,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
             raise SettingsError(f"{_variable(path)}: {no_such_setting(path[-1], LaunchSettings)}")
     known, unknown = _parser(options).parse_known_args(arguments)
     if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        name = unknown[0].lstrip("-").partition("=")[0].rpartition(".")[2].replace("-", "_")
         raise SettingsError(f"{unknown[0]}: {no_such_setting(name, LaunchSettings)}")
     given |= {path: value for path in options if (value := getattr(known, ".".join(path)))}
     values: dict[str, Any] = {}

@@ -234,7 +234,7 @@ class LaunchSettings(Settings):
 
 
 RETIRED = {
-    **dict.fromkeys(EngineSettings.model_fields, "is engine.{name} now"),
+    **{name: "is engine.{name} now" for name in EngineSettings.model_fields if name != "name"},
     **dict.fromkeys(("ingress_replicas", "model_replicas"), "is num_replicas under `deployments:` on a cluster"),
     **dict.fromkeys(("max_ongoing_requests", "max_queued_requests"), "stands under `deployments:` on a cluster"),
     **dict.fromkeys(("host", "port"), "stands under `http_options:` on a cluster"),

@@ -62,6 +62,8 @@ def test_steering_off_loads_no_artifact() -> None:
         (["--max-image", "3"], {}, "--max-image: there is no such setting; is it max_image"),
         (["--device", "cpu"], {}, "--device: is engine.device now"),
         (["--device=cpu"], {}, "--device=cpu: is engine.device now"),
+        (["--engine.branch", "1"], {}, "--engine.branch: there is no such setting; is it engine.branches"),
+        ([], {"VLSAE_NAME": "x"}, "VLSAE_NAME: there is no such setting"),
         ([], {"VLSAE_BRANCHES": "2"}, "VLSAE_BRANCHES: is engine.branches now"),
         ([], {"VLSAE_ENGINE__BRANCH": "2"}, "VLSAE_ENGINE__BRANCH: there is no such setting; is it engine.branches"),
         ([], {"VLSAE_UNREADY_AFTER_S": "2"}, "VLSAE_UNREADY_AFTER_S: cannot be set any more"),
