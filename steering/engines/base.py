@@ -111,6 +111,50 @@ CanaryKind = Literal["verified", "synthetic"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConceptActivity:
+    """One concept in the codes of an answer; activations lie in 0 to 2, and 0 is none."""
+
+    id: int
+    image: float
+    """In z_v, the image's code."""
+    text: float
+    """In z_t, the code of the text's running mean."""
+    steered: float
+    """In the code that the step aimed at, edits included: z_t + strength (z - z_t); `text` where nothing moved it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """1 - weighted Jaccard of the image's code and the text's, in [0, 1] (design, section 2)."""
+
+    before: float
+    after: float
+    """Of the code that the step aimed at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenExplanation:
+    """What the text held when one token of the answer was chosen."""
+
+    mismatch: Mismatch
+    text: tuple[ConceptActivity, ...]
+    """The strongest in z_t."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What image and text held at the end of one choice, where all of it but its last token is in the mean."""
+
+    mismatch: Mismatch
+    image: tuple[ConceptActivity, ...]
+    """The strongest in z_v, strongest first."""
+    text: tuple[ConceptActivity, ...]
+    """The strongest in z_t."""
+    tokens: tuple[TokenExplanation, ...] | None = None
+    """One per generated token, where asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Receipt:
     """What steering did to one request, counted where it happened (design, section 6)."""
 
@@ -148,6 +192,10 @@ class Receipt:
     relative_shift: list[float]
     """By choice: mean of |delta| / |hidden state| over the positions steered for it; 0 where there are none."""
     arm: str | None
+    mismatch: list[Mismatch] | None = None
+    """By choice, where the engine looked: requests that are steered or explained. None: it did not."""
+    explanation: list[Explanation] | None = None
+    """By choice; None where it was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
