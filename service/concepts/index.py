@@ -4,8 +4,9 @@
     index.labels([17, 4])          # {17: "star, red", 4: ""}
     index.find("Star, red")        # 17; ApiError with near labels where there is none, or more than one
 
-Looked up in a file that `build.py` makes; nothing is kept in memory but an open connection. All of it blocks, for
-milliseconds, and for as long as the index is being made at first (`prepare`): call it in a thread. Knows no HTTP.
+Looked up in a file that `build.py` makes; nothing is kept in memory. All of it blocks, for milliseconds (a search of
+65,536 concepts for half a second at most), and at first for as long as the index is being made: call it in a thread.
+Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,12 +65,12 @@ class ConceptIndex:
         """Touches no file yet. `cache`: where the index lies (default: the user's part of the temporary folder)."""
         self._folder, self._cache = folder, cache
         self._lock = threading.Lock()
-        self._opened: sqlite3.Connection | None = None
+        self._file: Path | None = None
         self._num_concepts = 0
 
     def prepare(self) -> None:
         """Make the index, if no process of this machine has; else the first question does."""
-        self._ask("SELECT 1")
+        self._indexed()
 
     def labels(self, ids: Iterable[int]) -> dict[int, str]:
         """Id to label; "" for a concept that has none, or of which nothing is said."""
@@ -163,18 +165,21 @@ class ConceptIndex:
         return int(written)
 
     def _ask(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """A connection of its own for each: a long search keeps nobody waiting."""
+        file = self._indexed()
+        try:
+            with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)) as opened:
+                return opened.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            self._file = None
+            raise BadArtifact(f"the index of the concepts cannot be read: {error}", field="artifact") from error
+
+    def _indexed(self) -> Path:
         with self._lock:
-            if self._opened is None:
+            if self._file is None or not self._file.exists():  # temporary folders are tidied up
                 self._num_concepts = read_config(self._folder).num_concepts
-                file = index_file(self._folder, self._cache or cache_folder())
-                self._opened = sqlite3.connect(
-                    f"{file.as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
-                )
-            try:
-                return self._opened.execute(query, values).fetchall()
-            except sqlite3.Error as error:
-                self._opened = None
-                raise BadArtifact(f"the index of the concepts cannot be read: {error}", field="artifact") from error
+                self._file = index_file(self._folder, self._cache or cache_folder())
+            return self._file
 
     def _read(self, concept_id: int, start: int, length: int, digest: bytes) -> Concept:
         """A concept from the artifact's own files."""

@@ -206,7 +206,14 @@ def test_it_is_made_once_however_many_ask(tmp_path: Path, cache: Path) -> None:
     assert file.stat().st_mtime_ns == made_at
 
 
-def test_threads_share_a_connection(index: ConceptIndex) -> None:
+def test_an_index_that_was_tidied_away_is_made_again(index: ConceptIndex, cache: Path) -> None:
+    index.prepare()
+    for file in cache.iterdir():
+        file.unlink()
+    assert index.find("Star, red") == 0
+
+
+def test_threads_share_an_index(index: ConceptIndex) -> None:
     with ThreadPoolExecutor(8) as threads:
         assert set(threads.map(lambda _: index.find("Star, red"), range(64))) == {0}
 
