@@ -16,6 +16,8 @@ class ConceptActivity:
     """In z_t, the code of the text's running mean."""
     steered: float
     """In the code that the step aimed at, edits included: z_t + strength (z - z_t); `text` where nothing moved it."""
+    label: str | None = None
+    """A server's addition: engines know ids only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -122,8 +123,8 @@ async def test_a_second_request_under_the_id_of_one_that_is_not_over_is_refused(
 
 @pytest.mark.parametrize("steering", [{}, {"enabled": False}, {"preset": "off"}, {"gamma": 0.7}])
 async def test_explaining_changes_no_token(engine, steering):
-    silent = await ask(engine, steering=steering, top_logprobs=VOCABULARY, n=2)
-    told = await ask(engine, steering={**steering, "explain": "tokens"}, top_logprobs=VOCABULARY, n=2)
+    silent: Any = await ask(engine, steering=steering, top_logprobs=VOCABULARY, n=2)
+    told: Any = await ask(engine, steering={**steering, "explain": "tokens"}, top_logprobs=VOCABULARY, n=2)
     assert [told.logprobs(choice) for choice in range(2)] == [silent.logprobs(choice) for choice in range(2)]
     assert silent.end.receipt.explanation is None
     assert replace(told.end.receipt, explanation=None, mismatch=None) == replace(silent.end.receipt, mismatch=None)
@@ -147,7 +148,7 @@ async def test_edits_and_their_bound_are_told(engine):
     assert free.applied
     assert free.edits == {"5": ConceptEdit(factor=1.0, add=4.0)}
     assert free.clamped_positions == [0]
-    bound = (await ask(engine, steering={**edit, "max_shift": free.relative_shift[0] / 2})).end.receipt
+    bound: Any = (await ask(engine, steering={**edit, "max_shift": free.relative_shift[0] / 2})).end.receipt
     assert bound.clamped_positions == bound.positions
     assert bound.relative_shift[0] == pytest.approx(free.relative_shift[0] / 2, rel=1e-3)
     assert bound.explanation[0].mismatch.after != bound.explanation[0].mismatch.before

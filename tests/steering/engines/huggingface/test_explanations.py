@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -54,7 +56,7 @@ def assert_told(concepts, want, code, number):
 )
 async def test_what_is_told_follows_from_the_equations(engine, plain, steering):
     request = make_request(engine, images=(3, 4), steering={**steering, "explain": "tokens"})
-    answer = await send(engine, request)
+    answer: Any = await send(engine, request)
     settings, prompt, pixels = known(plain, request)
     told, tokens = answer.end.receipt.explanation[0], answer.tokens()
     assert len(told.tokens) == answer.end.completion_tokens[0] > 3

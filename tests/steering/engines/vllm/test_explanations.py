@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -50,8 +51,11 @@ async def test_what_is_told_is_the_reference_engine_s(either_engine, reference, 
         "images": (3, 4),
         "text": f"what {how}?",
     }
-    expected = await ask(reference, **asked)
-    answers = [await ask(either_engine, **asked), await ask(either_engine, **asked)]  # the second from the cache
+    expected: Any = await ask(reference, **asked)
+    answers: list[Any] = [
+        await ask(either_engine, **asked),
+        await ask(either_engine, **asked),
+    ]  # the second from the cache
     clamped = expected.end.receipt.clamped_positions
     assert answers[0].end.receipt.clamped_positions == clamped
     assert (answers[1].end.receipt.clamped_positions[0] > 0) == (clamped[0] > 0)  # those of the cache do not count
@@ -64,9 +68,9 @@ async def test_what_is_told_is_the_reference_engine_s(either_engine, reference, 
 async def test_neighbours_are_told_of_themselves(engine, reference):
     each = [{"steering": {"explain": how, "strength": 0.1 * n}, "images": (n,), "top_logprobs": VOCABULARY}
             for n, how in enumerate(["tokens", True, None, "tokens"], start=1)]  # fmt: skip
-    answers = await asyncio.gather(*(ask(engine, **one) for one in each))
+    answers: list[Any] = await asyncio.gather(*(ask(engine, **one) for one in each))
     for answer, one in zip(answers, each, strict=True):
-        expected = await ask(reference, **one)
+        expected: Any = await ask(reference, **one)
         _, tie = compare(answer, expected)
         if tie or one["steering"]["explain"] is None:
             continue
