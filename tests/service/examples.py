@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator
 
 from PIL import Image
 
+from service.chat.schemas import ChatCompletionRequest
 from service.errors import ApiError
+from service.http.body import parse
 from service.model.client import Answer
 from service.model.job import ModelJob
 from service.model.replica import AnswerStart, ModelStatus
@@ -52,6 +54,10 @@ def user(*parts: str | dict) -> dict:
 
 def body(*messages: dict, model: str = "tiny", **fields) -> dict:
     return {"model": model, "messages": list(messages) or [user("hello")], **fields}
+
+
+def parse_chat(raw: bytes) -> ChatCompletionRequest:
+    return parse(raw, ChatCompletionRequest)
 
 
 def json_schema(**changes) -> dict:

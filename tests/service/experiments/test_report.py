@@ -14,8 +14,8 @@ from service.experiments import report
 from service.experiments.arms import Experiment
 from service.experiments.assignment import assign
 from service.experiments.exposures import read_exposures
-from service.metrics.logs import JsonLine, requests
-from service.metrics.request_record import RequestRecord
+from service.metrics.logs import JsonLine
+from service.metrics.request_record import RequestRecord, requests
 from tests.service.examples import receipt
 
 ARMS = [{"name": "whole", "weight": 0.5}, {"name": "half", "weight": 0.5, "steering": {"strength": 0.5}}]
