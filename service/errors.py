@@ -65,6 +65,12 @@ PYDANTIC_STEPS = frozenset(
 )
 """Steps that pydantic puts into error paths and no client ever wrote: branches of `schemas.py`'s unions, keys."""
 
+EXPLAINED = tuple(
+    f"{family}: "
+    for family in ("steering.errors.BadArtifact", "steering.errors.EngineUnavailable", "service.settings.SettingsError")
+)
+"""How a traceback names the errors whose message says it all."""
+
 RETRY_AFTER_S = 1.0
 """Where nothing better is known."""
 
@@ -145,3 +151,9 @@ def field_path(location: tuple[int | str, ...]) -> str | None:
         elif step not in PYDANTIC_STEPS:
             path += f".{step}" if path else step
     return path[:200] or None
+
+
+def explained(messages: str) -> str | None:
+    """What an operator needs of a replica's last words: our own message, where it was one of EXPLAINED."""
+    last = max(EXPLAINED, key=messages.rfind)
+    return messages.rpartition(last)[2].strip() if last in messages else None

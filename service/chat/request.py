@@ -65,6 +65,7 @@ async def make_job(
         sampling=sampling_of(request),
         steering=steering,
         tenant=caller.name,
+        artifact=artifact_of(settings, assignment),
     )
 
 
@@ -93,6 +94,12 @@ def assignment_of(
     user = unit_header or request.user
     unit = f"{caller.name}:{user}" if user else None
     return assign(settings.experiment, unit=unit, own_steering=own)
+
+
+def artifact_of(settings: Settings, assignment: Assignment | None) -> str:
+    """The name of the artifact that answers: the arm's, or else the server's default."""
+    arm = assignment and assignment.arm
+    return (arm and arm.artifact) or settings.default_artifact
 
 
 def merge_steering(

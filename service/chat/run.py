@@ -112,7 +112,7 @@ class ChatRunner:
                 admit_images=admit_images,
                 take_bytes=body_share.take,
             )
-        record.completion_id, record.stream = job.request_id, bool(chat.stream)
+        record.completion_id, record.stream, record.artifact = job.request_id, bool(chat.stream), job.artifact
         shape = AnswerShape.of(chat, settings)
         held.take(shape.kept_bytes)
         return job, shape

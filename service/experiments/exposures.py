@@ -21,7 +21,7 @@ class Exposure(NamedTuple):
     values: dict[str, float]
     """Measure to what this request had of it; a measure that it has nothing to say on is left out."""
     treatment: str
-    """Preset and strength in force, as the receipt says; empty where there is none."""
+    """Preset, strength and artifact in force, as the receipt says; empty where there is none."""
 
 
 class Exposures(NamedTuple):
@@ -79,15 +79,22 @@ def read_exposures(lines: Iterable[str]) -> list[Exposures]:
 
 
 def _exposure(line: Line) -> Exposure:
-    experiment, steering = line["experiment"], line.get("steering")
+    experiment = line["experiment"]
     values = {name: value for name, of in MEASURES.items() if (value := of(line)) is not None}
     return Exposure(
         arm=experiment["arm"],
         share=experiment.get("share"),
         unit=experiment.get("unit"),
         values=values,
-        treatment=f"{steering['preset']} {steering['strength']}" if steering else "",
+        treatment=_treatment(line.get("steering")),
     )
+
+
+def _treatment(steering: Line | None) -> str:
+    if not steering:
+        return ""
+    artifact = f" of {steering['artifact'][:12]}" if steering.get("artifact") else ""
+    return f"{steering['preset']} {steering['strength']}{artifact}"
 
 
 def _left_before(line: Line) -> bool:

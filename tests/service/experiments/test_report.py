@@ -73,7 +73,7 @@ def test_two_arms_that_are_alike() -> None:
     assert sum(arm["units"] for arm in found["arms"].values()) == UNITS
     assert found["units_in_two_arms"] == 0
     assert found["counted_apart"] == {"own": 7}
-    assert found["arms"]["half"]["treatments"] == ["captions 0.5"]
+    assert found["arms"]["half"]["treatments"] == ["captions 0.5 of aaaaaaaaaaaa"]
     verdicts = {name: one["verdict"] for name, one in found["differences"]["half"].items()}
     assert set(verdicts.values()) <= {"not told apart", "too few units"}
     assert verdicts["feedback"] == "too few units"
