@@ -37,7 +37,7 @@ class Exposures(NamedTuple):
 
 
 MEASURES: dict[str, Callable[[Line], float | None]] = {
-    "errors": lambda line: float("error_code" in line),
+    "errors": lambda line: float(_is_our_fault(line)),
     "cancellations": lambda line: float(line.get("finish") == "cancelled" or _left_before(line)),
     "empty_answers": lambda line: _share(line.get("empty_choices"), line.get("choices")),
     "completion_tokens": lambda line: _share(line.get("completion_tokens"), line.get("choices")),
@@ -47,7 +47,9 @@ MEASURES: dict[str, Callable[[Line], float | None]] = {
     "relative_shift": lambda line: line.get("steering", {}).get("relative_shift"),
     "feedback": lambda line: line.get("feedback"),
 }
-"""Rates first. Lengths are per choice, and of whole answers only; `feedback` is the score, where one was given."""
+"""Rates first; errors are the service's and the arm's, not what a client did wrong. Lengths are per choice, and of whole
+answers only; `feedback` is the score, where one was given."""
+FAULTS_OF_AN_ARM = frozenset(("invalid_steering",))
 RATES = frozenset(("errors", "cancellations", "empty_answers"))
 
 
@@ -95,6 +97,11 @@ def _treatment(steering: Line | None) -> str:
         return ""
     artifact = f" of {steering['artifact'][:12]}" if steering.get("artifact") else ""
     return f"{steering['preset']} {steering['strength']}{artifact}"
+
+
+def _is_our_fault(line: Line) -> bool:
+    """The log's level says whose an error is. Whoever is in an arm asked for no steering: a wrong one is the arm's."""
+    return "error_code" in line and (line.get("level") != "info" or line["error_code"] in FAULTS_OF_AN_ARM)
 
 
 def _left_before(line: Line) -> bool:

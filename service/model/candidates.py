@@ -93,4 +93,4 @@ def _may_hold_one(name: str, application: ApplicationStatusOverview) -> bool:
 
 def _why_not(application: ApplicationStatusOverview) -> str:
     messages = "\n".join([application.message, *(one.message for one in application.deployments.values())])
-    return f"not loaded ({application.status}): {explained(messages) or '`serve status` says more'}"
+    return f"not loaded ({application.status.value}): {explained(messages) or '`serve status` says more'}"

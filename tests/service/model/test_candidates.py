@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview
 
 from service.app import build_candidate
 from service.artifacts import Able
@@ -25,7 +25,7 @@ BAD = "ray::ServeReplica\nTraceback ...\nsteering.errors.BadArtifact: the artifa
 def application(status: str = "RUNNING", *, deployment: str | None = CANDIDATE, at: float = 1, message: str = ""):
     one = DeploymentStatusOverview("HEALTHY", "CONFIG_UPDATE_COMPLETED", {}, message)  # pyright: ignore
     deployments = {} if deployment is None else {deployment: one}
-    return ApplicationStatusOverview(status, "", at, deployments)  # pyright: ignore
+    return ApplicationStatusOverview(ApplicationStatus(status), "", at, deployments)
 
 
 class Cluster:
