@@ -71,7 +71,8 @@ class ChatRunner:
         if assignment is not None:
             meter.assigned(assignment)
         steering = merge_steering(chat.steering, strength_header, alias, settings, assignment)
-        steering = await self.names.by_id(steering)
+        record.artifact = artifact_of(settings, assignment)
+        steering = await self.names.by_id(steering, record.artifact)
         check_limits(chat, settings)
         check_scopes(chat, caller)
 
@@ -99,6 +100,7 @@ class ChatRunner:
             sampling=sampling_of(chat),
             steering=steering,
             tenant=caller.name,
+            artifact=record.artifact,
         )
 
     async def run(
@@ -161,6 +163,12 @@ def assignment_of(
     user = unit_header or request.user
     unit = f"{caller.name}:{user}" if user else None
     return assign(settings.experiment, unit=unit, own_steering=own)
+
+
+def artifact_of(settings: Settings, assignment: Assignment | None) -> str:
+    """The name of the artifact that answers: the arm's, or else the server's default."""
+    arm = assignment and assignment.arm
+    return (arm and arm.artifact) or settings.default_artifact
 
 
 def merge_steering(

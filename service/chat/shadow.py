@@ -112,7 +112,8 @@ class Shadows:
             return None
         default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
         steering = over_default(asked.steering, default, arm=SHADOW)
-        shadow = Shadow(replace(job, request_id=f"{SHADOW}-{uuid.uuid4().hex}", steering=steering), record, share)
+        changes = {"steering": steering, "artifact": asked.artifact or settings.default_artifact}
+        shadow = Shadow(replace(job, request_id=f"{SHADOW}-{uuid.uuid4().hex}", **changes), record, share)
         self._planned.add(shadow)
         return shadow
 
@@ -180,6 +181,7 @@ class Shadows:
             **alike._asdict(),
             "greedy": shadow.job.sampling.temperature == 0,
             "applied": end.receipt.applied,
+            "artifact": end.receipt.artifact,
             "duration_s": round(took_s, 6),
         }
         log.info("shadow", extra={"facts": facts})
