@@ -94,7 +94,7 @@ def build_api(
         live=live,
         chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
-        readiness=Readiness(model),
+        readiness=Readiness(model, may_sleep=settings.model_may_sleep),
         with_keys=keys is not None,
         started=int(time.time()),
     )

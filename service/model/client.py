@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from service.errors import ApiError
 from service.model.job import ModelJob
+from service.model.presence import Presence, ServePresence
 from service.model.replica import AnswerStart, ModelStatus
 from steering.engines.base import GenerationEnd, TextDelta
 
@@ -39,6 +40,15 @@ class ModelClient(Protocol):
         """Of one replica, whichever is picked. Raises ApiError where it does not answer, or all are full."""
         ...
 
+    async def presence(self) -> Presence:
+        """Whether there is a replica to ask; it is not asked, and not woken."""
+        ...
+
+    @property
+    def is_working(self) -> bool:
+        """A generation of this ingress process is under way, or waits for its replica."""
+        ...
+
     def seconds_since_event(self) -> float:
         """Since any model replica last sent anything to this ingress process; infinite before the first.
 
@@ -53,13 +63,16 @@ class RayModelClient:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._generate = handle.options(method_name="generate", stream=True)
         self._status = handle.options(method_name="status")
+        self._presence = ServePresence(handle.app_name, handle.deployment_name)
         self._last_event = float("-inf")
+        self._generations = 0
 
     async def generate(self, job: ModelJob) -> AsyncGenerator[Answer, None]:
         """See ModelClient."""
         events = self._generate.remote(job)
         del job  # its pixels
         assert isinstance(events, DeploymentResponseGenerator)
+        self._generations += 1
         try:
             async for event in events:
                 self._last_event = time.monotonic()
@@ -76,6 +89,7 @@ class RayModelClient:
             log.warning("Ray failed on a request: %s", type(error).__name__)
             raise ApiError("engine_unavailable", "the request was lost on its way; try again") from None
         finally:
+            self._generations -= 1
             _cancel(events)
 
     async def status(self) -> ModelStatus:
@@ -87,6 +101,15 @@ class RayModelClient:
             raise ApiError("engine_unavailable", "the model does not answer yet; try again later") from None
         finally:
             _cancel(answer)
+
+    async def presence(self) -> Presence:
+        """See ModelClient."""
+        return await self._presence.look()
+
+    @property
+    def is_working(self) -> bool:
+        """See ModelClient."""
+        return self._generations > 0
 
     def seconds_since_event(self) -> float:
         """See ModelClient."""

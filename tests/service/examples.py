@@ -11,6 +11,7 @@ from PIL import Image
 from service.errors import ApiError
 from service.model.client import Answer
 from service.model.job import ModelJob
+from service.model.presence import Presence
 from service.model.replica import AnswerStart, ModelStatus
 from steering.engines.base import (
     Capabilities,
@@ -96,6 +97,7 @@ class ScriptedModel:
         self.closed = 0
         self.health: Health | ApiError = Health(alive=True, running=0, waiting=0, seconds_since_progress=0.0)
         self.since_event = float("inf")
+        self.where: Presence = Presence.AWAKE
 
     async def generate(self, job: ModelJob) -> AsyncGenerator[Answer, None]:
         self.jobs.append(job)
@@ -117,6 +119,13 @@ class ScriptedModel:
             alignment={"paired_overlap": 0.5}, faithfulness={"text_unexplained": 0.2},
         )  # fmt: skip
         return ModelStatus(health=self.health, capabilities=capabilities, system_fingerprint="fp_test")
+
+    async def presence(self) -> Presence:
+        return self.where
+
+    @property
+    def is_working(self) -> bool:
+        return len(self.jobs) > self.closed
 
     def seconds_since_event(self) -> float:
         return self.since_event
