@@ -13,7 +13,7 @@ from service.errors import ApiError
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.model.job import ModelJob
-from service.model.presence import Presence, presence_of
+from service.model.presence import Presence
 from service.model.readiness import FRESH_S, Readiness, Recent
 from service.model.replica import ModelStatus
 from service.settings import Settings
@@ -137,21 +137,3 @@ async def test_what_a_sleeper_is_capable_of_is_said_from_memory() -> None:
     await asyncio.sleep(FRESH_S)
     assert await readiness.status() == known
     assert model.asked == 1
-
-
-@pytest.mark.parametrize(
-    ("status", "replicas", "presence"),
-    [
-        ("UPDATING", {"STARTING": 1}, Presence.ABSENT),
-        ("HEALTHY", {"RUNNING": 1}, Presence.AWAKE),
-        ("UPDATING", {"RUNNING": 1, "STARTING": 1}, Presence.AWAKE),
-        ("UNHEALTHY", {"RUNNING": 1, "STOPPING": 1}, Presence.AWAKE),
-        ("DOWNSCALING", {"STOPPING": 1}, Presence.ASLEEP),
-        ("HEALTHY", {}, Presence.ASLEEP),
-        ("UPSCALING", {"STARTING": 1}, Presence.ASLEEP),
-        ("UNHEALTHY", {"STARTING": 1}, Presence.ABSENT),
-        ("DEPLOY_FAILED", {}, Presence.ABSENT),
-    ],
-)
-def test_presence_is_what_serve_says_of_the_deployment(status: str, replicas: dict, presence: Presence) -> None:
-    assert presence_of(status, replicas) is presence
