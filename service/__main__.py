@@ -27,6 +27,7 @@ from service.example import curl_command
 from service.gateway import Gateway, GatewayError, check_serve_mode, free_port, settle_gateway
 from service.metrics.machine import FOLDER_VARIABLE
 from service.model.replica import ModelStatus
+from service.scaling import check_scaling, ingress_options, model_options, most_cpus
 from service.settings import LaunchSettings, SettingsError, check_installation
 from steering.cluster.local_ray import private_ray, short_folder
 
@@ -58,6 +59,7 @@ def main() -> int:
         check_serve_mode(os.environ)
         check_port(settings.host, settings.port)
         check_installation(settings)
+        check_scaling(settings)
         check_drain_file(settings)
         settings = without_keys_on_loopback(settings, os.environ)
         keyed = load_keys(settings, os.environ) is not None
@@ -145,8 +147,7 @@ def serve_until_interrupted(settings: LaunchSettings, gateway: Gateway | None, *
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
-        cpus = settings.ingress_replicas + (settings.model_replicas + len(settings.candidates)) * runs.cpu_threads
-        with gateway or nullcontext(), private_ray(cpus=cpus):
+        with gateway or nullcontext(), private_ray(cpus=most_cpus(settings)):
             stop_on_signals()
             deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
             try:
@@ -180,9 +181,9 @@ def deploy(settings: LaunchSettings) -> None:
     serve.start(http_options=http, proxy_location="HeadOnly")
     places = {name: getattr(settings, name) for name in ("max_ongoing_requests", "max_queued_requests")}
     application = assemble(
-        settings,
-        ingress={"num_replicas": settings.ingress_replicas},
-        model={"num_replicas": settings.model_replicas, **places},
+        settings.model_copy(update={"model_may_sleep": settings.min_replicas == 0}),
+        ingress=ingress_options(settings),
+        model={**model_options(settings), **places},
     )
     targets = [serve.RunTarget(application, name=APPLICATION)]
     for name, folder in settings.candidates.items():

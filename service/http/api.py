@@ -93,7 +93,7 @@ def build_api(
         live=live,
         chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
-        readiness=Readiness(model, lambda: live.current.default_artifact),
+        readiness=Readiness(model, lambda: live.current.default_artifact, may_sleep=settings.model_may_sleep),
         with_keys=keys is not None,
         started=int(time.time()),
     )

@@ -25,6 +25,7 @@ from service.artifacts import MAIN, Candidate
 from service.errors import ApiError
 from service.model.candidates import CANDIDATE, Candidates, Known
 from service.model.job import ModelJob
+from service.model.presence import Presence, ServePresence
 from service.model.replica import AnswerStart, ModelStatus
 from steering.engines.base import GenerationEnd, TextDelta
 
@@ -46,6 +47,15 @@ class ModelClient(Protocol):
 
     async def candidates(self) -> Mapping[str, Candidate]:
         """What is loaded beside the service's own artifact, or is to be, by name."""
+        ...
+
+    async def presence(self) -> Presence:
+        """Whether there is a replica with the service's own artifact to ask; it is not asked, and not woken."""
+        ...
+
+    @property
+    def is_working(self) -> bool:
+        """A generation of this ingress process is under way, or waits for its replica."""
         ...
 
     def seconds_since_event(self, artifact: str = MAIN) -> float:
@@ -72,6 +82,8 @@ class RayModelClient:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._models = {MAIN: _Deployed(handle)}
         self._candidates = Candidates(self.status, self._learn)
+        self._presence = ServePresence(handle.app_name, handle.deployment_name)
+        self._generations = 0
 
     async def generate(self, job: ModelJob) -> AsyncGenerator[Answer, None]:
         """See ModelClient."""
@@ -79,6 +91,7 @@ class RayModelClient:
         events = model.generate.remote(job)
         del job  # its pixels
         assert isinstance(events, DeploymentResponseGenerator)
+        self._generations += 1
         try:
             async for event in events:
                 model.last_event = time.monotonic()
@@ -95,11 +108,21 @@ class RayModelClient:
             log.warning("Ray failed on a request: %s", type(error).__name__)
             raise ApiError("engine_unavailable", "the request was lost on its way; try again") from None
         finally:
+            self._generations -= 1
             _cancel(events)
 
     async def status(self, artifact: str = MAIN) -> ModelStatus:
         """See ModelClient."""
         return await _answer_of(self._model(artifact).status.remote())
+
+    async def presence(self) -> Presence:
+        """See ModelClient."""
+        return await self._presence.look()
+
+    @property
+    def is_working(self) -> bool:
+        """See ModelClient."""
+        return self._generations > 0
 
     async def candidates(self) -> Mapping[str, Candidate]:
         """See ModelClient."""

@@ -14,6 +14,7 @@ from service.errors import ApiError
 from service.http.body import parse
 from service.model.client import Answer
 from service.model.job import ModelJob
+from service.model.presence import Presence
 from service.model.replica import AnswerStart, ModelStatus
 from steering.engines.base import (
     Capabilities,
@@ -117,6 +118,7 @@ class ScriptedModel:
         self.beside: dict[str, Candidate] = {}
         self.health: Health | ApiError = Health(alive=True, running=0, waiting=0, seconds_since_progress=0.0)
         self.since_event = float("inf")
+        self.where: Presence = Presence.AWAKE
 
     async def generate(self, job: ModelJob) -> AsyncGenerator[Answer, None]:
         self.jobs.append(job)
@@ -143,6 +145,13 @@ class ScriptedModel:
         return ModelStatus(
             health=self.health, capabilities=capabilities, system_fingerprint="fp_test", checkpoint="c" * 64
         )
+
+    async def presence(self) -> Presence:
+        return self.where
+
+    @property
+    def is_working(self) -> bool:
+        return len(self.jobs) > self.closed
 
     def seconds_since_event(self, artifact: str = MAIN) -> float:
         return self.since_event
