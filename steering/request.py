@@ -10,8 +10,24 @@ from pydantic import BaseModel, ConfigDict, Field
 Form = Literal["published", "difference", "union"]
 Mode = Literal["causal", "exact"]
 Control = Literal["none", "reversed", "random", "other_image"]
+Explain = Literal["answer", "tokens"]
 MAX_MIN_ANSWER_TOKENS = 1024
 """Most tokens of an answer that may be left alone before steering begins."""
+MAX_EDITS = 32
+"""Concepts that one request may edit."""
+
+
+class ConceptEdit(BaseModel):
+    """What becomes of one concept of the text: z_t is multiplied with `factor`, then `add` is added."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    factor: float = Field(default=1.0, ge=0, le=4)
+    """0 removes the concept where the text has it."""
+    add: float = Field(default=0.0, ge=-4, le=4)
+    """In units of activation, which lies in 0 to 2; also where the text has none of it."""
 
 
 class SteeringRequest(BaseModel):
@@ -50,10 +66,14 @@ class SteeringRequest(BaseModel):
     """
     mode: Mode | None = None
     """'causal' steers each position once; 'exact' recomputes the tail over all text at every step."""
-    concepts: dict[str, dict[str, float]] | None = None
-    """Reserved for concept editing; refused until then."""
-    explain: bool | None = None
-    """Reserved for explanations; refused until then."""
+    max_shift: float | None = Field(default=None, gt=0, le=4)
+    """Most that |delta| / |hidden state| may be at a position: a longer delta is shortened. None: 1 where concepts are
+    edited, else no bound."""
+    concepts: dict[str, ConceptEdit] | None = Field(default=None, max_length=MAX_EDITS)
+    """Edits by the concept's id, not scaled by the dial. (A server takes labels, too.)"""
+    explain: bool | Explain | None = None
+    """Tell which concepts image and text hold: of the whole answer (true, 'answer') or of each token ('tokens').
+    Changes no token."""
     control: Control | None = None
     """Replaces the delta by an experimental control; for evaluation only."""
     control_seed: int | None = Field(default=None, ge=0, le=2**31 - 1)

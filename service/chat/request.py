@@ -10,12 +10,13 @@ import re
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from service.callers.keys import Caller
+from service.callers.keys import Caller, Scope
 from service.callers.ledger import AnswerLabels, Ledger, RayLedger, charge
 from service.chat.admission import Share
 from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
+from service.concepts.names import ConceptNames
 from service.errors import ApiError
 from service.experiments.arms import over_default
 from service.experiments.assignment import Assignment, assign
@@ -47,6 +48,7 @@ class ChatRunner:
     decoder: ImageDecoder
     remote: RemoteImages | None
     """None: images come as data: URLs only."""
+    names: ConceptNames
     ledger: Ledger | RayLedger
     tracing: Tracing
 
@@ -69,6 +71,8 @@ class ChatRunner:
         if assignment is not None:
             meter.assigned(assignment)
         steering = merge_steering(chat.steering, strength_header, alias, settings, assignment)
+        if steering.settings.concepts:
+            steering = await self.names.by_id(steering)
         check_limits(chat, settings)
         check_scopes(chat, caller)
 
@@ -121,6 +125,8 @@ class ChatRunner:
                     assert not isinstance(event, AnswerStart)
                     meter.observe(event)
                     if isinstance(event, GenerationEnd):
+                        if event.receipt.explanation:
+                            event = await self.names.with_labels(event)
                         await self._remember(answer_id, caller, event, record.arm)
                     yield event
 
@@ -152,7 +158,7 @@ def assignment_of(
     """None where no experiment runs. The unit is the key and, of that key, the header's or else the body's user."""
     if settings.experiment is None:
         return None
-    asked = request.steering is not None and bool(request.steering.model_dump(exclude_none=True))
+    asked = request.steering is not None and bool(request.steering.model_dump(exclude_none=True, exclude={"explain"}))
     own = asked or strength_header is not None or alias != ""
     user = unit_header or request.user
     unit = f"{caller.name}:{user}" if user else None
@@ -168,11 +174,6 @@ def merge_steering(
 ) -> RequestedSteering:
     """Body, header and alias, or else the arm, over the server's default: a caller's own steering is in no arm."""
     body = body or SteeringRequest()
-    for name in ("concepts", "explain"):
-        if getattr(body, name):
-            raise ApiError(
-                "unsupported_value", f"steering.{name}: not supported yet; leave it out", param=f"steering.{name}"
-            )
     if body.control not in (None, "none") and not settings.allow_controls:
         raise ApiError(
             "unsupported_value",
@@ -181,7 +182,8 @@ def merge_steering(
         )
     default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
     if assignment is not None and assignment.arm is not None:
-        return over_default(assignment.arm.steering, default, arm=assignment.shown)
+        asked = over_default(assignment.arm.steering, default, arm=assignment.shown)
+        return replace(asked, settings=asked.settings.model_copy(update={"explain": body.explain}))
     if body.preset is not None:
         default = SteeringRequest()  # a default strength belongs to the default preset
     arm = assignment and assignment.shown
@@ -217,13 +219,19 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
 
 def check_scopes(request: ChatCompletionRequest, caller: Caller) -> None:
     """What not every key may ask for."""
-    control = request.steering and request.steering.control
-    if control not in (None, "none") and "evaluate" not in caller.scopes:
-        raise ApiError(
-            "permission_denied",
-            "steering.control: needs a key with the scope 'evaluate'",
-            param="steering.control",
-        )
+    asked = request.steering or SteeringRequest()
+    wanted: list[tuple[str, object, Scope]] = [
+        ("explain", asked.explain, "explain"),
+        ("concepts", asked.concepts, "explain"),
+        ("control", asked.control not in (None, "none"), "evaluate"),
+    ]
+    for field, value, scope in wanted:
+        if value and scope not in caller.scopes:
+            raise ApiError(
+                "permission_denied",
+                f"steering.{field}: needs a key with the scope '{scope}'",
+                param=f"steering.{field}",
+            )
 
 
 def sampling_of(request: ChatCompletionRequest) -> Sampling:

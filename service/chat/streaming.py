@@ -27,6 +27,8 @@ NO_LOGPROBS = b'"logprobs":{"content":[]'
 DONE = b"data: [DONE]\n\n"
 LOGPROB_BYTES = 256
 """One logprob in JSON is 60 to 150 bytes with common tokens; it is kept, and stands once more in the answer."""
+EXPLAINED_TOKEN_BYTES = 2048
+"""Three concepts with their labels, in memory and in JSON; kept until the answer is whole."""
 
 
 class AnswerShape(NamedTuple):
@@ -45,13 +47,14 @@ class AnswerShape(NamedTuple):
     def of(cls, chat: ChatCompletionRequest, settings: Settings) -> AnswerShape:
         n, tokens = chat.n or 1, chat.max_completion_tokens or chat.max_tokens or settings.default_max_tokens
         logprobs = n * tokens * (1 + (chat.top_logprobs or 0)) if chat.logprobs and not chat.stream else 0
+        explained = n * tokens if chat.steering and chat.steering.explain == "tokens" else 0
         return cls(
             model=chat.model,
             stream=bool(chat.stream),
             include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
             n=n,
             logprobs=bool(chat.logprobs),
-            kept_bytes=LOGPROB_BYTES * logprobs,
+            kept_bytes=LOGPROB_BYTES * logprobs + EXPLAINED_TOKEN_BYTES * explained,
         )
 
 

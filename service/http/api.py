@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -24,6 +25,8 @@ from service.callers.ledger import Ledger, RayLedger
 from service.chat.admission import Admission
 from service.chat.request import ALIASES, ChatRunner, find_alias
 from service.chat.shadow import Shadows
+from service.concepts.index import ConceptIndex
+from service.concepts.names import ConceptNames
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
 from service.http.chat_route import ChatRoute
@@ -73,6 +76,7 @@ def build_api(
         model=model,
         decoder=decoder,
         remote=remote or _remote_images(settings),
+        names=ConceptNames(ConceptIndex(Path(artifact)) if (artifact := settings.loaded_artifact) else None),
         ledger=ledger,
         tracing=tracing,
     )

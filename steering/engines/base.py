@@ -8,7 +8,8 @@ from typing import Literal, Protocol
 
 from PIL.Image import Image
 
-from steering.request import RequestedSteering
+from steering.explanation import Explanation, Mismatch
+from steering.request import ConceptEdit, RequestedSteering
 
 FinishReason = Literal["stop", "length"]
 MASKED_LOGPROB = -9999.0
@@ -148,6 +149,16 @@ class Receipt:
     relative_shift: list[float]
     """By choice: mean of |delta| / |hidden state| over the positions steered for it; 0 where there are none."""
     arm: str | None
+    max_shift: float | None = None
+    """Most that |delta| / |hidden state| could be; None: unbounded."""
+    edits: dict[str, ConceptEdit] | None = None
+    """By the concept's id; None: there were none."""
+    clamped_positions: list[int] = field(default_factory=list)
+    """By choice: positions whose delta was shortened to `max_shift`; those out of a prefix cache do not count."""
+    mismatch: list[Mismatch | None] | None = None
+    """By choice, at its end; None where nobody looked: the request was neither steered nor explained."""
+    explanation: list[Explanation | None] | None = None
+    """By choice; None where it was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

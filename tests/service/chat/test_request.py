@@ -12,6 +12,7 @@ from service.callers.ledger import Ledger
 from service.chat.admission import MemoryBudget
 from service.chat.request import ChatRunner, check_limits, find_alias, merge_steering, sampling_of, turns_of
 from service.chat.schemas import ChatCompletionRequest
+from service.concepts.names import ConceptNames
 from service.errors import ApiError
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.metrics.meter import Meter, Metrics
@@ -37,7 +38,12 @@ async def decoder() -> AsyncIterator[ImageDecoder]:
 
 async def job_of(decoder: ImageDecoder, content: dict, settings: Settings = SETTINGS):
     runner = ChatRunner(
-        model=ScriptedModel(), decoder=decoder, remote=None, ledger=Ledger(), tracing=Tracing(endpoint=None)
+        model=ScriptedModel(),
+        decoder=decoder,
+        remote=None,
+        names=ConceptNames(None),
+        ledger=Ledger(),
+        tracing=Tracing(endpoint=None),
     )
     record, memory = RequestRecord(request_id="r", method="POST"), MemoryBudget(settings.max_memory_bytes)
     with memory.share("") as body_share, memory.share("") as held:
@@ -123,8 +129,6 @@ def test_a_wrong_header_is_named(header: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"concepts": {"1": {"factor": 0.0}}}, "steering.concepts"),
-        ({"explain": True}, "steering.explain"),
         ({"control": "random"}, "steering.control"),
         ({"control": "other_image"}, "steering.control"),
     ],
