@@ -25,15 +25,13 @@ from service.metrics.meter import Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.client import ModelClient
 from service.model.job import ModelJob
-from service.settings import BYTES_PER_PIXEL, Settings
+from service.settings import BYTES_PER_PIXEL, SHADOWS_OF_MEMORY, Settings
 from steering.engines.base import GenerationEnd, TextDelta
 from steering.request import SteeringRequest
 
 log = logging.getLogger(__name__)
 PLACES = 2
 """Shadows at a time, from their requests' beginning on."""
-MEMORY_SHARE = 16
-"""They may hold this part of what callers may: pixels."""
 QUIET_SHARE = 8
 """This part of the engine's batch may be in use by callers, of this process, while a shadow runs."""
 MAX_COMPARED_TOKENS = 512
@@ -87,7 +85,7 @@ class Shadows:
         """`memory_bytes` are the callers'; `running` tells how many requests of theirs there are now, `ending` whether
         the process is to go away."""
         self._model, self._metrics, self._callers_running, self._ending = model, metrics, running, ending
-        self._memory = MemoryBudget(memory_bytes // MEMORY_SHARE)
+        self._memory = MemoryBudget(memory_bytes // SHADOWS_OF_MEMORY)
         self._planned: set[Shadow] = set()
         self.running: set[asyncio.Task[None]] = set()
         """Those that give way to callers."""
