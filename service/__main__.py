@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from service.errors import explained
 from service.example import curl_command
 from service.gateway import Gateway, GatewayError, check_serve_mode, free_port, settle_gateway
 from service.metrics.machine import FOLDER_VARIABLE
+from service.model.object_store import fits_into_memory, needed_bytes
 from service.model.replica import ModelStatus
-from service.scaling import check_scaling, ingress_options, model_options, most_cpus
-from service.settings import LaunchSettings, SettingsError, check_installation
-from steering.cluster.local_ray import private_ray, short_folder
+from service.scaling import check_scaling, ingress_options, model_options, most_cpus, most_ingresses
+from service.settings import MIB, LaunchSettings, SettingsError, check_installation
+from steering.cluster.local_ray import SHARED_MEMORY, private_ray, short_folder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
@@ -147,7 +148,7 @@ def serve_until_interrupted(settings: LaunchSettings, gateway: Gateway | None, *
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
-        with gateway or nullcontext(), private_ray(cpus=most_cpus(settings)):
+        with gateway or nullcontext(), ray_for(settings, cpus=most_cpus(settings)):
             stop_on_signals()
             deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
             try:
@@ -157,6 +158,18 @@ def serve_until_interrupted(settings: LaunchSettings, gateway: Gateway | None, *
             except KeyboardInterrupt:
                 stop_gracefully(settings)
                 raise
+
+
+def ray_for(settings: LaunchSettings, *, cpus: int) -> AbstractContextManager[None]:
+    """A Ray whose object store holds all that requests may, in memory where this machine has room for it."""
+    store_bytes = needed_bytes(settings, most_ingresses(settings))
+    in_memory = fits_into_memory(store_bytes)
+    if not in_memory:
+        say(
+            f"warning   {SHARED_MEMORY} has less than {store_bytes // MIB} MiB: pixels may go to the disk; make it "
+            "larger (docker run --shm-size), or lower --max-memory-bytes"
+        )
+    return private_ray(cpus=cpus, object_store_bytes=store_bytes, in_memory=in_memory)
 
 
 def watch(gateway: Gateway | None) -> None:

@@ -25,6 +25,7 @@ from service.live_settings import LiveSettings
 from service.metrics import logs
 from service.model.candidates import CANDIDATE
 from service.model.client import RayModelClient
+from service.model.object_store import warn_of_small_store
 from service.model.replica import ModelReplica
 from service.settings import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS, Settings, SettingsError
 
@@ -70,6 +71,7 @@ class Ingress:
     def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle) -> None:
         logs.configure(settings.log_file)
         check_serve_mode(os.environ)
+        warn_of_small_store(settings)
         self._settings, self._live, self._model = settings, LiveSettings(settings), RayModelClient(model)
         self._ledger = RayLedger(ledger)
         self._decoder = ImageDecoder(workers=settings.image_workers, limits=DecoderLimits())

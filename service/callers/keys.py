@@ -132,24 +132,16 @@ class KeyRing:
         log.info("keys: read again, there are %d", len(self._keys))
 
 
-def authenticate(key_ring: KeyRing | None, authorization: Sequence[str]) -> Caller:
-    """The caller whose headers `authorization` these are; without a key ring anybody.
+def authenticate(key_ring: KeyRing, authorization: Sequence[str]) -> Caller:
+    """The caller whose headers `authorization` these are.
 
     Raises ApiError where there is no key, or not exactly one, or it is not in force: the same for every path.
     """
-    if key_ring is None:
-        return ANYBODY
     match = BEARER.fullmatch(authorization[0].strip()) if len(authorization) == 1 else None
     caller = key_ring.find(match[1].encode()) if match else None
     if caller is None:
         raise ApiError("invalid_api_key", "a valid API key is needed, as in Authorization: Bearer KEY")
     return caller
-
-
-def require(caller: Caller, scope: Scope) -> None:
-    """Raises ApiError where the caller's key has not the scope."""
-    if scope not in caller.scopes:
-        raise ApiError("permission_denied", f"this path needs a key with the scope '{scope}'")
 
 
 def load_keys(settings: Settings, environment: Mapping[str, str]) -> KeyRing | None:

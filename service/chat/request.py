@@ -72,7 +72,8 @@ class ChatRunner:
             meter.assigned(assignment)
         steering = merge_steering(chat.steering, strength_header, alias, settings, assignment)
         record.artifact = artifact_of(settings, assignment)
-        steering = await self.names.by_id(steering, record.artifact)
+        if steering.settings.concepts:
+            steering = await self.names.by_id(steering, record.artifact)
         check_limits(chat, settings)
         check_scopes(chat, caller)
 
@@ -126,7 +127,8 @@ class ChatRunner:
                     assert not isinstance(event, AnswerStart)
                     meter.observe(event)
                     if isinstance(event, GenerationEnd):
-                        event = await self.names.with_labels(event)
+                        if event.receipt.explanation:
+                            event = await self.names.with_labels(event)
                         await self._remember(answer_id, caller, event, record.arm)
                     yield event
 

@@ -25,15 +25,13 @@ from service.metrics.meter import Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.client import ModelClient
 from service.model.job import ModelJob
-from service.settings import BYTES_PER_PIXEL, Settings
+from service.settings import BYTES_PER_PIXEL, SHADOWS_OF_MEMORY, Settings
 from steering.engines.base import GenerationEnd, TextDelta
 from steering.request import SteeringRequest
 
 log = logging.getLogger(__name__)
 PLACES = 2
 """Shadows at a time, from their requests' beginning on."""
-MEMORY_SHARE = 16
-"""They may hold this part of what callers may: pixels."""
 QUIET_SHARE = 8
 """This part of the engine's batch may be in use by callers, of this process, while a shadow runs."""
 MAX_COMPARED_TOKENS = 512
@@ -86,10 +84,11 @@ class Shadows:
     ) -> None:
         """`memory_bytes` are the callers'; `running` tells how many requests of theirs there are now, `ending` whether
         the process is to go away."""
-        self._model, self._metrics, self._running, self._ending = model, metrics, running, ending
-        self._memory = MemoryBudget(memory_bytes // MEMORY_SHARE)
+        self._model, self._metrics, self._callers_running, self._ending = model, metrics, running, ending
+        self._memory = MemoryBudget(memory_bytes // SHADOWS_OF_MEMORY)
         self._planned: set[Shadow] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.running: set[asyncio.Task[None]] = set()
+        """Those that give way to callers."""
 
     def plan(self, job: ModelJob, settings: Settings, record: RequestRecord) -> Shadow | None:
         """One with its place and memory taken; None for most requests, and where there is no room (which is counted).
@@ -123,7 +122,7 @@ class Shadows:
             return
         shadow.started = True
         task = asyncio.create_task(self._run(shadow, settings.request_timeout_s))
-        self._tasks.add(task)
+        self.running.add(task)
         task.add_done_callback(lambda ended: self._ended(ended, shadow))  # one that never began ends here, too
 
     def drop(self, shadow: Shadow) -> None:
@@ -137,11 +136,11 @@ class Shadows:
             self.close()
 
     def close(self) -> None:
-        for task in self._tasks:
+        for task in self.running:
             task.cancel()
 
     def _quiet(self, settings: Settings) -> bool:
-        return self._running() <= max(1, settings.engine.max_batch_size // QUIET_SHARE)
+        return self._callers_running() <= max(1, settings.engine.max_batch_size // QUIET_SHARE)
 
     async def _run(self, shadow: Shadow, timeout_s: float) -> None:
         began = time.monotonic()
@@ -187,7 +186,7 @@ class Shadows:
         log.info("shadow", extra={"facts": facts})
 
     def _ended(self, task: asyncio.Task[None], shadow: Shadow) -> None:
-        self._tasks.discard(task)
+        self.running.discard(task)
         self._end(shadow)
 
     def _end(self, shadow: Shadow) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
@@ -28,7 +29,7 @@ from service.concepts.index import ConceptIndex
 from service.concepts.names import ConceptNames
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
-from service.http.chat_route import ChatAnswer, ChatRoute
+from service.http.chat_route import ChatRoute
 from service.http.feedback_route import FeedbackDesk
 from service.http.middleware import Middleware
 from service.http.openapi import build_openapi
@@ -123,7 +124,7 @@ def build_api(
     )
     api.add_exception_handler(HTTPException, _answer_http_error)
     for route in ROUTES:
-        api.add_api_route(route.path, getattr(handlers, route.handler), methods=[route.method])
+        api.add_api_route(route.path, attrgetter(route.handler)(handlers), methods=[route.method])
     return api
 
 
@@ -139,9 +140,6 @@ class Handlers:
     """Whether a caller needs one."""
     started: int
     """Seconds since 1970."""
-
-    async def chat_completions(self, request: Request) -> Response:
-        return ChatAnswer(self.chat, request)
 
     async def feedback(self, request: Request) -> Response:
         async with self.chat.drain.request():

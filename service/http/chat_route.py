@@ -52,6 +52,9 @@ class ChatRoute:
     metrics: Metrics
     shadows: Shadows
 
+    async def answer(self, request: Request) -> Response:
+        return ChatAnswer(self, request)
+
 
 class ChatAnswer(Response):
     """Does all its work while it is being sent, in one coroutine: whatever ends it, everything is given back."""
@@ -72,7 +75,8 @@ class ChatAnswer(Response):
             try:
                 async with self._route.drain.request():
                     with self._route.admission.place(self._caller.name, places=places):
-                        self._route.shadows.make_way(self._settings)
+                        if self._route.shadows.running:
+                            self._route.shadows.make_way(self._settings)
                         await self._answer_in_time(scope, receive, send)
                 failure = None
             except ApiError as error:
@@ -101,7 +105,9 @@ class ChatAnswer(Response):
         """What a request holds counts until its answer has ended: engines keep pixels as long, and Ray the job."""
         with self._route.admission.memory.share(self._caller.name) as held:
             job, shape = await self._take_in(held)
-            answer_id, shadow = job.request_id, self._route.shadows.plan(job, self._settings, self._record)
+            answer_id, shadow, experiment = job.request_id, None, self._settings.experiment
+            if experiment is not None and experiment.shadow is not None:
+                shadow = self._route.shadows.plan(job, self._settings, self._record)
             answer = self._route.runner.run(job, caller=self._caller, meter=self._meter, record=self._record)
             del job  # its pixels
             try:

@@ -31,7 +31,7 @@ class Route(NamedTuple):
     scope: keys.Scope | None
     """What a key needs; None: public."""
     handler: str
-    """Method of `api.Handlers`."""
+    """Method of `api.Handlers`, or of a part of it."""
     summary: str
     answer: str
     """What a 200 is."""
@@ -40,7 +40,7 @@ class Route(NamedTuple):
 
 
 ROUTES = (
-    Route("POST", "/v1/chat/completions", "chat", "chat_completions", "Ask about images and texts", CHAT_ANSWER, CHAT),
+    Route("POST", "/v1/chat/completions", "chat", "chat.answer", "Ask about images and texts", CHAT_ANSWER, CHAT),
     Route("POST", "/v1/feedback", "chat", "feedback", "Say how good an answer was", "Counted.",
           (*WITH_BODY, "request_not_found")),
     Route("GET", "/v1/models", "chat", "models", "Which models there are", "All of them."),

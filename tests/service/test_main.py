@@ -101,3 +101,13 @@ def test_who_interrupts_the_start_waits_for_nobody(monkeypatch: pytest.MonkeyPat
     with pytest.raises(KeyboardInterrupt):
         command.serve_until_interrupted(LaunchSettings(), None, keyed=False)
     assert "stopping" not in capsys.readouterr().out
+
+
+def test_pixels_that_may_go_to_a_disk_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.ray_for(LaunchSettings(max_memory_bytes=700_000_000), cpus=1)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(command, "fits_into_memory", lambda _bytes: False)
+    command.ray_for(LaunchSettings(), cpus=1)
+    assert "/dev/shm has less than 2560 MiB: pixels may go to the disk" in capsys.readouterr().out
