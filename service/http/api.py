@@ -32,6 +32,7 @@ from service.http.chat_route import ChatAnswer, ChatRoute
 from service.http.feedback_route import FeedbackDesk
 from service.http.observation import RequestObserver
 from service.http.openapi import build_openapi
+from service.http.playground_page import Playground
 from service.http.request_guard import RequestGuard
 from service.http.routes import ROUTES
 from service.images.decoder import ImageDecoder
@@ -95,6 +96,7 @@ def build_api(
         chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
         readiness=Readiness(model),
+        pages=Playground(),
         with_keys=keys is not None,
         started=int(time.time()),
     )
@@ -132,6 +134,7 @@ class Handlers:
     chat: ChatRoute
     desk: FeedbackDesk
     readiness: Readiness
+    pages: Playground
     with_keys: bool
     """Whether a caller needs one."""
     started: int
@@ -176,6 +179,9 @@ class Handlers:
                 "live_settings": self.live.describe(),
             }
         )
+
+    async def playground(self, request: Request) -> Response:
+        return self.pages.answer(request.path_params.get("file"), request.headers.get("if-none-match", ""))
 
     async def openapi(self) -> Response:
         document = await asyncio.to_thread(build_openapi, self.live.current, with_keys=self.with_keys)

@@ -34,12 +34,14 @@ from service.http.headers import (
     ARM_HEADER,
     ASSIGNMENT_HEADER,
     HEADERS,
+    KNOWN_PARAMETER,
     NOT_ALWAYS,
     REQUEST_ID_HEADER,
     REQUEST_ID_PARAMETER,
     STRENGTH_PARAMETER,
     UNIT_PARAMETER,
 )
+from service.http.playground_page import MEDIA_TYPES, Playground
 from service.http.routes import ROUTES, Route
 from service.settings import Settings
 
@@ -120,6 +122,8 @@ def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]
             **_error_responses(codes),
         },
     }
+    if KNOWN_PARAMETER in given.parameters:
+        operation["responses"]["304"] = {"description": "The copy is still good.", "headers": _headers(304, ("ETag",))}
     if given.links is not None:
         operation["responses"]["200"]["links"] = given.links
     if given.body is not None:
@@ -184,8 +188,23 @@ def _bodies(settings: Settings) -> dict[str, Bodies]:
         "/healthz": Bodies(_json(Alive)),
         "/readyz": Bodies(_json(Ready)),
         "/metrics": Bodies({TEXT: {"schema": {"type": "string"}}}),
+        "/": Bodies(_files(".html"), parameters=(KNOWN_PARAMETER,), headers=("ETag",)),
+        "/playground/{file:path}": Bodies(
+            _files(".css", ".js", ".json", ".png", ".svg"),
+            parameters=(PLAYGROUND_FILE, KNOWN_PARAMETER),
+            headers=("ETag",),
+        ),
         "/openapi.json": Bodies({JSON: {"schema": {"type": "object"}}}),
     }
+
+
+PLAYGROUND_FILE = {"name": "file", "in": "path", "required": True, "schema": {"enum": Playground().names}}
+
+
+def _files(*endings: str) -> dict[str, Any]:
+    """What a route of files gives: its own to read, no contract."""
+    kinds = [MEDIA_TYPES[ending].partition(";")[0] for ending in endings]
+    return {kind: {"schema": {} if kind == JSON else {"type": "string"}} for kind in kinds}
 
 
 EVENT = {
