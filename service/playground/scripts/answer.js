@@ -1,17 +1,18 @@
 // One of the two answers: waiting, growing, whole, broken off. Asks nobody.
 
-import { element } from "./element.js";
+import { bar, element } from "./element.js";
 import { inWords, worthRepeating } from "./failures.js";
 
 const CUES = { canary: "model verified", relative_shift: "mean shift", positions: "positions steered", min_answer_tokens: "plain first tokens" };
 const FACTS = ["preset", "form", "mode", "strength", "alpha", "positions", "relative_shift", "min_answer_tokens", "clamped_positions", "canary", "arm"];
 
 export class Answer {
-  /** `again`: what to do where the same is to be asked once more. */
-  constructor(article, again) {
+  /** `placeholder`: before anything is asked. `again`: what to do where the same is to be asked once more. */
+  constructor(article, placeholder, again) {
     this.article = article;
     this.body = article.querySelector(".answer-body");
     this.again = again;
+    this.placeholder = placeholder;
     this.timer = 0;
     this.empty();
   }
@@ -19,7 +20,7 @@ export class Answer {
   empty() {
     this.stopClock();
     this.result = null;
-    this.body.replaceChildren(element("p", { class: "placeholder" }, "Nothing asked yet."));
+    this.body.replaceChildren(element("p", { class: "placeholder" }, this.placeholder));
   }
 
   /** Asked, and not a word yet. */
@@ -121,9 +122,8 @@ function receipt(given) {
 
 function mismatch({ before, after }, applied) {
   const written = applied ? `${before.toFixed(2)} → ${after.toFixed(2)}` : before.toFixed(2);
-  const meter = element("meter", { min: 0, max: 1, value: applied ? after : before, "aria-label": "Mismatch of text and picture" });
   return element("p", { class: "mismatch", title: "How far the text's concepts are from the picture's: 0 the same, 1 nothing in common" },
-    element("span", {}, "Mismatch"), meter, element("span", { class: "number" }, written));
+    element("span", {}, "Mismatch"), bar("mismatch-bar", applied ? after : before), element("span", { class: "number" }, written));
 }
 
 function shown(name, value) {

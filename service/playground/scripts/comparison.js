@@ -20,8 +20,8 @@ export class Comparison {
     this.controller = null;
     this.asked = null;
     const again = () => this.run(this.asked);
-    this.plain = new Answer(byId("plain"), again);
-    this.steered = new Answer(byId("steered"), again);
+    this.plain = new Answer(byId("plain"), "What the model says by itself.", again);
+    this.steered = new Answer(byId("steered"), "What it says held to the picture.", again);
   }
 
   get running() {

@@ -23,7 +23,7 @@ export function withoutConcepts(why) {
 export function showConcepts(explanation, { edits, onEdit, examples }) {
   byId("concepts").hidden = false;
   byId("concepts-about").textContent = "The strongest in the picture, and in the steered answer before and after its steps. " +
-    (examples ? "Point at one to see what it looks like. " : "") + "Boost or remove one, and the steered answer is asked for again.";
+    (examples ? "Point at one, or tap it, to see what it looks like. " : "") + "Boost or remove one, and the steered answer is asked for again.";
   const numbers = [...explanation.image, ...explanation.text].flatMap((one) => [one.image, one.text, one.steered]);
   const most = Math.max(...numbers, 1e-9);
   const row = (kinds) => (one) => conceptRow(one, kinds, most, { edits, onEdit, examples });

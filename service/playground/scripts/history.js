@@ -49,6 +49,6 @@ export class History {
         element("img", { src: String(entry.thumbnail).startsWith("data:image/") ? entry.thumbnail : null, alt: "" }),
         element("span", { class: "history-words" },
           element("span", { class: "history-question", dir: "auto" }, entry.question),
-          element("span", { class: "hint" }, `strength ${entry.strength} · ${new Date(entry.time).toLocaleString()}`))))));
+          element("span", { class: "hint" }, `strength ${entry.strength} · ${new Date(entry.time).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" })}`))))));
   }
 }

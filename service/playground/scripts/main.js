@@ -32,6 +32,7 @@ const settings = () => ({ picture, question: question(), strength: strength(), e
 
 function submit(keepPlain = false) {
   clearTimeout(settling);
+  if (!comparison.able.model) return undefined; // nobody to ask yet
   if (!picture) return pictures.complain("Choose a picture first.");
   if (!question()) return byId("question").focus();
   return comparison.run(settings(), { keepPlain: keepPlain && comparison.hasPlain(settings()) });
@@ -41,6 +42,7 @@ function busy(on) {
   byId("go").textContent = on ? "Asking…" : "Ask again";
   byId("go").disabled = on;
   byId("stop").hidden = !on;
+  if (!on) showCode(); // it may have turned out what the service cannot do
 }
 
 function changed() {
@@ -134,6 +136,7 @@ async function meet() {
     const waitingFor = await whyNotReady();
     byId("status").textContent = `${comparison.able.model}${waitingFor ? ", not ready yet" : ""}`;
     byId("status").classList.toggle("ready", !waitingFor);
+    byId("go").disabled = comparison.running;
     byId("key-button").hidden = !comparison.able.keyed;
     notice(waitingFor && `${waitingFor} This page looks again by itself.`);
     if (waitingFor) setTimeout(meet, LOOK_EVERY_MS);

@@ -36,19 +36,24 @@ function common(a, b) {
   return [keptA, keptB];
 }
 
-/** Neighbours of one kind joined; a space between two words that differ differs, too. */
+/** Neighbours of one kind joined; what stands between two words that differ differs, too. */
 function parts(found, kept) {
-  const made = [];
   let word = 0;
-  for (const { segment, isWordLike } of found) {
-    const differs = isWordLike && !kept.has(word++);
-    const last = made.at(-1);
-    if (last && last.differs === differs) last.text += segment;
-    else if (differs && made.length > 1 && /^\s+$/.test(last.text)) {
-      made.pop();
-      made.at(-1).text += last.text + segment;
-    } else made.push({ text: segment, differs });
+  const marks = found.map(({ isWordLike }) => (isWordLike ? !kept.has(word++) : null));
+  let next = false;
+  const nextWord = marks.map(() => false);
+  for (let place = marks.length - 1; place >= 0; place -= 1) {
+    nextWord[place] = next;
+    next = marks[place] ?? next;
   }
+  const made = [];
+  let lastWord = false;
+  found.forEach(({ segment }, place) => {
+    const differs = marks[place] ?? (lastWord && nextWord[place]);
+    lastWord = marks[place] ?? lastWord;
+    if (made.at(-1)?.differs === differs) made.at(-1).text += segment;
+    else made.push({ text: segment, differs });
+  });
   return made;
 }
 
