@@ -6,7 +6,7 @@ import { announce, byId } from "./element.js";
 import { inWords, refusesExplanation } from "./failures.js";
 import { askForKey } from "./key_dialog.js";
 import { bodyOf, steeringOf } from "./requests.js";
-import { ask } from "./service.js";
+import { ask, key } from "./service.js";
 import { compare, differing } from "./words.js";
 
 const NO_EXPLANATION = "This service does not tell which concepts it finds.";
@@ -82,10 +82,11 @@ export class Comparison {
   async conclude(asked, failures) {
     const denied = failures.find((failure) => failure.status === 401);
     if (denied) {
-      if (await askForKey(inWords(denied))) await this.run(asked);
+      if (await askForKey(key.get() ? inWords(denied) : undefined)) await this.run(asked);
       return;
     }
     if (failures.length) {
+      withoutConcepts(""); // those there are belong to an answer that is gone
       announce([...new Set(failures.map(inWords))].join(" "));
       return;
     }

@@ -21,6 +21,7 @@ export function withoutConcepts(why) {
  * takes the change back; `examples`: whether the service can show what a concept looks like.
  */
 export function showConcepts(explanation, { edits, onEdit, examples }) {
+  const focused = document.activeElement?.dataset.change;
   byId("concepts").hidden = false;
   byId("concepts-about").textContent = "The strongest in the picture, and in the steered answer before and after its steps. " +
     (examples ? "Point at one, or tap it, to see what it looks like. " : "") + "Boost or remove one, and the steered answer is asked for again.";
@@ -30,6 +31,7 @@ export function showConcepts(explanation, { edits, onEdit, examples }) {
   byId("concepts-lists").replaceChildren(
     list("In the picture", explanation.image.map(row([["picture", "image"]]))),
     list("In the text", explanation.text.map(row([["before", "text"], ["after", "steered"]]))));
+  if (focused) (document.querySelector(`[data-change="${focused}"]`) || byId("concepts-title")).focus();
 }
 
 function list(title, rows) {
@@ -46,7 +48,7 @@ function conceptRow(one, kinds, most, { edits, onEdit, examples }) {
     ? element("button", { type: "button", class: "concept-name", "aria-expanded": "false", "aria-controls": card.id }, name)
     : element("span", { class: "concept-name" }, name);
   const change = (kind, text, sign) => element("button", {
-    type: "button", class: "change", "aria-pressed": String(chosen === kind), "aria-label": `${text} ${name}`, title: text,
+    type: "button", class: "change", "aria-pressed": String(chosen === kind), "data-change": `${kinds[0][0]}-${one.id}-${kind}`, "aria-label": `${text} ${name}`, title: text,
     click: () => onEdit(one, chosen === kind ? null : kind),
   }, sign);
   const made = element("li", { class: `concept ${chosen || ""}` },
@@ -66,7 +68,7 @@ function showOnDemand(made, title, card, one) {
     title.setAttribute("aria-expanded", String(on));
     if (on && !filled) { filled = true; fill(card, one); }
   };
-  made.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && open(true));
+  title.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && open(true));
   made.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && open(false));
   made.addEventListener("focusout", (event) => { if (!made.contains(event.relatedTarget)) open(false); });
   made.addEventListener("keydown", (event) => { if (event.key === "Escape") open(false); });

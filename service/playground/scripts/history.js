@@ -28,6 +28,8 @@ function write(entries) {
   return localStorage.removeItem(STORE);
 }
 
+const changes = (edits = []) => edits.map(([, kind, label]) => ` · ${kind === "boost" ? "more" : "without"} ${label}`).join("");
+
 export class History {
   /** `onOpen` gets an entry as it was added. */
   constructor(onOpen) {
@@ -49,6 +51,6 @@ export class History {
         element("img", { src: String(entry.thumbnail).startsWith("data:image/") ? entry.thumbnail : null, alt: "" }),
         element("span", { class: "history-words" },
           element("span", { class: "history-question", dir: "auto" }, entry.question),
-          element("span", { class: "hint" }, `strength ${entry.strength} · ${new Date(entry.time).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" })}`))))));
+          element("span", { class: "hint" }, `strength ${entry.strength}${changes(entry.edits)} · ${new Date(entry.time).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" })}`))))));
   }
 }

@@ -35,12 +35,18 @@ function submit(keepPlain = false) {
   if (!comparison.able.model) return undefined; // nobody to ask yet
   if (!picture) return pictures.complain("Choose a picture first.");
   if (!question()) return byId("question").focus();
+  showAnswers();
   return comparison.run(settings(), { keepPlain: keepPlain && comparison.hasPlain(settings()) });
 }
 
+/** Where they are below what is in sight, as on a phone. */
+function showAnswers() {
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (byId("answers").getBoundingClientRect().top > 0.6 * innerHeight) byId("answers").scrollIntoView({ behavior: calm ? "auto" : "smooth" });
+}
+
 function busy(on) {
-  byId("go").textContent = on ? "Asking…" : "Ask again";
-  byId("go").disabled = on;
+  byId("go").textContent = "Ask again";
   byId("stop").hidden = !on;
   if (!on) showCode(); // it may have turned out what the service cannot do
 }
@@ -72,7 +78,7 @@ function edit(one, kind) {
 function showEdits() {
   byId("edits").hidden = edits.size === 0;
   byId("edits").replaceChildren(...[...edits].map(([id, kind]) => element("button", {
-    type: "button", class: "chip", click: () => edit({ id, label: labels.get(id) }, null),
+    type: "button", class: "chip", click: () => { edit({ id, label: labels.get(id) }, null); byId("strength").focus(); },
     "aria-label": `Take back: ${labels.get(id)} ${kind === "boost" ? "boosted" : "removed"}`,
   }, `${kind === "boost" ? `+${BOOST}` : "without"} ${labels.get(id)}`, element("span", { "aria-hidden": "true" }, " ×"))));
   changed();
@@ -136,7 +142,7 @@ async function meet() {
     const waitingFor = await whyNotReady();
     byId("status").textContent = `${comparison.able.model}${waitingFor ? ", not ready yet" : ""}`;
     byId("status").classList.toggle("ready", !waitingFor);
-    byId("go").disabled = comparison.running;
+    byId("go").disabled = false;
     byId("key-button").hidden = !comparison.able.keyed;
     notice(waitingFor && `${waitingFor} This page looks again by itself.`);
     if (waitingFor) setTimeout(meet, LOOK_EVERY_MS);

@@ -101,8 +101,8 @@ def test_the_key_is_asked_for_and_stays_in_the_tab(open_page: OpenPage, keyed_fr
     expect(page.locator("#key-button")).to_be_visible()
     ask(page)
     dialog = page.get_by_role("dialog")
-    for wrong in ("sk-wrong", "sk-wrong too"):
-        expect(dialog).to_contain_text("not valid")
+    for wrong, said in (("sk-wrong", "answers to those who have a key"), ("sk-wrong too", "not valid")):
+        expect(dialog).to_contain_text(said)
         page.get_by_label("API key").fill(wrong)
         page.keyboard.press("Enter")
     expect(dialog).to_contain_text("not valid")

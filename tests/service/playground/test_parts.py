@@ -119,6 +119,7 @@ def test_concepts_are_shown_and_changed(open_page: OpenPage, front: PageServer) 
     assert explained.last()["concepts"] == {"33": {"factor": 0}}
     assert len(explained.bodies) == 3, "the plain answer stays"
     expect(text_bars.get_by_role("button", name="Remove star, blue")).to_have_attribute("aria-pressed", "true")
+    expect(text_bars.get_by_role("button", name="Remove star, blue")).to_be_focused()
     picture_bars.get_by_role("button", name="Boost concept 120").click()
     expect(page.locator("#history-list li")).to_have_count(3)
     assert explained.last()["concepts"] == {"33": {"factor": 0}, "120": {"add": 2}}
@@ -134,9 +135,9 @@ def test_a_concept_shows_what_it_looks_like(open_page: OpenPage, front: PageServ
     ask_to_the_end(page)
     name = page.locator("#concepts-lists").get_by_role("button", name="circle, red", exact=True).first
     if how == "pointer":
-        name.hover()
+        name.hover(position={"x": 5, "y": 5})
     else:
-        page.locator("#concepts-title").evaluate("title => { title.tabIndex = -1; title.focus(); }")
+        page.locator("#concepts-title").evaluate("title => title.focus()")
         page.keyboard.press("Tab")
         expect(name).to_be_focused()
     card = page.locator(".card:visible")
@@ -268,7 +269,7 @@ def test_axe_finds_nothing_serious(
     check(page, "at first")
     ask_to_the_end(page)
     page.locator("#steered summary").click()
-    page.locator("#concepts-lists .concept").first.hover()
+    page.locator("#concepts-lists .concept-name").first.hover()
     page.get_by_role("button", name="Remove star, blue").click()
     expect(page.locator("#history-list li")).to_have_count(2)
     check(page, "with everything open")
