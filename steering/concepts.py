@@ -84,13 +84,16 @@ def read_concepts(folder: Path, *, thumbnails: bool) -> Iterator[Concept]:
         with file.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _read_line(line, f"{file}, line {number}", folder if thumbnails else None)
+                    yield parse_concept(line, f"{file}, line {number}", folder if thumbnails else None)
     except (UnicodeDecodeError, OSError) as error:
         raise BadArtifact(f"{file} cannot be read: {error}", field="artifact") from error
 
 
-def _read_line(line: str, where: str, folder: Path | None) -> Concept:
-    """The one place that knows both where thumbnails are and where they were; without a folder they are left out."""
+def parse_concept(line: str, where: str, folder: Path | None) -> Concept:
+    """One line of `concepts.jsonl`; `where` names it in errors. Raises BadArtifact.
+
+    The one place that knows both where thumbnails are and where they were; without a folder they are left out.
+    """
     try:
         concept = json.loads(line)
         checked = _Line.model_validate(concept)

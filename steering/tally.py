@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from steering.explanation import Explanation
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
@@ -17,3 +19,7 @@ class Tally:
     """The hook has seen this sequence: without it nothing could have been steered."""
     visited_text: bool = False
     """A delta was computed for at least one position, be it zero."""
+    clamped: int = 0
+    """Positions whose delta was shortened to `max_shift` here."""
+    explanation: Explanation | None = None
+    """At its end; None where nobody watched."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
-from service.callers.keys import Caller
+from service.callers.keys import Caller, Scope
 from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
+from service.concepts.names import ConceptNames
 from service.errors import ApiError
 from service.experiments.arms import over_default
 from service.experiments.assignment import Assignment, assign
@@ -34,6 +36,7 @@ async def make_job(
     settings: Settings,
     decoder: ImageDecoder,
     remote: RemoteImages,
+    names: ConceptNames,
     caller: Caller,
     admit_images: AdmitImages,
     take_bytes: Callable[[int], None] = lambda _count: None,
@@ -45,7 +48,7 @@ async def make_job(
     assignment = assignment_of(request, strength_header, alias, unit_header, settings, caller)
     if assignment is not None:
         assigned(assignment)
-    steering = merge_steering(request.steering, strength_header, alias, settings, assignment)
+    steering = await names.by_id(merge_steering(request.steering, strength_header, alias, settings, assignment))
     check_limits(request, settings)
     check_scopes(request, caller)
     return ModelJob(
@@ -88,7 +91,7 @@ def assignment_of(
     """None where no experiment runs. The unit is the key and, of that key, the header's or else the body's user."""
     if settings.experiment is None:
         return None
-    asked = request.steering is not None and bool(request.steering.model_dump(exclude_none=True))
+    asked = request.steering is not None and bool(request.steering.model_dump(exclude_none=True, exclude={"explain"}))
     own = asked or strength_header is not None or alias != ""
     user = unit_header or request.user
     unit = f"{caller.name}:{user}" if user else None
@@ -104,11 +107,6 @@ def merge_steering(
 ) -> RequestedSteering:
     """Body, header and alias, or else the arm, over the server's default: a caller's own steering is in no arm."""
     body = body or SteeringRequest()
-    for name in ("concepts", "explain"):
-        if getattr(body, name):
-            raise ApiError(
-                "unsupported_value", f"steering.{name}: not supported yet; leave it out", param=f"steering.{name}"
-            )
     if body.control not in (None, "none") and not settings.allow_controls:
         raise ApiError(
             "unsupported_value",
@@ -117,7 +115,8 @@ def merge_steering(
         )
     default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
     if assignment is not None and assignment.arm is not None:
-        return over_default(assignment.arm.steering, default, arm=assignment.shown)
+        asked = over_default(assignment.arm.steering, default, arm=assignment.shown)
+        return replace(asked, settings=asked.settings.model_copy(update={"explain": body.explain}))
     if body.preset is not None:
         default = SteeringRequest()  # a default strength belongs to the default preset
     arm = assignment and assignment.shown
@@ -153,13 +152,19 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
 
 def check_scopes(request: ChatCompletionRequest, caller: Caller) -> None:
     """What not every key may ask for."""
-    control = request.steering and request.steering.control
-    if control not in (None, "none") and "evaluate" not in caller.scopes:
-        raise ApiError(
-            "permission_denied",
-            "steering.control: needs a key with the scope 'evaluate'",
-            param="steering.control",
-        )
+    asked = request.steering or SteeringRequest()
+    wanted: list[tuple[str, object, Scope]] = [
+        ("explain", asked.explain, "explain"),
+        ("concepts", asked.concepts, "explain"),
+        ("control", asked.control not in (None, "none"), "evaluate"),
+    ]
+    for field, value, scope in wanted:
+        if value and scope not in caller.scopes:
+            raise ApiError(
+                "permission_denied",
+                f"steering.{field}: needs a key with the scope '{scope}'",
+                param=f"steering.{field}",
+            )
 
 
 def sampling_of(request: ChatCompletionRequest) -> Sampling:

@@ -20,6 +20,7 @@ from service.chat.admission import Share
 from service.chat.body_structure import check_structure
 from service.chat.request import make_job
 from service.chat.schemas import ChatCompletionRequest
+from service.concepts.names import ConceptNames
 from service.errors import ApiError, from_validation_error
 from service.images.decoder import ImageDecoder
 from service.images.remote import RemoteImages
@@ -35,6 +36,8 @@ from steering.engines.base import GenerationEnd
 log = logging.getLogger(__name__)
 LOGPROB_BYTES = 256
 """One logprob in JSON is 60 to 150 bytes with common tokens; it is kept, and stands once more in the answer."""
+EXPLAINED_TOKEN_BYTES = 2048
+"""Three concepts with their labels, in memory and in JSON; kept until the answer is whole."""
 WIDE_COPIES = 3
 """A text with one character from outside the basic plane takes four bytes for each of its characters."""
 
@@ -55,13 +58,14 @@ class AnswerShape(NamedTuple):
     def of(cls, chat: ChatCompletionRequest, settings: Settings) -> AnswerShape:
         n, tokens = chat.n or 1, chat.max_completion_tokens or chat.max_tokens or settings.default_max_tokens
         logprobs = n * tokens * (1 + (chat.top_logprobs or 0)) if chat.logprobs and not chat.stream else 0
+        explained = n * tokens if chat.steering and chat.steering.explain == "tokens" else 0
         return cls(
             model=chat.model,
             stream=bool(chat.stream),
             include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
             n=n,
             logprobs=bool(chat.logprobs),
-            kept_bytes=LOGPROB_BYTES * logprobs,
+            kept_bytes=LOGPROB_BYTES * logprobs + EXPLAINED_TOKEN_BYTES * explained,
         )
 
 
@@ -72,6 +76,7 @@ class ChatRunner:
     model: ModelClient
     decoder: ImageDecoder
     remote: RemoteImages
+    names: ConceptNames
     access: Access
     ledger: LedgerClient
     tracing: Tracing
@@ -108,6 +113,7 @@ class ChatRunner:
                 settings=settings,
                 decoder=self.decoder,
                 remote=self.remote,
+                names=self.names,
                 caller=caller,
                 admit_images=admit_images,
                 take_bytes=body_share.take,
@@ -140,6 +146,7 @@ class ChatRunner:
                     assert not isinstance(event, AnswerStart)
                     meter.observe(event)
                     if isinstance(event, GenerationEnd):
+                        event = await self.names.with_labels(event)
                         await self._remember(answer_id, caller, event, record.arm)
                     yield event
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -26,6 +27,8 @@ from service.chat.admission import Admission
 from service.chat.request import ALIASES, find_alias
 from service.chat.run import ChatRunner
 from service.chat.shadow import Shadows
+from service.concepts.index import ConceptIndex
+from service.concepts.names import ConceptNames
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
 from service.http.chat_route import ChatAnswer, ChatRoute
@@ -79,6 +82,7 @@ def build_api(
         model=model,
         decoder=decoder,
         remote=remote or _remote_images(settings),
+        names=ConceptNames(ConceptIndex(Path(artifact)) if (artifact := settings.loaded_artifact) else None),
         access=access,
         ledger=ledger,
         tracing=tracing,

@@ -297,7 +297,8 @@ def _schemas(settings: Settings) -> dict[str, Any]:
     url["format"] = "image-url"
     url["description"] = _image_description(settings)
     steering = schemas["SteeringRequest"]["properties"]
-    steering["concepts"], steering["explain"] = {"enum": [None, {}]}, {"enum": [None, False]}
+    if settings.loaded_artifact is None:
+        steering["concepts"], steering["explain"] = {"enum": [None, {}]}, {"enum": [None, False]}
     if not settings.allow_controls:
         steering["control"] = {"enum": [None, "none"]}
     return schemas

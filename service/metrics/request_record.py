@@ -74,6 +74,7 @@ class RequestRecord:
             "strength": self.receipt.strength,
             "arm": self.receipt.arm,
             "relative_shift": _mean(self.receipt.relative_shift),
+            "mismatch": _mean([one.before for one in self.receipt.mismatch or () if one is not None]),
         }
         facts = {
             "request_id": self.request_id,

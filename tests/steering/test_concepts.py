@@ -100,7 +100,7 @@ def test_loading_parses_no_concept(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     (folder / "concepts.jsonl").write_text("not JSON\n")
     write_config(folder, read_config(folder))
-    monkeypatch.setattr(reader, "_read_line", parsed)
+    monkeypatch.setattr(reader, "parse_concept", parsed)
     artifact = load_artifact(folder)
     with pytest.raises(AssertionError, match="parsed"):
         next(iter(artifact.concepts))

@@ -11,6 +11,7 @@ from service.callers.keys import ANYBODY
 from service.chat.request import check_limits, find_alias, make_job, merge_steering, sampling_of, turns_of
 from service.chat.run import parse_chat
 from service.chat.schemas import ChatCompletionRequest
+from service.concepts.names import ConceptNames
 from service.errors import ApiError
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.images.remote import RemoteImages
@@ -45,6 +46,7 @@ async def job_of(decoder: ImageDecoder, content: dict, settings: Settings = SETT
         settings=settings,
         decoder=decoder,
         remote=RemoteImages(settings.image_hosts, timeout_s=1, max_image_bytes=settings.max_image_bytes),
+        names=ConceptNames(None),
         caller=ANYBODY,
         admit_images=admit_all,
     )
@@ -119,8 +121,6 @@ def test_a_wrong_header_is_named(header: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"concepts": {"1": {"factor": 0.0}}}, "steering.concepts"),
-        ({"explain": True}, "steering.explain"),
         ({"control": "random"}, "steering.control"),
         ({"control": "other_image"}, "steering.control"),
     ],

@@ -144,6 +144,7 @@ def test_a_treatment_that_changed_on_the_way_is_said() -> None:
     assert "CHANGED" in report.table(found)
 
 
+@pytest.mark.slow
 def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:
     log, out, picture = tmp_path / "service.log", tmp_path / "report.json", tmp_path / "report.png"
     log.write_text("\n".join(log_of(failing="half")) + "\n")

@@ -54,7 +54,7 @@ def test_a_request(file: Path) -> None:
         "duration_s": 1.5, "time_to_first_token_s": 0.25, "stream": True, "finish": "stop", "prompt_tokens": 20,
         "completion_tokens": 3, "images": 2, "image_pixels": 300,
         "steering": {"applied": True, "reason": None, "preset": "captions", "strength": 1.0, "arm": None,
-                     "relative_shift": 0.25},
+                     "relative_shift": 0.25, "mismatch": 0.5},
     }  # fmt: skip
 
 

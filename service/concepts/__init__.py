@@ -1,0 +1,1 @@
+"""The concepts of the artifact, looked up in an index on disk."""
