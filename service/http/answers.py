@@ -133,6 +133,7 @@ HEADERS: dict[str, dict[str, Any]] = {
     REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
     "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
+    "ETag": {"description": "Names this content, for `If-None-Match`.", "schema": {"type": "string"}},
     ARM_HEADER: {
         "description": "While an experiment runs: the arm whose steering this is, `own` for the caller's.",
         "schema": {"type": "string"},
@@ -153,6 +154,12 @@ UNIT_PARAMETER = {
     "description": "Who asks, for an experiment: the same unit gets the same arm. Else `user` of the body is the unit.",
     "schema": {"type": "string", "pattern": f"^{UNIT.pattern}$"},
     "example": "visitor-17",
+}
+KNOWN_PARAMETER = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "The `ETag` of a copy that one has: if it is still good, the answer is a 304 without a body.",
+    "schema": {"type": "string"},
 }
 STRENGTH_PARAMETER = {
     "name": STRENGTH_HEADER,

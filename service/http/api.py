@@ -33,6 +33,7 @@ from service.http.chat_route import ChatRoute
 from service.http.feedback_route import FeedbackDesk
 from service.http.middleware import Middleware
 from service.http.openapi import build_openapi
+from service.http.playground_page import Playground
 from service.http.routes import ROUTES
 from service.images.decoder import ImageDecoder
 from service.images.remote import RemoteImages
@@ -95,6 +96,7 @@ def build_api(
         chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
         readiness=Readiness(model, lambda: live.current.default_artifact, may_sleep=settings.model_may_sleep),
+        pages=Playground(),
         with_keys=keys is not None,
         started=int(time.time()),
     )
@@ -136,6 +138,7 @@ class Handlers:
     chat: ChatRoute
     desk: FeedbackDesk
     readiness: Readiness
+    pages: Playground
     with_keys: bool
     """Whether a caller needs one."""
     started: int
@@ -179,6 +182,9 @@ class Handlers:
                 "live_settings": self.live.describe(),
             }
         )
+
+    async def playground(self, request: Request) -> Response:
+        return self.pages.answer(request.path_params.get("file"), request.headers.get("if-none-match", ""))
 
     async def openapi(self) -> Response:
         document = await asyncio.to_thread(build_openapi, self.live.current, with_keys=self.with_keys)

@@ -20,6 +20,7 @@ from service.errors import ERROR_KINDS, ApiError
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
 from service.http.answers import (
     HEADERS,
+    KNOWN_PARAMETER,
     NOT_ALWAYS,
     REQUEST_ID_PARAMETER,
     STRENGTH_PARAMETER,
@@ -35,6 +36,7 @@ from service.http.answers import (
 )
 from service.http.feedback_route import FeedbackRequest
 from service.http.middleware import ARM_HEADER, ASSIGNMENT_HEADER, REQUEST_ID_HEADER
+from service.http.playground_page import MEDIA_TYPES, Playground
 from service.http.routes import ROUTES, Route
 from service.settings import Settings
 
@@ -115,6 +117,8 @@ def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]
             **_error_responses(codes),
         },
     }
+    if KNOWN_PARAMETER in given.parameters:
+        operation["responses"]["304"] = {"description": "The copy is still good.", "headers": _headers(304, ("ETag",))}
     if given.links is not None:
         operation["responses"]["200"]["links"] = given.links
     if given.body is not None:
@@ -178,8 +182,23 @@ def _bodies(settings: Settings) -> dict[str, Bodies]:
         "/healthz": Bodies(_json(Alive)),
         "/readyz": Bodies(_json(Ready)),
         "/metrics": Bodies({TEXT: {"schema": {"type": "string"}}}),
+        "/": Bodies(_files(".html"), parameters=(KNOWN_PARAMETER,), headers=("ETag",)),
+        "/playground/{file:path}": Bodies(
+            _files(".css", ".js", ".json", ".png", ".svg"),
+            parameters=(PLAYGROUND_FILE, KNOWN_PARAMETER),
+            headers=("ETag",),
+        ),
         "/openapi.json": Bodies({JSON: {"schema": {"type": "object"}}}),
     }
+
+
+PLAYGROUND_FILE = {"name": "file", "in": "path", "required": True, "schema": {"enum": Playground().names}}
+
+
+def _files(*endings: str) -> dict[str, Any]:
+    """What a route of files gives: its own to read, no contract."""
+    kinds = [MEDIA_TYPES[ending].partition(";")[0] for ending in endings]
+    return {kind: {"schema": {} if kind == JSON else {"type": "string"}} for kind in kinds}
 
 
 EVENT = {

@@ -51,6 +51,9 @@ ROUTES = (
     Route("GET", "/readyz", None, "ready", "Will a request be answered?", "The model makes progress.",
           ("shutting_down",)),
     Route("GET", "/metrics", "metrics", "metrics", "Metrics for Prometheus", "Text exposition format 0.0.4."),
+    Route("GET", "/", None, "playground", "The playground", "A page for people, of this service alone."),
+    Route("GET", "/playground/{file:path}", None, "playground", "A part of the playground", "It.",
+          ("route_not_found",)),
     Route("GET", "/openapi.json", None, "openapi", "This document", "OpenAPI 3.1."),
 )  # fmt: skip
 BY_PATH = {route.path: route for route in ROUTES}

@@ -26,7 +26,7 @@ from tests.service.callers.test_ledger import Clock
 from tests.service.examples import ScriptedModel, body, delta, encoded, end, image_part, picture, user
 
 CHAT, FEEDBACK = "/v1/chat/completions", "/v1/feedback"
-PUBLIC = {"/healthz", "/readyz", "/openapi.json"}
+PUBLIC = {"/healthz", "/readyz", "/openapi.json", "/", "/playground/{file:path}"}
 SCOPES = {CHAT: "chat", FEEDBACK: "chat", "/v1/models": "chat", "/version": "chat", "/metrics": "metrics"}
 JSON_BODY = {"content-type": "application/json"}
 
@@ -113,7 +113,9 @@ async def test_a_route_that_says_nothing_is_not_reachable(service: Service) -> N
     assert (await service.ask("GET", "/forgotten", "other")).status_code == 404
 
 
-@pytest.mark.parametrize("path", [*SCOPES, "/v1/models/tiny", "/v1/models/", "/nowhere", "/", "/docs", "/healthz/"])
+@pytest.mark.parametrize(
+    "path", [*SCOPES, "/v1/models/tiny", "/v1/models/", "/nowhere", "/playground", "/docs", "/healthz/"]
+)
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "DELETE"])
 async def test_without_a_key_only_public_paths_answer(service: Service, path: str, method: str) -> None:
     """Nor is it told which others exist."""
@@ -127,6 +129,7 @@ async def test_without_a_key_only_public_paths_answer(service: Service, path: st
 
 @pytest.mark.parametrize("path", sorted(PUBLIC))
 async def test_public_paths_need_no_key(service: Service, path: str) -> None:
+    path = path.replace("{file:path}", "page.css")
     assert (await service.ask("GET", path)).status_code == 200
     assert (await service.ask("GET", path, headers={"authorization": "Bearer wrong"})).status_code == 200
 

@@ -41,7 +41,7 @@ def bodies() -> list[tuple[str, dict[str, Any]]]:
             (f"{name} {part}", media)
             for part, described in parts
             if described
-            for kind, media in described["content"].items()
+            for kind, media in described.get("content", {}).items()
             if kind == "application/json"
         ]
     return found
@@ -90,7 +90,7 @@ def test_every_error_is_documented_with_its_headers() -> None:
         for status, response in operation["responses"].items():
             assert "x-request-id" in response["headers"]
             assert ("Retry-After" in response["headers"]) == (status in ("429", "503"))
-            if status != "200":
+            if status >= "400":
                 here = set(response["content"]["application/json"]["examples"])
                 assert {ERROR_KINDS[code].status for code in here} == {int(status)}
                 codes |= here
