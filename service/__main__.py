@@ -22,6 +22,7 @@ from pathlib import Path
 from service.callers.keys import load_keys, without_keys_on_loopback
 from service.command_line import parse_settings
 from service.draining import drain
+from service.errors import explained
 from service.example import curl_command
 from service.gateway import Gateway, GatewayError, check_serve_mode, free_port, settle_gateway
 from service.metrics.machine import FOLDER_VARIABLE
@@ -44,11 +45,6 @@ DRAIN_MARGIN_S = 2.0
 """After their time is over, requests that were cut get so long to say so."""
 DELETE_TIMEOUT_S = 10.0
 """Replicas have nothing left to do when they are asked to go; one that hangs is not waited for any longer."""
-EXPLAINED = tuple(
-    f"{family}: "
-    for family in ("steering.errors.BadArtifact", "steering.errors.EngineUnavailable", "service.settings.SettingsError")
-)
-"""How a traceback names the errors whose message says it all."""
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks this machine itself, whatever proxy the environment names."""
 
@@ -150,7 +146,7 @@ def serve_until_interrupted(settings: LaunchSettings, gateway: Gateway | None, *
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
-        cpus = settings.ingress_replicas + settings.model_replicas * runs.cpu_threads
+        cpus = settings.ingress_replicas + (settings.model_replicas + len(settings.candidates)) * runs.cpu_threads
         with gateway or nullcontext(), ray_for(settings, cpus=cpus):
             stop_on_signals()
             deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
@@ -189,7 +185,7 @@ def deploy(settings: LaunchSettings) -> None:
     """Ray Serve with the application; returns before it runs."""
     from ray import serve
 
-    from service.app import APPLICATION, SHUTDOWN_MARGIN_S, assemble
+    from service.app import APPLICATION, SHUTDOWN_MARGIN_S, assemble, assemble_candidate
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     timeout_s = settings.request_timeout_s + SHUTDOWN_MARGIN_S
@@ -201,7 +197,11 @@ def deploy(settings: LaunchSettings) -> None:
         ingress={"num_replicas": settings.ingress_replicas},
         model={"num_replicas": settings.model_replicas, **places},
     )
-    serve.run_many([serve.RunTarget(application, name=APPLICATION)], wait_for_applications_running=False)
+    targets = [serve.RunTarget(application, name=APPLICATION)]
+    for name, folder in settings.candidates.items():
+        beside = assemble_candidate(settings.model_copy(update={"artifact": folder}), model=places)
+        targets.append(serve.RunTarget(beside, name=name, route_prefix=None))
+    serve.run_many(targets, wait_for_applications_running=False)
 
 
 def stop_gracefully(settings: LaunchSettings) -> None:
@@ -241,7 +241,7 @@ def wait_until_ready(settings: LaunchSettings, began: float) -> None:
         if application is not None:
             messages = "\n".join(one.message for one in application.deployments.values())
             failed = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
-            if failed or any(family in messages for family in EXPLAINED):  # nor would these heal if tried again
+            if failed or explained(messages):  # nor would these heal if tried again
                 raise StartupError(startup_failure(messages))
         if get(settings, "/readyz") is not None:
             return
@@ -255,10 +255,7 @@ def wait_until_ready(settings: LaunchSettings, began: float) -> None:
 
 def startup_failure(messages: str) -> str:
     """What an operator needs of a replica's last words: our own message, or all of a traceback nobody foresaw."""
-    for family in EXPLAINED:
-        if family in messages:
-            return messages.rpartition(family)[2].strip()
-    return f"the model could not be loaded:\n{messages}"
+    return explained(messages) or f"the model could not be loaded:\n{messages}"
 
 
 def report(settings: LaunchSettings, seconds: float, *, keyed: bool) -> None:

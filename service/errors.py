@@ -101,6 +101,12 @@ PYDANTIC_STEPS = frozenset(
 )
 """Steps that pydantic puts into error paths and no client ever wrote: branches of `schemas.py`'s unions, keys."""
 
+EXPLAINED = tuple(
+    f"{family}: "
+    for family in ("steering.errors.BadArtifact", "steering.errors.EngineUnavailable", "service.settings.SettingsError")
+)
+"""How a traceback names the errors whose message says it all."""
+
 RETRY_AFTER_S = 1.0
 """Where nothing better is known."""
 
@@ -189,3 +195,9 @@ def markdown_table() -> str:
     for code, kind in sorted(ERROR_KINDS.items(), key=lambda item: item[1].status):
         rows.append(f"| {kind.status} | `{code}` | {kind.when} | {kind.remedy} | {kind.retry} |")
     return "\n".join(rows)
+
+
+def explained(messages: str) -> str | None:
+    """What an operator needs of a replica's last words: our own message, where it was one of EXPLAINED."""
+    last = max(EXPLAINED, key=messages.rfind)
+    return messages.rpartition(last)[2].strip() if last in messages else None

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from service.experiments.arms import Experiment
+from service.artifacts import MAIN
+from service.experiments.arms import Experiment, Name, read_json
 
 KEYS_VARIABLE = "VLSAE_KEYS"
 """Not a setting, since settings are shown and passed around: `keys.py` reads it."""
@@ -25,8 +26,6 @@ MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS = 128, 64
 COPIES_OF_A_BODY = 3
 """Held at a time: as it came, as text, and as the bytes that base64 meant."""
 BYTES_PER_PIXEL = 3
-SHADOWS_OF_MEMORY = 16
-"""Shadows may hold this part of what callers may: pixels."""
 IMAGES_AT_LIMIT = 2
 """As large as one image may be, a request may have so many."""
 
@@ -119,6 +118,8 @@ class Settings(Group):
     """Preset of requests that name none (default: the artifact's own default)."""
     default_strength: float | None = Field(default=None, ge=0, le=1)
     """Strength, 0 to 1, of requests that name neither strength nor preset (default: the preset's own)."""
+    default_artifact: str = MAIN
+    """Candidate whose artifact answers where no arm says otherwise; meant for the live file."""
     allow_controls: bool = False
     """Whether `steering.control` is accepted; for evaluation only."""
 
@@ -221,10 +222,19 @@ class LaunchSettings(Settings):
     """Processes that answer HTTP; on a cluster `deployments:` has the number."""
     model_replicas: int = Field(default=1, ge=1)
     """Processes that each hold one engine; on a cluster `deployments:` has the number."""
+    candidates: dict[Name, str] = Field(default_factory=dict)
+    """Artifacts to load beside, each with a model of its own, as a JSON object of names and folders."""
     max_ongoing_requests: int = Field(default=MAX_ONGOING_REQUESTS, ge=1)
     """Requests that one model replica holds at a time; its engine batches or queues them."""
     max_queued_requests: int = Field(default=MAX_QUEUED_REQUESTS, ge=0)
     """Requests that wait in one ingress replica while every model replica is full; more are refused with 503."""
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _from_text(cls, values: Any) -> Any:
+        if MAIN in (found := read_json(values)):
+            raise ValueError(f"{MAIN!r} is the service's own artifact; take another name")
+        return found
 
     @property
     def on_loopback(self) -> bool:

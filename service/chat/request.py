@@ -71,8 +71,9 @@ class ChatRunner:
         if assignment is not None:
             meter.assigned(assignment)
         steering = merge_steering(chat.steering, strength_header, alias, settings, assignment)
+        record.artifact = artifact_of(settings, assignment)
         if steering.settings.concepts:
-            steering = await self.names.by_id(steering)
+            steering = await self.names.by_id(steering, record.artifact)
         check_limits(chat, settings)
         check_scopes(chat, caller)
 
@@ -100,6 +101,7 @@ class ChatRunner:
             sampling=sampling_of(chat),
             steering=steering,
             tenant=caller.name,
+            artifact=record.artifact,
         )
 
     async def run(
@@ -165,6 +167,12 @@ def assignment_of(
     return assign(settings.experiment, unit=unit, own_steering=own)
 
 
+def artifact_of(settings: Settings, assignment: Assignment | None) -> str:
+    """The name of the artifact that answers: the arm's, or else the server's default."""
+    arm = assignment and assignment.arm
+    return (arm and arm.artifact) or settings.default_artifact
+
+
 def merge_steering(
     body: SteeringRequest | None,
     strength_header: str | None,
@@ -209,7 +217,8 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
             raise ApiError("invalid_value", f"{name}: at most {settings.max_tokens_limit} are allowed", param=name)
     if len(image_parts(request)) > settings.max_images:
         raise ApiError("invalid_value", f"messages: at most {settings.max_images} images are allowed", param="messages")
-    if (asked := text_bytes(request)) > MAX_TEXT_BYTES:
+    texts = [part for turn in turns_of(request) for part in turn.parts if part is not None]
+    if (asked := sum(len(text.encode()) for text in texts)) > MAX_TEXT_BYTES:
         raise ApiError(
             "request_too_large",
             f"messages: the texts together have {asked} bytes; at most {MAX_TEXT_BYTES} are allowed",
@@ -276,11 +285,6 @@ def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
         )
         turns.append(Turn(role, parts))
     return tuple(turns)
-
-
-def text_bytes(request: ChatCompletionRequest) -> int:
-    """Length of all texts together, in bytes of UTF-8."""
-    return sum(len(part.encode()) for turn in turns_of(request) for part in turn.parts if part is not None)
 
 
 def image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:

@@ -25,7 +25,8 @@ from service.metrics.meter import Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.client import ModelClient
 from service.model.job import ModelJob
-from service.settings import BYTES_PER_PIXEL, SHADOWS_OF_MEMORY, Settings
+from service.model.object_store import SHADOWS_OF_MEMORY
+from service.settings import BYTES_PER_PIXEL, Settings
 from steering.engines.base import GenerationEnd, TextDelta
 from steering.request import SteeringRequest
 
@@ -111,7 +112,8 @@ class Shadows:
             return None
         default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
         steering = over_default(asked.steering, default, arm=SHADOW)
-        shadow = Shadow(replace(job, request_id=f"{SHADOW}-{uuid.uuid4().hex}", steering=steering), record, share)
+        changes = {"steering": steering, "artifact": asked.artifact or settings.default_artifact}
+        shadow = Shadow(replace(job, request_id=f"{SHADOW}-{uuid.uuid4().hex}", **changes), record, share)
         self._planned.add(shadow)
         return shadow
 
@@ -179,6 +181,7 @@ class Shadows:
             **alike._asdict(),
             "greedy": shadow.job.sampling.temperature == 0,
             "applied": end.receipt.applied,
+            "artifact": end.receipt.artifact,
             "duration_s": round(took_s, 6),
         }
         log.info("shadow", extra={"facts": facts})

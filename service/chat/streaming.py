@@ -30,6 +30,9 @@ LOGPROB_BYTES = 256
 EXPLAINED_TOKEN_BYTES = 2048
 """Three concepts with their labels, in memory and in JSON; kept until the answer is whole."""
 
+EXPLAINED_TOKEN_BYTES = 2048
+"""Three concepts with their labels, in memory and in JSON; kept until the answer's end, in a stream, too."""
+
 
 class AnswerShape(NamedTuple):
     """What of a request is needed to write its answer; the conversation is not."""
@@ -41,7 +44,7 @@ class AnswerShape(NamedTuple):
     n: int
     logprobs: bool
     kept_bytes: int
-    """Most that is kept of the answer until it is whole. Without logprobs that is next to nothing."""
+    """Most that is kept of the answer until it is whole: next to nothing but for logprobs and explained tokens."""
 
     @classmethod
     def of(cls, chat: ChatCompletionRequest, settings: Settings) -> AnswerShape:

@@ -71,6 +71,17 @@ class Live(Answer):
     """Why the last change is not in force, if it is not."""
 
 
+class Beside(Answer):
+    """An artifact that is loaded beside the service's own, or is to be."""
+
+    artifact: str | None = None
+    """Its fingerprint."""
+    system_fingerprint: str | None = None
+    presets: list[str] | None = None
+    refused: str | None = None
+    """Why it cannot answer, if it cannot."""
+
+
 class Version(Answer):
     version: str
     """Of this service."""
@@ -81,8 +92,12 @@ class Version(Answer):
     """Most tokens of prompt and answer together."""
     system_fingerprint: str
     """Changes with whatever can change an answer."""
+    default_artifact: str
+    """Name of the one that answers where no arm says otherwise: `main`, or a candidate."""
     artifact: str | None
-    """Fingerprint of the artifact, where one is loaded."""
+    """Its fingerprint, where one is loaded."""
+    candidates: dict[str, Beside]
+    """Those that an arm, or `default_artifact`, may name."""
     presets: list[str]
     alignment: dict[str, float] | None
     """How far image and text agree in pairs that the artifact was not trained on."""

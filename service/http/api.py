@@ -46,6 +46,8 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 OWNER = "vl-sae-steering"
 LOOK_EVERY_S = 1.0
+CANDIDATES_EVERY_S = 5.0
+"""A look asks Serve's controller; a change that names a candidate may wait for one."""
 IMAGE_FETCH_TIMEOUT_S = 5.0
 """For all remote images of a request together."""
 
@@ -92,16 +94,18 @@ def build_api(
         live=live,
         chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
-        readiness=Readiness(model),
+        readiness=Readiness(model, lambda: live.current.default_artifact),
         with_keys=keys is not None,
         started=int(time.time()),
     )
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        looking = asyncio.create_task(_keep_looking(handlers))
+        await know_candidates(model, live)
+        looking = [asyncio.create_task(_keep_looking(handlers)), asyncio.create_task(_keep_knowing(model, live))]
         yield
-        looking.cancel()
+        for task in looking:
+            task.cancel()
         shadows.close()
         tracing.close()
 
@@ -166,7 +170,9 @@ class Handlers:
                 "engine": able.engine,
                 "context_tokens": able.context_tokens,
                 "system_fingerprint": status.system_fingerprint,
+                "default_artifact": self.live.current.default_artifact,
                 "artifact": able.artifact,
+                "candidates": self.live.candidates,
                 "presets": list(able.presets),
                 "alignment": able.alignment,
                 "faithfulness": able.faithfulness,
@@ -217,6 +223,20 @@ async def _keep_looking(handlers: Handlers) -> None:
         except Exception:
             log.exception("whether the model is ready cannot be found out")
         await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def know_candidates(model: ModelClient, live: LiveSettings) -> None:
+    """One look at what is loaded beside the service's own artifact."""
+    try:
+        live.know(await model.candidates())
+    except Exception:
+        log.exception("which candidates there are cannot be found out")
+
+
+async def _keep_knowing(model: ModelClient, live: LiveSettings) -> None:
+    while True:
+        await asyncio.sleep(CANDIDATES_EVERY_S)
+        await know_candidates(model, live)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

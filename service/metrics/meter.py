@@ -41,7 +41,9 @@ class Metrics:
             self._folder.mkdir(parents=True, exist_ok=True)
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
         histogram = partial(Histogram, registry=registry)
-        self.requests = counter("vlsae_requests_total", "Requests a model replica began.", ["arm", "applied", "finish"])
+        self.requests = counter(
+            "vlsae_requests_total", "Requests a model replica began.", ["arm", "applied", "finish", "artifact"]
+        )
         self.assignments = counter(
             "vlsae_assignments_total",
             "Chat requests while an experiment runs, counted when they fall into an arm, whatever becomes of them.",
@@ -257,15 +259,15 @@ class Meter:
         record.prompt_tokens, record.completion_tokens = self._prompt_tokens, self._completion_tokens
         metrics.prompt_tokens.inc(self._prompt_tokens)
         record.inter_token_s = self._gaps_s / self._gaps if self._gaps else None
-        arm = record.arm
+        arm, artifact = record.arm, record.artifact
         metrics.completion_tokens.labels(arm=arm).inc(self._completion_tokens)
         if end is None:
-            metrics.requests.labels(arm=arm, applied="unknown", finish=finish).inc()
+            metrics.requests.labels(arm=arm, applied="unknown", finish=finish, artifact=artifact).inc()
             return
         applied = "true" if end.receipt.applied else "false"
         record.choices = len(end.completion_tokens)
         record.empty_choices = record.choices - len(self._with_text)
-        metrics.requests.labels(arm=arm, applied=applied, finish=finish).inc()
+        metrics.requests.labels(arm=arm, applied=applied, finish=finish, artifact=artifact).inc()
         metrics.choices.labels(applied=applied, arm=arm).inc(record.choices)
         metrics.empty_answers.labels(applied=applied, arm=arm).inc(record.empty_choices)
         if end.receipt.applied:

@@ -26,6 +26,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from service import VERSION
+from service.artifacts import MAIN
 from service.errors import ERROR_KINDS
 from service.experiments.arms import NO_ARM
 from service.experiments.assignment import Assignment
@@ -60,6 +61,8 @@ class RequestRecord:
     stream: bool | None = None
     images: int = 0
     image_pixels: int = 0
+    artifact: str = MAIN
+    """The name of the one that was to answer."""
     assignment: Assignment | None = None
     """What the experiment in force meant for it."""
     time_to_first_token_s: float | None = None
@@ -92,6 +95,7 @@ class RequestRecord:
     def facts(self) -> dict[str, object]:
         """What the log says, flat, without what is not known."""
         steering = self.receipt and {
+            "artifact": self.receipt.artifact,
             "applied": self.receipt.applied,
             "reason": self.receipt.reason,
             "preset": self.receipt.preset,
@@ -119,6 +123,7 @@ class RequestRecord:
             "empty_choices": self.empty_choices,
             "images": self.images or None,
             "image_pixels": self.image_pixels or None,
+            "artifact": self.artifact if self.completion_id else None,
             "steering": steering,
             "experiment": self.assignment and assignment_facts(self.assignment),
         }

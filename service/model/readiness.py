@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from service.artifacts import MAIN
 from service.errors import ApiError
 from service.model.client import ModelClient
 from service.model.replica import ModelStatus
@@ -27,9 +28,10 @@ UNREADY_AFTER_S = 10.0
 class Readiness:
     """Ready is a model that makes progress, or has none to make."""
 
-    def __init__(self, model: ModelClient) -> None:
-        self._model = model
-        self.status = RecentStatus(model.status).status
+    def __init__(self, model: ModelClient, artifact: Callable[[], str] = lambda: MAIN) -> None:
+        """`artifact`: the name of the one that answers by default."""
+        self._model, self._artifact = model, artifact
+        self.status = RecentStatus(lambda: model.status(artifact())).status
 
     async def check(self) -> dict:
         """What `/readyz` says; raises ApiError where it is not ready. A model too busy to be asked is ready as long as
@@ -38,7 +40,7 @@ class Readiness:
         try:
             health = (await self.status()).health
         except ApiError:
-            if self._model.seconds_since_event() <= BUSY_WINDOW_S:
+            if self._model.seconds_since_event(self._artifact()) <= BUSY_WINDOW_S:
                 return {"status": "ready"}
             raise
         if not health.alive or health.seconds_since_progress > UNREADY_AFTER_S:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 from PIL import Image
 
+from service.artifacts import MAIN, Candidate
 from service.chat.schemas import ChatCompletionRequest
 from service.errors import ApiError
 from service.http.body import parse
@@ -113,6 +114,7 @@ class ScriptedModel:
         self.events = events or (delta(0, "a star"), delta(0, "", finish="stop", tokens=0), end(3))
         self.jobs: list[ModelJob] = []
         self.closed = 0
+        self.beside: dict[str, Candidate] = {}
         self.health: Health | ApiError = Health(alive=True, running=0, waiting=0, seconds_since_progress=0.0)
         self.since_event = float("inf")
 
@@ -127,7 +129,10 @@ class ScriptedModel:
         finally:
             self.closed += 1
 
-    async def status(self) -> ModelStatus:
+    async def candidates(self) -> Mapping[str, Candidate]:
+        return self.beside
+
+    async def status(self, artifact: str = MAIN) -> ModelStatus:
         if isinstance(self.health, ApiError):
             raise self.health
         capabilities = Capabilities(
@@ -135,7 +140,9 @@ class ScriptedModel:
             branches=(1,), response_format=False, artifact="a" * 64, presets=("captions", "off"),
             alignment={"paired_overlap": 0.5}, faithfulness={"text_unexplained": 0.2},
         )  # fmt: skip
-        return ModelStatus(health=self.health, capabilities=capabilities, system_fingerprint="fp_test")
+        return ModelStatus(
+            health=self.health, capabilities=capabilities, system_fingerprint="fp_test", checkpoint="c" * 64
+        )
 
-    def seconds_since_event(self) -> float:
+    def seconds_since_event(self, artifact: str = MAIN) -> float:
         return self.since_event

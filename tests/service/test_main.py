@@ -81,7 +81,7 @@ def test_the_start_says_what_the_artifact_is_worth(
         (able, ["alignment paired_overlap 0.5, stranger_overlap 0.2", "faithful  image_unexplained 0.1, text_unex"]),
         (replace(able, alignment={}, faithfulness={}), ["alignment not measured", "faithful  not measured"]),
     ):
-        status = ModelStatus(health=health, capabilities=known, system_fingerprint="fp")
+        status = ModelStatus(health=health, capabilities=known, system_fingerprint="fp", checkpoint="c")
         monkeypatch.setattr(command, "model_status", lambda status=status: status)
         command.report(LaunchSettings(), 1.0, keyed=False)
         shown = capsys.readouterr().out

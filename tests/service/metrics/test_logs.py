@@ -52,9 +52,9 @@ def test_a_request(file: Path) -> None:
         "level": "info", "logger": "service.requests", "message": "request", "request_id": "r-1", "key": "alice",
         "completion_id": "chatcmpl-1", "method": "POST", "route": "/v1/chat/completions", "status": 200,
         "duration_s": 1.5, "time_to_first_token_s": 0.25, "stream": True, "finish": "stop", "prompt_tokens": 20,
-        "completion_tokens": 3, "images": 2, "image_pixels": 300,
-        "steering": {"applied": True, "reason": None, "preset": "captions", "strength": 1.0, "arm": None,
-                     "relative_shift": 0.25, "mismatch": 0.5},
+        "completion_tokens": 3, "images": 2, "image_pixels": 300, "artifact": "main",
+        "steering": {"artifact": "a" * 64, "applied": True, "reason": None, "preset": "captions", "strength": 1.0,
+                     "arm": None, "relative_shift": 0.25, "mismatch": 0.5},
     }  # fmt: skip
 
 

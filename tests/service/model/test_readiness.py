@@ -8,6 +8,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
+from service.artifacts import MAIN
 from service.errors import ApiError
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
@@ -26,10 +27,10 @@ class AskedModel(ScriptedModel):
         self.may_answer = asyncio.Event()
         self.may_answer.set()
 
-    async def status(self) -> ModelStatus:
+    async def status(self, artifact: str = MAIN) -> ModelStatus:
         self.asked += 1
         await self.may_answer.wait()
-        return await super().status()
+        return await super().status(artifact)
 
 
 async def test_any_number_of_probes_is_one_call() -> None:
