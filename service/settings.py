@@ -26,8 +26,6 @@ MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS = 128, 64
 COPIES_OF_A_BODY = 3
 """Held at a time: as it came, as text, and as the bytes that base64 meant."""
 BYTES_PER_PIXEL = 3
-SHADOWS_OF_MEMORY = 16
-"""Shadows may hold this part of what callers may: pixels."""
 IMAGES_AT_LIMIT = 2
 """As large as one image may be, a request may have so many."""
 

@@ -217,7 +217,8 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
             raise ApiError("invalid_value", f"{name}: at most {settings.max_tokens_limit} are allowed", param=name)
     if len(image_parts(request)) > settings.max_images:
         raise ApiError("invalid_value", f"messages: at most {settings.max_images} images are allowed", param="messages")
-    if (asked := text_bytes(request)) > MAX_TEXT_BYTES:
+    texts = [part for turn in turns_of(request) for part in turn.parts if part is not None]
+    if (asked := sum(len(text.encode()) for text in texts)) > MAX_TEXT_BYTES:
         raise ApiError(
             "request_too_large",
             f"messages: the texts together have {asked} bytes; at most {MAX_TEXT_BYTES} are allowed",
@@ -284,11 +285,6 @@ def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
         )
         turns.append(Turn(role, parts))
     return tuple(turns)
-
-
-def text_bytes(request: ChatCompletionRequest) -> int:
-    """Length of all texts together, in bytes of UTF-8."""
-    return sum(len(part.encode()) for turn in turns_of(request) for part in turn.parts if part is not None)
 
 
 def image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:

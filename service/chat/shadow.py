@@ -25,7 +25,8 @@ from service.metrics.meter import Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.client import ModelClient
 from service.model.job import ModelJob
-from service.settings import BYTES_PER_PIXEL, SHADOWS_OF_MEMORY, Settings
+from service.model.object_store import SHADOWS_OF_MEMORY
+from service.settings import BYTES_PER_PIXEL, Settings
 from steering.engines.base import GenerationEnd, TextDelta
 from steering.request import SteeringRequest
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import shutil
 
-from service.settings import MIB, SHADOWS_OF_MEMORY, Settings
+from service.settings import MIB, Settings
 from steering.cluster.local_ray import SHARED_MEMORY
 
 log = logging.getLogger(__name__)
+SHADOWS_OF_MEMORY = 16
+"""Shadows may hold this part of what callers may: pixels."""
 OTHER_BYTES = 128 * MIB
 """Gaps between objects, those that are about to be freed, and Serve's own."""
 

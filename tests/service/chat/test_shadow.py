@@ -15,7 +15,8 @@ from service.errors import ApiError
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.live_settings import LiveSettings
-from service.settings import BUNDLED_ARTIFACT, BUNDLED_MODEL, SHADOWS_OF_MEMORY, EngineSettings, Settings
+from service.model.object_store import SHADOWS_OF_MEMORY
+from service.settings import BUNDLED_ARTIFACT, BUNDLED_MODEL, EngineSettings, Settings
 from tests.service.examples import ScriptedModel, body, delta, encoded, end, image_part, picture, user
 
 SETTINGS = Settings(

@@ -11,8 +11,8 @@ import pytest
 from service.chat.request import MAX_TEXT_BYTES
 from service.images.decoder import RgbImage
 from service.model.job import ModelJob, Turn
-from service.model.object_store import OTHER_BYTES, fits_into_memory, needed_bytes
-from service.settings import BYTES_PER_PIXEL, SHADOWS_OF_MEMORY, Settings
+from service.model.object_store import OTHER_BYTES, SHADOWS_OF_MEMORY, fits_into_memory, needed_bytes
+from service.settings import BYTES_PER_PIXEL, Settings
 from steering.engines.base import Sampling
 from steering.request import SteeringRequest, merge_sources
 from tests.service.running_server import REPOSITORY
