@@ -164,7 +164,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
         axes.axvline(at, color="grey", linewidth=0.5)
         axes.text(at, MOST + 0.1, name, rotation=20, fontsize=8)
     axes.set(xlabel="seconds", ylabel="model replicas", xlim=(0, None), ylim=(0, MOST + 0.8))
-    axes.legend(loc="center left")
+    axes.legend(loc="upper right")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 

@@ -33,11 +33,11 @@ OBJECT_STORE_BYTES = 128 * 1024 * 1024
 SOON = {
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_raylet_start_wait_time_s": "600",
     "OMP_NUM_THREADS": "1",
 }
 """The autoscaler hears of the load each second, not every ten: a run takes minutes."""
-STARTING_S = 240.0
+STARTING_S = 600.0
 
 
 @dataclass

@@ -162,7 +162,7 @@ def assumed(settings: argparse.Namespace) -> Replica:
     )
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--table-only", action="store_true", help="no run: only the table of the assumed replica")
@@ -177,7 +177,11 @@ def main() -> None:
     parser.add_argument("--start-s", type=float, default=180, help="assumed: a machine, and the model loaded on it")
     parser.add_argument("--price", type=float, default=1.0, help="of a replica for an hour; the table's unit of cost")
     parser.add_argument("--largest-surge", type=float, default=100, help="up to this rate the surge is simulated, too")
-    settings = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    settings = parser().parse_args()
     table: list[dict[str, Any]] = []
     for rate in RATES:
         table.append(sized(assumed(settings), rate, settings))
