@@ -31,6 +31,7 @@ ERROR_KINDS = {
     "invalid_api_key": ErrorKind(401, "authentication_error"),
     "permission_denied": ErrorKind(403, "permission_error"),
     "model_not_found": ErrorKind(404, "invalid_request_error"),
+    "concept_not_found": ErrorKind(404, "invalid_request_error"),
     "request_not_found": ErrorKind(404, "invalid_request_error"),
     "route_not_found": ErrorKind(404, "invalid_request_error"),
     "method_not_allowed": ErrorKind(405, "invalid_request_error"),

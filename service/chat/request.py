@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from service.callers.keys import Caller
 from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
@@ -41,6 +42,38 @@ async def make_job(
     assigned: Callable[[Assignment], None] = lambda _assignment: None,
 ) -> ModelJob:
     """Everything is checked before the first image is decoded. `assigned` is told what an experiment means for it."""
+    job = plan_job(
+        request,
+        request_id=request_id,
+        strength_header=strength_header,
+        settings=settings,
+        caller=caller,
+        unit_header=unit_header,
+        assigned=assigned,
+    )
+    images = await take_images(
+        image_parts(request),
+        settings=settings,
+        decoder=decoder,
+        remote=remote,
+        admit_images=admit_images,
+        take_bytes=take_bytes,
+        caller=caller.name,
+    )
+    return replace(job, images=images)
+
+
+def plan_job(
+    request: ChatCompletionRequest,
+    *,
+    request_id: str,
+    strength_header: str | None,
+    settings: Settings,
+    caller: Caller,
+    unit_header: str | None = None,
+    assigned: Callable[[Assignment], None] = lambda _assignment: None,
+) -> ModelJob:
+    """A job without its pixels: all that can be checked without them."""
     alias = find_alias(request.model, settings.model_name)
     assignment = assignment_of(request, strength_header, alias, unit_header, settings, caller)
     if assignment is not None:
@@ -51,15 +84,7 @@ async def make_job(
     return ModelJob(
         request_id=request_id,
         turns=turns_of(request),
-        images=await take_images(
-            image_parts(request),
-            settings=settings,
-            decoder=decoder,
-            remote=remote,
-            admit_images=admit_images,
-            take_bytes=take_bytes,
-            caller=caller.name,
-        ),
+        images=(),
         max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
         max_tokens=request.max_completion_tokens or request.max_tokens,
         sampling=sampling_of(request),

@@ -8,9 +8,9 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from service.callers.access import Access
 from service.callers.keys import Caller
@@ -33,6 +33,7 @@ from service.settings import BYTES_PER_PIXEL, MIB, Settings
 from steering.engines.base import GenerationEnd
 
 log = logging.getLogger(__name__)
+Parsed = TypeVar("Parsed", bound=BaseModel)
 LOGPROB_BYTES = 256
 """One logprob in JSON is 60 to 150 bytes with common tokens; it is kept, and stands once more in the answer."""
 WIDE_COPIES = 3
@@ -112,6 +113,8 @@ class ChatRunner:
                 admit_images=admit_images,
                 take_bytes=body_share.take,
             )
+        for image in job.images:
+            meter.count_image(image.width * image.height)
         record.completion_id, record.stream = job.request_id, bool(chat.stream)
         shape = AnswerShape.of(chat, settings)
         held.take(shape.kept_bytes)
@@ -124,8 +127,6 @@ class ChatRunner:
 
         Raises ApiError. Closing it cancels the generation.
         """
-        for image in job.images:
-            meter.count_image(image.width * image.height)
         answer_id, answer = job.request_id, self.model.generate(job)
         del job  # once the model has the pixels, they are not held here, too
         meter.submitted()
@@ -152,16 +153,26 @@ class ChatRunner:
 
 
 async def parse_body(body: bytes) -> ChatCompletionRequest:
-    """See parse_chat; a large body in a thread, so that others are served between the steps of its work."""
+    """See parse_as."""
+    return await parse_fairly(ChatCompletionRequest, body)
+
+
+async def parse_fairly(kind: type[Parsed], body: bytes) -> Parsed:
+    """See parse_as; a large body in a thread, so that others are served between the steps of its work."""
     if len(body) <= MIB:
-        return parse_chat(body)
-    return await asyncio.to_thread(parse_chat, body)
+        return parse_as(kind, body)
+    return await asyncio.to_thread(parse_as, kind, body)
 
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:
+    """See parse_as."""
+    return parse_as(ChatCompletionRequest, body)
+
+
+def parse_as(kind: type[Parsed], body: bytes) -> Parsed:
     """Raises ApiError naming the first field at fault."""
     check_structure(body)
     try:
-        return ChatCompletionRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         raise from_validation_error(error) from None

@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -26,10 +28,14 @@ from service.chat.admission import Admission
 from service.chat.request import ALIASES, find_alias
 from service.chat.run import ChatRunner
 from service.chat.shadow import Shadows
+from service.concepts.index import ConceptIndex
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
 from service.http.chat_route import ChatAnswer, ChatRoute
+from service.http.compare_route import compare
+from service.http.concepts_route import ConceptsRoute
 from service.http.feedback_route import FeedbackDesk
+from service.http.model_answer import ModelAnswer
 from service.http.observation import RequestObserver
 from service.http.openapi import build_openapi
 from service.http.request_guard import RequestGuard
@@ -90,9 +96,12 @@ def build_api(
         running=lambda: admission.running,
         ending=lambda: drain.begun,
     )
+    chat = ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows)
+    index = ConceptIndex(Path(settings.loaded_artifact)) if settings.loaded_artifact else None
     handlers = Handlers(
         live=live,
-        chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
+        chat=chat,
+        concepts=ConceptsRoute(chat, index),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
         readiness=Readiness(model),
         with_keys=keys is not None,
@@ -102,8 +111,10 @@ def build_api(
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
         looking = asyncio.create_task(_keep_looking(handlers))
+        indexing = asyncio.create_task(_prepare(index))
         yield
         looking.cancel()
+        indexing.cancel()
         shadows.close()
         tracing.close()
 
@@ -120,7 +131,7 @@ def build_api(
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
     for route in ROUTES:
-        api.add_api_route(route.path, getattr(handlers, route.handler), methods=[route.method])
+        api.add_api_route(route.path, attrgetter(route.handler)(handlers), methods=[route.method])
     return api
 
 
@@ -130,6 +141,7 @@ class Handlers:
 
     live: LiveSettings
     chat: ChatRoute
+    concepts: ConceptsRoute
     desk: FeedbackDesk
     readiness: Readiness
     with_keys: bool
@@ -139,6 +151,9 @@ class Handlers:
 
     async def chat_completions(self, request: Request) -> Response:
         return ChatAnswer(self.chat, request)
+
+    async def compare(self, request: Request) -> Response:
+        return ModelAnswer(self.chat, request, compare)
 
     async def feedback(self, request: Request) -> Response:
         async with self.chat.drain.request():
@@ -217,6 +232,13 @@ async def _keep_looking(handlers: Handlers) -> None:
         except Exception:
             log.exception("whether the model is ready cannot be found out")
         await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _prepare(index: ConceptIndex | None) -> None:
+    """Before the first who asks would have to wait for it. Why it cannot be made, the index logs."""
+    if index is not None:
+        with suppress(ApiError):
+            await asyncio.to_thread(index.prepare)
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:

@@ -43,6 +43,8 @@ GUIDE = {
     "permission_denied": Advice("the key lacks the scope that the path or the field needs", "use a key that has it",
                                 NO),
     "model_not_found": Advice("no such model", "take a name from `GET /v1/models`", NO),
+    "concept_not_found": Advice("there is no such concept, it has no such picture, or the service has no artifact",
+                                "take an `id` or `thumbnail` from `GET /v1/concepts`", NO),
     "request_not_found": Advice("feedback on an answer that this key was not given, or has judged, or more than an "
                                 "hour ago", "send the `id` of a recent completion, once", NO),
     "route_not_found": Advice("no such path", "see `GET /openapi.json`", NO),

@@ -18,6 +18,7 @@ REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 UNIT_HEADER = "x-experiment-unit"
 UNIT = re.compile(r"[!-~]([ -~]{0,254}[!-~])?")
+ETAG, CACHE_CONTROL = "ETag", "Cache-Control"
 ARM_HEADER, ASSIGNMENT_HEADER = "x-vlsae-arm", "x-vlsae-assignment"
 
 REQUEST_ID_PARAMETER = {
@@ -38,10 +39,18 @@ HEADERS: dict[str, dict[str, Any]] = {
         "description": "Why: `unit` by the hash of who asked, `no_unit` the default arm, since nobody was named.",
         "schema": {"enum": ["unit", "no_unit", "not_covered", "own"]},
     },
+    ETAG: {"description": "Changes with the answer; for `If-None-Match`.", "schema": {"type": "string"}},
+    CACHE_CONTROL: {"description": "How long the answer may be kept.", "schema": {"type": "string"}},
     "x-should-retry": {
         "description": "There where sending the request again is no use; OpenAI's clients obey it.",
         "schema": {"const": "false"},
     },
+}
+IF_NONE_MATCH_PARAMETER = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "The `ETag` of an answer that the client has: the same one is not sent again.",
+    "schema": {"type": "string"},
 }
 NOT_ALWAYS = ("x-should-retry", ARM_HEADER, ASSIGNMENT_HEADER)
 UNIT_PARAMETER = {
