@@ -17,8 +17,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from service.callers.keys import check_keys_are_named
-from service.callers.ledger import Ledger
-from service.callers.ledger_client import RayLedger
+from service.callers.ledger import Ledger, RayLedger
 from service.gateway import check_gateway_is_named, check_serve_mode
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder

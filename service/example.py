@@ -86,4 +86,9 @@ EXAMPLE_RECEIPT = {
     "positions": [17],
     "relative_shift": [0.27],
     "arm": None,
+    "max_shift": None,
+    "edits": None,
+    "clamped_positions": [0],
+    "mismatch": [{"before": 0.36, "after": 0.16}],
+    "explanation": None,
 }

@@ -18,7 +18,7 @@ from steering.intervention import Intervention, Pass, SequenceSteering
 from steering.lvlm.decoder_layers import find_decoder
 from steering.lvlm.token_spans import find_spans
 from steering.request import SteeringRequest, merge_sources
-from steering.settings import ResolvedSteering, check_control, resolve
+from steering.settings import ResolvedSteering, check_control, check_edits, resolve
 from steering.tally import Tally
 
 
@@ -101,6 +101,7 @@ def steer(model: Any, artifact: Artifact, request: SteeringRequest | None = None
         has_image=True,
     )
     check_control(settings, control_images=len(artifact.control_image_MD))
+    check_edits(settings, concepts=artifact.config.num_concepts)
     if settings.mode == "exact" or settings.branches == 2:
         raise InvalidSteering(
             "steer() runs one branch in mode 'causal'; use an engine for mode 'exact', gamma below 1 or plausibility",

@@ -8,16 +8,17 @@ Shapes: B batch rows, T tokens of this pass, D hidden size, a active rows, R ste
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from steering.artifact import Artifact
+from steering.explaining import explain
 from steering.lvlm.token_spans import first_steered_position
 from steering.realignment import Realignment
 from steering.settings import ResolvedSteering
-from steering.slot_tables import SlotTables, SteeredRows
+from steering.slot_tables import SlotTables, SteeredRows, share_within
 from steering.tally import Tally
 
 FIRST_SLOTS = 8
@@ -52,6 +53,9 @@ class SequenceSteering:
     """'exact' only: unsteered states of the text that the delta goes to, up to the latest token, each [T, D]."""
     span_delta_D: Tensor | None = None
     """'exact' only: the delta of the latest step; None until there is one."""
+    means: list[Tensor | None] = field(default_factory=list)
+    """Text means [D] at the positions that tokens of the answer were chosen at, the latest alone unless each token is
+    to be explained; None: before there was any text."""
     visited_text: bool = False
     """A delta was computed for at least one position, be it zero."""
 
@@ -64,7 +68,14 @@ class SequenceSteering:
         if self.span_delta_D is None:
             return None
         base_TD = torch.cat(self.span)
-        return (base_TD.float() + self.span_delta_D).to(base_TD.dtype)
+        return (base_TD.float() + self.span_delta_D * self.span_shares()[:, None]).to(base_TD.dtype)
+
+    def span_shares(self) -> Tensor:
+        """'exact': the share [T_span] of the delta that each position takes."""
+        assert self.span_delta_D is not None
+        shift_T = self.span_delta_D.norm() / torch.cat(self.span).float().norm(dim=-1)
+        limit = self.settings.max_shift
+        return torch.ones_like(shift_T) if limit is None else share_within(shift_T, limit)
 
 
 class Intervention:
@@ -94,7 +105,7 @@ class Intervention:
         assert self._pass is not None, "prepare() announces every pass"
         current, self._pass = self._pass, None
         self.base_BTD = hidden_BTD
-        active = [index for index, row in enumerate(current.rows) if row.settings.active]
+        active = [index for index, row in enumerate(current.rows) if row.settings.watched]
         if not active:
             return hidden_BTD
         hidden_aTD = hidden_BTD[active].float()
@@ -105,6 +116,7 @@ class Intervention:
         for place, index in enumerate(active):
             row, text = current.rows[index], current.text_B[index]
             row.text_sum_D, row.text_count = sums_aTD[place, -1], row.text_count + len(text)
+            self._keep_mean(row)
             if row.exact:
                 self._steer_span(row, hidden_BTD[index, text.start : text.stop])
                 span_TD = row.exact_span()
@@ -117,12 +129,18 @@ class Intervention:
         """What was done to a sequence so far; waits for the device."""
         if row.slot is None:
             return Tally()
+        tokens = row.settings.explain == "tokens"
+        told = explain(self.tables, row.slot, row.means, row.settings, tokens=tokens) if row.means else None
         if row.exact:
-            return self._tally_span(row)
-        positions, shift_sum = self.tables.tally_T2[row.slot].tolist()
-        relative_shift = shift_sum / positions if positions else 0.0
+            return replace(self._tally_span(row), explanation=told)
+        positions, shift_sum, clamped = self.tables.tally_T3[row.slot].tolist()
         return Tally(
-            positions=int(positions), relative_shift=relative_shift, visited=True, visited_text=row.visited_text
+            positions=int(positions),
+            relative_shift=shift_sum / positions if positions else 0.0,
+            visited=True,
+            visited_text=row.visited_text,
+            clamped=int(clamped),
+            explanation=told,
         )
 
     def _encode_new_images(self, current: Pass, active: list[int], hidden_aTD: Tensor) -> None:
@@ -163,7 +181,7 @@ class Intervention:
         for place, index in enumerate(active):
             row, text = current.rows[index], current.text_B[index]
             skipped = max(0, self._first_steered(row) - row.text_count)
-            if row.exact or skipped >= len(text):
+            if not row.settings.active or row.exact or skipped >= len(text):
                 continue
             assert row.slot is not None
             row.visited_text = True
@@ -195,6 +213,15 @@ class Intervention:
         row.span_delta_D = self.tables.delta(mean_1D, self.tables.send([row.slot], torch.int64))[0]
         row.visited_text = True
 
+    @staticmethod
+    def _keep_mean(row: SequenceSteering) -> None:
+        """One more token of the answer is about to be chosen."""
+        assert row.text_sum_D is not None
+        mean_D = row.text_sum_D / row.text_count if row.text_count else None
+        if row.settings.explain != "tokens":
+            row.means.clear()
+        row.means.append(mean_D)
+
     def _first_steered(self, row: SequenceSteering) -> int:
         """The place, among the tokens of a row's text, of the first that is steered."""
         return first_steered_position(
@@ -208,7 +235,12 @@ class Intervention:
     def _tally_span(row: SequenceSteering) -> Tally:
         if row.span_delta_D is None:
             return Tally(visited=True)
-        length = row.span_delta_D.norm()
-        shifts = length / torch.cat(row.span).float().norm(dim=-1)
-        positions = len(shifts) if float(length) > 0 else 0
-        return Tally(positions=positions, relative_shift=float(shifts.mean()), visited=True, visited_text=True)
+        length, shares = row.span_delta_D.norm(), row.span_shares()
+        shifts = shares * length / torch.cat(row.span).float().norm(dim=-1)
+        return Tally(
+            positions=len(shifts) if float(length) > 0 else 0,
+            relative_shift=float(shifts.mean()),
+            visited=True,
+            visited_text=True,
+            clamped=int((shares < 1).sum()),
+        )

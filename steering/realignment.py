@@ -41,15 +41,15 @@ FORM_TERMS: dict[Form, FormTerms] = {
 }
 
 
-class ImageCode(NamedTuple):
-    """What realignment needs of an image; computed once per request."""
+class ConceptCode(NamedTuple):
+    """What realignment needs of states that were encoded; of an image computed once per request."""
 
     concept_ids: Tensor
-    """[M, k] int64: supp z_v."""
+    """[M, k] int64: the support of z."""
     cosines: Tensor
     """[M, K] float32: cosine with every concept (`union` reads it off the support, too)."""
     active: Tensor
-    """[M, K] bool: membership in supp z_v."""
+    """[M, K] bool: membership in the support."""
 
 
 class Mix(NamedTuple):
@@ -64,6 +64,34 @@ class Mix(NamedTuple):
     dense: Tensor
     subtract: Tensor
     """As in `FormTerms`."""
+
+
+class Edits(NamedTuple):
+    """What a request does to single concepts of the text, [N, E] each; (0, 0, 0) is none."""
+
+    concept_ids: Tensor
+    """int64."""
+    gain: Tensor
+    """float32: factor - 1, of z_t."""
+    add: Tensor
+    """float32: activation that is added, whether the text has the concept or not."""
+
+
+class MixedCodes(NamedTuple):
+    """Both codes of each position on their supports, [N, 2k] float32 but for the ids: first the text's, then the
+    image's. Activations off a support are 0, with `union` they are not.
+
+    A concept of both stands twice; `repeated` marks the second.
+    """
+
+    concept_ids: Tensor
+    """int64."""
+    image: Tensor
+    text: Tensor
+    mixed: Tensor
+    """z of the equations."""
+    repeated: Tensor
+    """bool."""
 
 
 _precision = threading.Lock()
@@ -142,47 +170,63 @@ class Realignment(nn.Module):
     def num_concepts(self) -> int:
         return self.table_KD.shape[0]
 
-    def _cosines(self, shared_NS: Tensor) -> Tensor:
-        return F.normalize(shared_NS, dim=-1) @ self.directions_KS.T
-
-    def encode_image(self, image_MD: Tensor) -> ImageCode:
+    def encode_image(self, image_MD: Tensor) -> ConceptCode:
         """Pooled image states [M, D] float32 to their codes."""
-        with exact_float32():
-            cosines_MK = self._cosines(self.vision_projection(image_MD))
-        ids_Mk = torch.topk(cosines_MK, self.active_concepts, dim=-1).indices
-        active_MK = torch.zeros_like(cosines_MK, dtype=torch.bool).scatter_(1, ids_Mk, True)
-        return ImageCode(ids_Mk, cosines_MK, active_MK)
+        return self._encode(self.vision_projection, image_MD)
 
-    def delta(self, text_ND: Tensor, image: ImageCode, row_N: Tensor, mix: Mix) -> Tensor:
+    def encode_text(self, text_ND: Tensor) -> ConceptCode:
+        """Text means [N, D] float32 to their codes."""
+        return self._encode(self.text_projection, text_ND)
+
+    def delta(self, text_ND: Tensor, image: ConceptCode, row_N: Tensor, mix: Mix) -> Tensor:
         """The change [N, D] for positions whose text means are `text_ND`, float32.
 
         `row_N` [N] int64 names for each position the row of `image` that it belongs to; `mix` is per position.
         """
-        with exact_float32():
-            chunks = [
-                self._delta_chunk(text_ND[part], image, row_N[part], Mix(*(values[part] for values in mix)))
-                for part in _chunks(text_ND.shape[0])
-            ]
-        return torch.cat(chunks) if chunks else text_ND.new_zeros(0, self.hidden_size)
+        return self.changes(text_ND, image, row_N, mix)[0]
 
-    def _delta_chunk(self, text_ND: Tensor, image: ImageCode, row_N: Tensor, mix: Mix) -> Tensor:
-        text_cosines_NK = self._cosines(self.text_projection(text_ND))
-        text_ids_Nk = torch.topk(text_cosines_NK, self.active_concepts, dim=-1).indices
+    def changes(
+        self, text_ND: Tensor, image: ConceptCode, row_N: Tensor, mix: Mix, edits: Edits | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`delta`, and what edits add to it, which no dial scales: W ((factor - 1) z_t + add) (design, section 2)."""
+        deltas, added = [text_ND.new_zeros(0, self.hidden_size)], [text_ND.new_zeros(0, self.hidden_size)]
+        for part in _chunks(text_ND.shape[0]):
+            text = self.encode_text(text_ND[part])
+            codes = self.mix(text, image, row_N[part], Mix(*(values[part] for values in mix)))
+            deltas.append(self._decode(codes, text_ND[part], Mix(*(values[part] for values in mix))))
+            if edits is not None:
+                added.append(self._edit(text, Edits(*(values[part] for values in edits))))
+        return torch.cat(deltas), torch.cat(added)
+
+    def mix(self, text: ConceptCode, image: ConceptCode, row_N: Tensor, mix: Mix) -> MixedCodes:
+        """Both codes of positions, and what is made of them; arguments as in `delta`."""
         image_ids_Nk = image.concept_ids[row_N]
-        in_text_NK = torch.zeros_like(text_cosines_NK, dtype=torch.bool).scatter_(1, text_ids_Nk, True)
-        repeated_Nk = in_text_NK.gather(1, image_ids_Nk)
-
-        ids_N2k = torch.cat([text_ids_Nk, image_ids_Nk], dim=1)
+        ids_N2k = torch.cat([text.concept_ids, image_ids_Nk], dim=1)
         every_N1 = mix.dense > 0
-        text_N2k = cosine_to_activation(text_cosines_NK.gather(1, ids_N2k))
+        text_N2k = cosine_to_activation(text.cosines.gather(1, ids_N2k))
         image_N2k = cosine_to_activation(image.cosines[row_N[:, None], ids_N2k])
-        text_N2k = text_N2k * (in_text_NK.gather(1, ids_N2k) | every_N1)
+        text_N2k = text_N2k * (text.active.gather(1, ids_N2k) | every_N1)
         image_N2k = image_N2k * (image.active[row_N[:, None], ids_N2k] | every_N1)
-        coefficients_N2k = _mix(image_N2k, text_N2k, mix) - mix.subtract * text_N2k
-        coefficients_N2k[:, self.active_concepts :].masked_fill_(repeated_Nk, 0)
+        repeated_N2k = torch.zeros_like(ids_N2k, dtype=torch.bool)
+        repeated_N2k[:, self.active_concepts :] = text.active.gather(1, image_ids_Nk)
+        return MixedCodes(ids_N2k, image_N2k, text_N2k, _mix(image_N2k, text_N2k, mix), repeated_N2k)
 
-        delta_ND = F.embedding_bag(ids_N2k, self.table_KD, per_sample_weights=coefficients_N2k, mode="sum")
+    def _decode(self, codes: MixedCodes, text_ND: Tensor, mix: Mix) -> Tensor:
+        coefficients_N2k = (codes.mixed - mix.subtract * codes.text).masked_fill_(codes.repeated, 0)
+        delta_ND = F.embedding_bag(codes.concept_ids, self.table_KD, per_sample_weights=coefficients_N2k, mode="sum")
         return mix.scale * torch.where(mix.subtract > 0, delta_ND, delta_ND + self.bias_D - text_ND)
+
+    def _edit(self, text: ConceptCode, edits: Edits) -> Tensor:
+        ids_NE = edits.concept_ids
+        text_NE = cosine_to_activation(text.cosines.gather(1, ids_NE)) * text.active.gather(1, ids_NE)
+        return F.embedding_bag(ids_NE, self.table_KD, per_sample_weights=edits.gain * text_NE + edits.add, mode="sum")
+
+    def _encode(self, projection: nn.Linear, state_ND: Tensor) -> ConceptCode:
+        with exact_float32():
+            cosines_NK = F.normalize(projection(state_ND), dim=-1) @ self.directions_KS.T
+        ids_Nk = torch.topk(cosines_NK, self.active_concepts, dim=-1).indices
+        active_NK = torch.zeros_like(cosines_NK, dtype=torch.bool).scatter_(1, ids_Nk, True)
+        return ConceptCode(ids_Nk, cosines_NK, active_NK)
 
 
 def _copied(linear: nn.Linear, device: torch.device | str) -> nn.Linear:

@@ -66,6 +66,9 @@ class SteeringRequest(BaseModel):
     """
     mode: Mode | None = None
     """'causal' steers each position once; 'exact' recomputes the tail over all text at every step."""
+    max_shift: float | None = Field(default=None, gt=0, le=4)
+    """Most that |delta| / |hidden state| may be at a position: a longer delta is shortened. None: 1 where concepts are
+    edited, else no bound."""
     concepts: dict[str, ConceptEdit] | None = Field(default=None, max_length=MAX_EDITS)
     """Edits by the concept's id, not scaled by the dial. (A server takes labels, too.)"""
     explain: bool | Explain | None = None

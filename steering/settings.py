@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from steering.errors import InvalidSteering
-from steering.request import MAX_MIN_ANSWER_TOKENS, Control, Form, Mode, RequestedSteering
+from steering.request import MAX_MIN_ANSWER_TOKENS, Control, Explain, Form, Mode, RequestedSteering, SteeringRequest
 
 Reason = Literal[
     "disabled",
@@ -50,6 +50,19 @@ class Preset(BaseModel):
     """What it scored on the scenes it was chosen on; says nothing about others."""
 
 
+MAX_ID_DIGITS = 9
+MAX_SHIFT_OF_EDITS = 1.0
+"""`max_shift` of a request that edits concepts and sets none: no state is moved by more than its own length."""
+
+
+class Edit(NamedTuple):
+    """What becomes of one concept of the text: z_t is multiplied with `factor`, then `add` is added."""
+
+    concept_id: int
+    factor: float
+    add: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSteering:
     """Everything an engine needs to know; with `reason` set it leaves the request alone."""
@@ -69,11 +82,25 @@ class ResolvedSteering:
     """See `first_steered_position`."""
     control: Control = "none"
     control_seed: int = 0
+    max_shift: float | None = None
+    """As in a request."""
+    edits: tuple[Edit, ...] = ()
+    explain: Explain | None = None
     arm: str | None = None
 
     @property
     def active(self) -> bool:
         return self.reason is None
+
+    @property
+    def watched(self) -> bool:
+        """Its codes are wanted, whether it is steered or not."""
+        return self.active or self.explain is not None
+
+    @property
+    def dial(self) -> float:
+        """`strength` where it does something."""
+        return self.strength if self.active else 0.0
 
     @property
     def scale(self) -> float:
@@ -99,9 +126,18 @@ def resolve(
     steering that was explicitly asked for and is impossible.
     """
     asked = requested.settings
-    for name in ("concepts", "explain"):
-        if getattr(asked, name):
-            raise InvalidSteering(f"steering.{name} is not supported yet; leave it out", field=f"steering.{name}")
+    resolved = _resolve_steering(requested, presets, default_preset, has_image=has_image)
+    explain = "answer" if asked.explain is True else asked.explain or None
+    if explain is not None and (presets is None or not has_image):
+        missing = "the server has no artifact loaded" if presets is None else "the conversation has no image; add one"
+        raise InvalidSteering(f"steering.explain: there is nothing to explain: {missing}", field="steering.explain")
+    return replace(resolved, explain=explain)
+
+
+def _resolve_steering(
+    requested: RequestedSteering, presets: Mapping[str, Preset] | None, default_preset: str, *, has_image: bool
+) -> ResolvedSteering:
+    asked = requested.settings
     if asked.enabled is False:
         return ResolvedSteering(reason="disabled", arm=requested.arm)
     if presets is None:
@@ -109,22 +145,51 @@ def resolve(
     name = asked.preset or default_preset
     if name not in presets:
         raise InvalidSteering(f"steering.preset {name!r} is unknown; known: {sorted(presets)}", field="steering.preset")
-    preset = presets[name]
+    preset, edits = presets[name], edits_of(asked)
     settings = preset.model_dump(exclude={"dev_scores"})
     settings |= asked.model_dump(exclude_none=True, exclude={"enabled", "preset", "concepts", "explain"})
-    resolved = ResolvedSteering(reason=None, preset=name, arm=requested.arm, **settings)
+    if edits:
+        settings.setdefault("max_shift", MAX_SHIFT_OF_EDITS)
+    resolved = ResolvedSteering(reason=None, preset=name, arm=requested.arm, edits=edits, **settings)
     off = _switched_off(requested, preset, resolved)
+    if off is not None and edits:  # which no dial scales
+        resolved, off = replace(resolved, strength=0.0), None
     if off is not None:
         reason, field = off
         _check_nobody_insists(requested, field, presets)
         return replace(resolved, reason=reason, strength=resolved.strength if reason == "delta_0" else 0.0)
     if resolved.gamma == 0 and resolved.plausibility == 0:
-        return replace(resolved, reason="gamma_0")
+        return replace(resolved, reason="gamma_0", edits=())
     if not has_image:
         return _impossible(
             requested, "no_image", "steering was asked for, but the conversation has no image to realign to; add one"
         )
     return resolved
+
+
+def edits_of(asked: SteeringRequest) -> tuple[Edit, ...]:
+    """By id, those that change something. Raises InvalidSteering for a key that is no id."""
+    edits = []
+    for key, edit in sorted((asked.concepts or {}).items()):
+        if not key.isascii() or not key.isdecimal() or len(key) > MAX_ID_DIGITS:
+            raise InvalidSteering(
+                f"steering.concepts: {key[:100]!r} is not the id of a concept", field="steering.concepts"
+            )
+        if (edit.factor, edit.add) != (1.0, 0.0):
+            edits.append(Edit(int(key), edit.factor, edit.add))
+    if len({edit.concept_id for edit in edits}) < len(edits):
+        raise InvalidSteering("steering.concepts: one concept stands there twice", field="steering.concepts")
+    return tuple(edits)
+
+
+def check_edits(settings: ResolvedSteering, *, concepts: int) -> None:
+    """Raises InvalidSteering for a concept that the artifact does not have."""
+    for edit in settings.edits:
+        if edit.concept_id >= concepts:
+            raise InvalidSteering(
+                f"steering.concepts: there is no concept {edit.concept_id}; ids end at {concepts - 1}",
+                field="steering.concepts",
+            )
 
 
 def check_control(settings: ResolvedSteering, *, control_images: int) -> None:

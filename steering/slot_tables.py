@@ -15,8 +15,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from steering.realignment import FORM_TERMS, ImageCode, Mix, Realignment
-from steering.request import Control, Form
+from steering.realignment import FORM_TERMS, ConceptCode, Edits, Mix, Realignment
+from steering.request import MAX_EDITS, Control, Form
+from steering.settings import Edit
 
 
 class StepSettings(Protocol):
@@ -41,14 +42,22 @@ class StepSettings(Protocol):
     def control(self) -> Control: ...
     @property
     def control_seed(self) -> int: ...
+    @property
+    def max_shift(self) -> float | None: ...
+    @property
+    def edits(self) -> tuple[Edit, ...]: ...
 
 
-BETA_UP, BETA_DOWN, SCALE, DENSE, SUBTRACT, RANDOM, GAMMA, LOG_PLAUSIBILITY = range(8)
-"""Columns of `SlotTables.settings_M8`."""
+SETTINGS_COLUMNS = range(10)
+BETA_UP, BETA_DOWN, SCALE, DENSE, SUBTRACT, RANDOM, MAX_SHIFT, EDITS, GAMMA, LOG_PLAUSIBILITY = SETTINGS_COLUMNS
+"""Columns of `SlotTables.settings_MC`; EDITS is how many there are."""
+POSITIONS, SHIFT, CLAMPED = TALLY_COLUMNS = range(3)
+"""Columns of `SlotTables.tally_T3`."""
 
-CLASS, TWIN_SLOT, ROW, SLOT, TALLY, FLAGS = PLAN_COLUMNS = range(6)
-"""Columns of a step's plan where it lies on the device: the first two are of token rows, the others of entries, the
-list of the rows that are steered. Row 0 begins with their number; token row i and entry i stand in row 1 + i."""
+CLASS, TWIN_SLOT, ROW, SLOT, TALLY, FLAGS, LAST_SLOT = PLAN_COLUMNS = range(7)
+"""Columns of a step's plan where it lies on the device: the first two and the last are of token rows, the others of
+entries, the list of the rows that are steered. Row 0 begins with their number; token row i and entry i stand in row
+1 + i."""
 COUNTED, IN_TWIN = 1, 2
 """Flags of an entry: it is tallied; it is steered in its sequence's own branch."""
 
@@ -78,28 +87,34 @@ class SlotTables:
         """`control_image_MD`: pooled image states that `other_image` draws from; may be empty."""
         self.realignment, self.device = realignment, device
         self._control_image_MD = control_image_MD.to(device=device, dtype=torch.float32)
-        self.code = ImageCode(*(self._table(0, *column) for column in self._code_columns()))
+        self.code = ConceptCode(*(self._table(0, *column) for column in self._code_columns()))
         """The image's code by slot."""
-        self.settings_M8 = self._table(0, 8)
+        self.settings_MC = self._table(0, len(SETTINGS_COLUMNS))
         """float32, columns as above."""
+        self.edits = Edits(*(self._table(0, MAX_EDITS, dtype) for dtype in (torch.int64, torch.float32, torch.float32)))
+        """By slot, [M, E] each."""
+        self._editing: set[int] = set()
+        """Slots with edits: where there are none, a step does not look for them."""
         self.direction_MD = self._table(0, realignment.hidden_size)
         """float32: unit direction of the control `random`."""
-        self.tally_T2 = self._table(0, 2)
-        """float32: positions that were changed, and the sum of |delta| / |h| over them."""
+        self.tally_T3 = self._table(0, len(TALLY_COLUMNS))
+        """float32: positions that were changed, the sum of |delta| / |h| over them, those whose delta was shortened."""
         self.enlarge(slots, tallies)
 
     @property
     def slots(self) -> int:
-        return self.settings_M8.shape[0]
+        return self.settings_MC.shape[0]
 
     @torch.inference_mode(False)
     def enlarge(self, slots: int, tallies: int) -> None:
         """New, larger tensors with the old contents; a graph that was captured with the old ones must not run again."""
         before = self.slots
-        self.code = ImageCode(*(_longer(table, slots) for table in self.code))
-        self.settings_M8, self.direction_MD = _longer(self.settings_M8, slots), _longer(self.direction_MD, slots)
-        self.settings_M8[before:, LOG_PLAUSIBILITY] = -math.inf
-        self.tally_T2 = _longer(self.tally_T2, tallies)
+        self.code = ConceptCode(*(_longer(table, slots) for table in self.code))
+        self.edits = Edits(*(_longer(table, slots) for table in self.edits))
+        self.settings_MC, self.direction_MD = _longer(self.settings_MC, slots), _longer(self.direction_MD, slots)
+        self.settings_MC[before:, LOG_PLAUSIBILITY] = -math.inf
+        self.settings_MC[before:, MAX_SHIFT] = math.inf
+        self.tally_T3 = _longer(self.tally_T3, tallies)
 
     @torch.no_grad()
     def set_images(
@@ -114,30 +129,48 @@ class SlotTables:
             pooled_nD = torch.where(other_n[:, None] >= 0, other_nD, pooled_nD)
         for table, rows in zip(self.code, self.realignment.encode_image(pooled_nD), strict=True):
             table.index_copy_(0, slot_n, rows)
-        self.settings_M8.index_copy_(0, slot_n, self.send([_columns(one) for one in settings], torch.float32))
+        self.settings_MC.index_copy_(0, slot_n, self.send([_columns(one) for one in settings], torch.float32))
         for slot, one in zip(slots, settings, strict=True):
+            self._set_edits(slot, one.edits)
             if one.control == "random":
                 self.direction_MD[slot] = self.send(random_direction(pooled_nD.shape[1], one.control_seed))
         if new_tallies:
-            self.tally_T2.index_fill_(0, self.send(list(new_tallies), torch.int64), 0)
+            self.tally_T3.index_fill_(0, self.send(list(new_tallies), torch.int64), 0)
 
     @torch.no_grad()
     def delta(self, mean_RD: Tensor, slot_R: Tensor) -> Tensor:
-        """Changes [R, D] float32 of rows whose text means are `mean_RD` float32, controls applied."""
-        settings_R8 = self.settings_M8[slot_R]
-        mix = Mix(*settings_R8[:, :RANDOM].split(1, dim=1))
-        delta_RD = self.realignment.delta(mean_RD, self.code, slot_R, mix)
+        """Changes [R, D] float32 of rows whose text means are `mean_RD` float32: with controls and edits, no bound."""
+        settings_RC = self.settings_MC[slot_R]
+        mix = Mix(*settings_RC[:, :RANDOM].split(1, dim=1))
+        edits = Edits(*(table[slot_R] for table in self.edits)) if self._editing else None
+        delta_RD, edited_RD = self.realignment.changes(mean_RD, self.code, slot_R, mix, edits)
         random_RD = delta_RD.norm(dim=-1, keepdim=True) * self.direction_MD[slot_R]
-        return torch.where(settings_R8[:, RANDOM, None] > 0, random_RD, delta_RD)
+        delta_RD = torch.where(settings_RC[:, RANDOM, None] > 0, random_RD, delta_RD)
+        return delta_RD if edits is None else delta_RD + edited_RD
 
     @torch.no_grad()
     def step(self, rows: SteeredRows, stream_RD: Tensor, mean_RD: Tensor) -> Tensor:
         """What the rows of the residual stream become, [R, D] in its dtype; tallies are kept."""
         hidden_RD = stream_RD.float()
         delta_RD = self.delta(mean_RD.float(), rows.slot_R)
-        shift_R = delta_RD.norm(dim=-1) / hidden_RD.norm(dim=-1) * rows.counts_R
-        self.tally_T2.index_add_(0, rows.tally_R, torch.stack([(shift_R > 0).float(), shift_R], dim=1))
-        return (hidden_RD + delta_RD).to(stream_RD.dtype)
+        shift_R = delta_RD.norm(dim=-1) / hidden_RD.norm(dim=-1)
+        share_R = share_within(shift_R, self.settings_MC[rows.slot_R, MAX_SHIFT])
+        shift_R = shift_R * share_R
+        told_R3 = torch.stack([(shift_R > 0).float(), shift_R, (share_R < 1).float()], dim=1)
+        self.tally_T3.index_add_(0, rows.tally_R, told_R3 * rows.counts_R[:, None])
+        return (hidden_RD + delta_RD * share_R[:, None]).to(stream_RD.dtype)
+
+    def _set_edits(self, slot: int, edits: tuple[Edit, ...]) -> None:
+        """Most requests have none, and neither had who was here before."""
+        if not edits and slot not in self._editing:
+            return
+        self._editing.add(slot) if edits else self._editing.discard(slot)
+        for table, values in zip(self.edits, zip(*edits, strict=True), strict=False):
+            table[slot, : len(values)] = self.send(list(values), table.dtype)
+        if edits:
+            self.edits.gain[slot] -= 1
+        for table in self.edits:
+            table[slot, len(edits) :] = 0
 
     def send(self, values: list | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """To the device without waiting for it."""
@@ -166,8 +199,18 @@ def random_direction(hidden_size: int, seed: int) -> Tensor:
     return direction_D / direction_D.norm()
 
 
+def share_within(shift_R: Tensor, max_shift: Tensor | float) -> Tensor:
+    """The share of a delta that stays within `max_shift`; 1, exactly, where all of it does."""
+    return (max_shift / shift_R).clamp(max=1)
+
+
+def mix_of(settings: StepSettings, positions: int, device: torch.device) -> Mix:
+    """As a step has it, for positions of one request."""
+    return Mix(*torch.tensor([_columns(settings)[:RANDOM]], device=device).expand(positions, -1).split(1, dim=1))
+
+
 def _columns(settings: StepSettings) -> list[float]:
-    """A row of `settings_M8`."""
+    """A row of `settings_MC`."""
     log_plausibility = math.log(settings.plausibility) if settings.plausibility > 0 else -math.inf
     return [
         settings.beta_up,
@@ -175,6 +218,8 @@ def _columns(settings: StepSettings) -> list[float]:
         -settings.scale if settings.control == "reversed" else settings.scale,
         *FORM_TERMS[settings.form],
         float(settings.control == "random"),
+        math.inf if settings.max_shift is None else settings.max_shift,
+        float(len(settings.edits)),
         settings.gamma,
         log_plausibility,
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from steering.explanation import Explanation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,3 +19,7 @@ class Tally:
     """The hook has seen this sequence: without it nothing could have been steered."""
     visited_text: bool = False
     """A delta was computed for at least one position, be it zero."""
+    clamped: int = 0
+    """Positions whose delta was shortened to `max_shift` here."""
+    explanation: Explanation | None = field(default=None, repr=False)
+    """At its end; None where nobody watched."""

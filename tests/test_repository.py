@@ -209,6 +209,6 @@ def test_the_library_s_example_runs(monkeypatch, capsys):
     exec(compile(example, "steering/README.md", "exec"), {})
     answer, counted = capsys.readouterr().out.strip().rsplit("\n", 1)
     assert "ASSISTANT: There is a" in answer
-    positions, shift = re.findall(r"[a-z]+=([0-9.]+)", counted)
+    positions, shift = re.findall(r"(?:positions|relative_shift)=([0-9.]+)", counted)
     assert int(positions) > 0
     assert float(shift) > 0

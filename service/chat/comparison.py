@@ -19,20 +19,18 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from service.callers.keys import Caller
-from service.chat.admission import Share
 from service.chat.differences import differences, spell
-from service.chat.request import image_parts, plan_job
-from service.chat.run import LOGPROB_BYTES, WIDE_COPIES, ChatRunner, parse_fairly
+from service.chat.request import ChatRunner, Shares, image_parts
 from service.chat.schemas import ChatCompletionRequest
+from service.chat.streaming import EXPLAINED_TOKEN_BYTES, LOGPROB_BYTES
 from service.chat.strict_model import Neutral
 from service.errors import ApiError
-from service.images.intake import take_images
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.client import Answer
 from service.model.job import ModelJob
 from service.model.replica import AnswerStart
-from service.settings import BYTES_PER_PIXEL, Settings
+from service.settings import Settings
 from steering.engines.base import FinishReason, GenerationEnd
 from steering.request import SteeringRequest
 
@@ -83,7 +81,7 @@ class Comparison:
 
 async def take_in_comparison(
     runner: ChatRunner,
-    body: bytes,
+    asked: CompareRequest,
     settings: Settings,
     *,
     strength_header: str | None,
@@ -91,44 +89,37 @@ async def take_in_comparison(
     record: RequestRecord,
     metrics: Metrics,
     take_places: Callable[[int], None],
-    body_share: Share,
-    held: Share,
+    shares: Shares,
 ) -> Comparison:
     """Every setting is checked before the first picture is decoded. Raises ApiError; what is wrong with one setting is
-    said of `settings[i]`. It takes part in no experiment: who sees several answers is in no arm."""
-
-    async def admit_images(count: int, total_pixels: int) -> None:
-        taken_bytes = BYTES_PER_PIXEL * total_pixels * len(jobs)  # each job takes its own to the model
-        if taken_bytes > settings.max_memory_bytes // 2:
-            message = f"messages: {total_pixels} pixels are too many at {len(jobs)} settings; send less, or fewer"
-            raise ApiError("request_too_large", message, param="messages")
-        held.take(taken_bytes)
-        await runner.access.admit_images(caller, count, total_pixels)
-
-    if not body.isascii() or b"\\u" in body:
-        body_share.take(WIDE_COPIES * len(body))
-    asked = await parse_fairly(CompareRequest, body)
-    jobs = _plan(asked, settings, strength_header, caller)
+    said of `settings[i]`. It takes part in no experiment: who sees several answers is in no arm. `take_places` is told
+    how many answers there are beside the first."""
+    jobs = await _plan(runner, asked, settings, strength_header, caller)
     take_places(len(jobs) - 1)
-    held.take(LOGPROB_BYTES * len(jobs) * (jobs[0].max_tokens or settings.default_max_tokens))
-    with runner.tracing.step(record, "images"):
-        images = await take_images(
-            image_parts(asked),
-            settings=settings,
-            decoder=runner.decoder,
-            remote=runner.remote,
-            admit_images=admit_images,
-            take_bytes=body_share.take,
-            caller=caller.name,
-        )
-    for image in images:
-        Meter(metrics, record).count_image(image.width * image.height)
+    shares.held.take(sum(_kept_bytes(job, settings) for job in jobs))
+    images = await runner.decode(
+        image_parts(asked),
+        settings,
+        copies=len(jobs),
+        caller=caller,
+        meter=Meter(metrics, record),
+        record=record,
+        shares=shares,
+    )
     comparison_id = f"compare-{uuid.uuid4().hex}"
     record.completion_id, record.stream = comparison_id, False
     return Comparison(id=comparison_id, model=asked.model, jobs=tuple(replace(job, images=images) for job in jobs))
 
 
-def _plan(asked: CompareRequest, settings: Settings, strength_header: str | None, caller: Caller) -> list[ModelJob]:
+def _kept_bytes(job: ModelJob, settings: Settings) -> int:
+    """Of its answer, until all are whole."""
+    explained = EXPLAINED_TOKEN_BYTES if job.steering.settings.explain == "tokens" else 0
+    return (LOGPROB_BYTES + explained) * (job.max_tokens or settings.default_max_tokens)
+
+
+async def _plan(
+    runner: ChatRunner, asked: CompareRequest, settings: Settings, strength_header: str | None, caller: Caller
+) -> list[ModelJob]:
     """By setting, without pixels. Tokens' texts come with their logprobs."""
     if len(asked.settings) > settings.max_choices:
         message = f"settings: at most {settings.max_choices} are allowed"
@@ -136,11 +127,11 @@ def _plan(asked: CompareRequest, settings: Settings, strength_header: str | None
     jobs = []
     for index, steering in enumerate(asked.settings):
         with _naming(index):
-            job = plan_job(
+            job = await runner.plan(
                 asked.model_copy(update={"steering": steering}),
-                request_id=f"chatcmpl-{uuid.uuid4().hex}",
+                settings.model_copy(update={"experiment": None}),
                 strength_header=strength_header,
-                settings=settings.model_copy(update={"experiment": None}),
+                unit_header=None,
                 caller=caller,
             )
         jobs.append(replace(job, sampling=replace(job.sampling, top_logprobs=0)))

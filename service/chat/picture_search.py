@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from contextlib import aclosing
 
 from service.callers.keys import Caller
-from service.chat.admission import Share
-from service.chat.run import ChatRunner
+from service.chat.request import ChatRunner, Shares
 from service.errors import ApiError
-from service.images.intake import take_images
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.job import ModelJob, Turn
-from service.settings import BYTES_PER_PIXEL, Settings
-from steering.engines.base import ConceptActivity, GenerationEnd, Sampling
+from service.settings import Settings
+from steering.engines.base import GenerationEnd, Sampling
+from steering.explanation import ConceptActivity
 from steering.request import RequestedSteering, SteeringRequest
 
 QUESTION = "Describe the image."
@@ -34,28 +33,12 @@ async def concepts_in(
     caller: Caller,
     record: RequestRecord,
     metrics: Metrics,
-    body_share: Share,
-    held: Share,
+    shares: Shares,
 ) -> Sequence[ConceptActivity]:
     """The strongest first. Raises ApiError; `field` is where the URL stood. Counted as a request of one picture."""
-
-    async def admit_images(count: int, total_pixels: int) -> None:
-        held.take(BYTES_PER_PIXEL * total_pixels)
-        await runner.access.admit_images(caller, count, total_pixels)
-
     meter, failure = Meter(metrics, record), "cancelled"
     try:
-        with runner.tracing.step(record, "images"):
-            images = await take_images(
-                [(field, url)],
-                settings=settings,
-                decoder=runner.decoder,
-                remote=runner.remote,
-                admit_images=admit_images,
-                take_bytes=body_share.take,
-                caller=caller.name,
-            )
-        meter.count_image(images[0].width * images[0].height)
+        images = await runner.decode([(field, url)], settings, caller=caller, meter=meter, record=record, shares=shares)
         job = ModelJob(
             request_id=f"search-{uuid.uuid4().hex}",
             turns=(Turn("user", (None, QUESTION)),),
@@ -84,6 +67,7 @@ async def _ask(
     async with aclosing(runner.run(job, caller=caller, meter=meter, record=record)) as events:
         async for event in events:
             if isinstance(event, GenerationEnd):
-                assert event.receipt.explanation is not None, "it was asked for"
-                return event.receipt.explanation[0].image
+                (told,) = event.receipt.explanation or (None,)
+                assert told is not None, "it was asked for"
+                return told.image
     raise AssertionError("an engine ends with a GenerationEnd")

@@ -1,162 +1,187 @@
-"""From a validated body to a ModelJob: limits, model aliases, steering sources, images. No Ray, no HTTP responses."""
+"""One chat request without its HTTP: `take_in` makes a job of what was asked, `run` makes events of a job.
+
+Everything is checked before the first image is decoded: limits, model aliases, steering sources, scopes.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import replace
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from service.callers.keys import Caller
+from service.callers.ledger import AnswerLabels, Ledger, RayLedger, charge
+from service.chat.admission import Share
 from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
+from service.chat.steering_sources import assignment_of, check_scopes, find_alias, merge_steering
+from service.concepts.names import ConceptNames
 from service.errors import ApiError
-from service.experiments.arms import over_default
-from service.experiments.assignment import Assignment, assign
-from service.images.decoder import ImageDecoder
-from service.images.intake import AdmitImages, take_images
+from service.experiments.assignment import Assignment
+from service.images.decoder import ImageDecoder, RgbImage, take_images
 from service.images.remote import RemoteImages
+from service.metrics.meter import Meter
+from service.metrics.request_record import RequestRecord, Tracing
+from service.model.client import Answer, ModelClient
 from service.model.job import ModelJob, Turn
-from service.settings import MIB, Settings
-from steering.engines.base import ResponseFormat, Sampling
-from steering.request import RequestedSteering, SteeringRequest, merge_sources
+from service.model.replica import AnswerStart
+from service.settings import BYTES_PER_PIXEL, MIB, Settings
+from steering.engines.base import GenerationEnd, ResponseFormat, Sampling
 
+log = logging.getLogger(__name__)
 MAX_TEXT_BYTES = MIB
 """All texts of a conversation together, in UTF-8; for most models the context is the tighter limit."""
-STRENGTH_HEADER = "x-steering-strength"
-ALIASES = {"": SteeringRequest(), ":off": SteeringRequest(enabled=False), ":steered": SteeringRequest(enabled=True)}
-"""Suffix of the model id to what it asks for."""
-DECIMAL = re.compile(r"\d{1,3}(\.\d{1,9})?|\.\d{1,9}")
 
 
-async def make_job(
-    request: ChatCompletionRequest,
-    *,
-    request_id: str,
-    strength_header: str | None,
-    settings: Settings,
-    decoder: ImageDecoder,
-    remote: RemoteImages,
-    caller: Caller,
-    admit_images: AdmitImages,
-    take_bytes: Callable[[int], None] = lambda _count: None,
-    unit_header: str | None = None,
-    assigned: Callable[[Assignment], None] = lambda _assignment: None,
-) -> ModelJob:
-    """Everything is checked before the first image is decoded. `assigned` is told what an experiment means for it."""
-    job = plan_job(
-        request,
-        request_id=request_id,
-        strength_header=strength_header,
-        settings=settings,
-        caller=caller,
-        unit_header=unit_header,
-        assigned=assigned,
-    )
-    images = await take_images(
-        image_parts(request),
-        settings=settings,
-        decoder=decoder,
-        remote=remote,
-        admit_images=admit_images,
-        take_bytes=take_bytes,
-        caller=caller.name,
-    )
-    return replace(job, images=images)
+class Shares(NamedTuple):
+    """Of the memory that all requests have."""
+
+    body: Share
+    """What the body takes, and what is fetched for it, until a job is made of it."""
+    held: Share
+    """What stays until the answer has ended."""
 
 
-def plan_job(
-    request: ChatCompletionRequest,
-    *,
-    request_id: str,
-    strength_header: str | None,
-    settings: Settings,
-    caller: Caller,
-    unit_header: str | None = None,
-    assigned: Callable[[Assignment], None] = lambda _assignment: None,
-) -> ModelJob:
-    """A job without its pixels: all that can be checked without them."""
-    alias = find_alias(request.model, settings.model_name)
-    assignment = assignment_of(request, strength_header, alias, unit_header, settings, caller)
-    if assignment is not None:
-        assigned(assignment)
-    steering = merge_steering(request.steering, strength_header, alias, settings, assignment)
-    check_limits(request, settings)
-    check_scopes(request, caller)
-    return ModelJob(
-        request_id=request_id,
-        turns=turns_of(request),
-        images=(),
-        max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
-        max_tokens=request.max_completion_tokens or request.max_tokens,
-        sampling=sampling_of(request),
-        steering=steering,
-        tenant=caller.name,
-    )
+@dataclass(frozen=True, kw_only=True)
+class ChatRunner:
+    """What the work on all chat requests shares."""
 
+    model: ModelClient
+    decoder: ImageDecoder
+    remote: RemoteImages | None
+    """None: images come as data: URLs only."""
+    names: ConceptNames
+    ledger: Ledger | RayLedger
+    tracing: Tracing
 
-def find_alias(model: str, served: str) -> str:
-    """The suffix of a known model id; anything else is a 404."""
-    for alias in ALIASES:
-        if model == served + alias:
-            return alias
-    known = ", ".join(repr(served + alias) for alias in ALIASES)
-    raise ApiError("model_not_found", f"model: there is no model {model[:200]!r}; there are {known}", param="model")
+    async def take_in(
+        self,
+        chat: ChatCompletionRequest,
+        settings: Settings,
+        *,
+        strength_header: str | None,
+        unit_header: str | None,
+        caller: Caller,
+        meter: Meter,
+        record: RequestRecord,
+        body_share: Share,
+        held: Share,
+    ) -> ModelJob:
+        """What was asked, checked. `body_share` is told what is fetched on the way, `held` what stays."""
+        job = await self.plan(
+            chat,
+            settings,
+            strength_header=strength_header,
+            unit_header=unit_header,
+            caller=caller,
+            assigned=meter.assigned,
+        )
+        sources, shares = image_parts(chat), Shares(body=body_share, held=held)
+        images = await self.decode(sources, settings, caller=caller, meter=meter, record=record, shares=shares)
+        record.completion_id, record.stream = job.request_id, bool(chat.stream)
+        return replace(job, images=images)
 
+    async def plan(
+        self,
+        chat: ChatCompletionRequest,
+        settings: Settings,
+        *,
+        strength_header: str | None,
+        unit_header: str | None,
+        caller: Caller,
+        assigned: Callable[[Assignment], None] = lambda _assignment: None,
+    ) -> ModelJob:
+        """A job without its pixels: all that can be checked without them. `assigned` is told what an experiment means
+        for it."""
+        alias = find_alias(chat.model, settings.model_name)
+        assignment = assignment_of(chat, strength_header, alias, unit_header, settings, caller)
+        if assignment is not None:
+            assigned(assignment)
+        steering = merge_steering(chat.steering, strength_header, alias, settings, assignment)
+        steering = await self.names.by_id(steering)
+        check_limits(chat, settings)
+        check_scopes(chat, caller)
+        return ModelJob(
+            request_id=f"chatcmpl-{uuid.uuid4().hex}",
+            turns=turns_of(chat),
+            images=(),
+            max_tokens_field="max_completion_tokens" if chat.max_completion_tokens else "max_tokens",
+            max_tokens=chat.max_completion_tokens or chat.max_tokens,
+            sampling=sampling_of(chat),
+            steering=steering,
+            tenant=caller.name,
+        )
 
-def assignment_of(
-    request: ChatCompletionRequest,
-    strength_header: str | None,
-    alias: str,
-    unit_header: str | None,
-    settings: Settings,
-    caller: Caller,
-) -> Assignment | None:
-    """None where no experiment runs. The unit is the key and, of that key, the header's or else the body's user."""
-    if settings.experiment is None:
-        return None
-    asked = request.steering is not None and bool(request.steering.model_dump(exclude_none=True))
-    own = asked or strength_header is not None or alias != ""
-    user = unit_header or request.user
-    unit = f"{caller.name}:{user}" if user else None
-    return assign(settings.experiment, unit=unit, own_steering=own)
+    async def decode(
+        self,
+        sources: Sequence[tuple[str, str]],
+        settings: Settings,
+        *,
+        copies: int = 1,
+        caller: Caller,
+        meter: Meter,
+        record: RequestRecord,
+        shares: Shares,
+    ) -> tuple[RgbImage, ...]:
+        """Pixels of every (field, URL), charged and counted once; `copies` of them travel to the model."""
 
+        async def admit_images(count: int, total_pixels: int) -> None:
+            held_bytes = copies * BYTES_PER_PIXEL * total_pixels
+            if copies > 1 and held_bytes > settings.max_memory_bytes // 2:  # never will there be room
+                message = (
+                    f"messages: {total_pixels} pixels are too many for {copies} answers; send less, or ask for fewer"
+                )
+                raise ApiError("request_too_large", message, param="messages")
+            shares.held.take(held_bytes)
+            await charge(self.ledger, caller, images=count, pixels=total_pixels)
 
-def merge_steering(
-    body: SteeringRequest | None,
-    strength_header: str | None,
-    alias: str,
-    settings: Settings,
-    assignment: Assignment | None = None,
-) -> RequestedSteering:
-    """Body, header and alias, or else the arm, over the server's default: a caller's own steering is in no arm."""
-    body = body or SteeringRequest()
-    for name in ("concepts", "explain"):
-        if getattr(body, name):
-            raise ApiError(
-                "unsupported_value", f"steering.{name}: not supported yet; leave it out", param=f"steering.{name}"
+        with self.tracing.step(record, "images"):
+            images = await take_images(
+                sources,
+                settings=settings,
+                decoder=self.decoder,
+                remote=self.remote,
+                admit_images=admit_images,
+                take_bytes=shares.body.take,
+                caller=caller.name,
             )
-    if body.control not in (None, "none") and not settings.allow_controls:
-        raise ApiError(
-            "unsupported_value",
-            "steering.control: controls are for evaluation; this server was not started with --allow-controls on",
-            param="steering.control",
-        )
-    default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
-    if assignment is not None and assignment.arm is not None:
-        return over_default(assignment.arm.steering, default, arm=assignment.shown)
-    if body.preset is not None:
-        default = SteeringRequest()  # a default strength belongs to the default preset
-    arm = assignment and assignment.shown
-    return merge_sources(body, _from_header(strength_header), ALIASES[alias], server=(default,), arm=arm)
+        for image in images:
+            meter.count_image(image.width * image.height)
+        return images
 
+    async def run(
+        self, job: ModelJob, *, caller: Caller, meter: Meter, record: RequestRecord
+    ) -> AsyncGenerator[Answer, None]:
+        """AnswerStart, then the engine's events, measured; before the end is told, feedback on it can be given.
 
-def _from_header(value: str | None) -> SteeringRequest:
-    if value is None:
-        return SteeringRequest()
-    if not DECIMAL.fullmatch(value.strip()) or not 0 <= float(value) <= 1:
-        raise ApiError(
-            "invalid_header", f"{STRENGTH_HEADER}: must be a number from 0 to 1, such as 0.5", param=STRENGTH_HEADER
-        )
-    return SteeringRequest(strength=float(value))
+        Raises ApiError. Closing it cancels the generation.
+        """
+        answer_id, answer = job.request_id, self.model.generate(job)
+        del job  # once the model has the pixels, they are not held here, too
+        meter.submitted()
+        async with aclosing(answer):
+            with self.tracing.step(record, "queue"):
+                start = await anext(answer)
+            assert isinstance(start, AnswerStart)
+            meter.started(start.prompt_tokens)
+            yield start
+            with self.tracing.step(record, "generation"):
+                async for event in answer:
+                    assert not isinstance(event, AnswerStart)
+                    meter.observe(event)
+                    if isinstance(event, GenerationEnd):
+                        event = await self.names.with_labels(event)
+                        await self._remember(answer_id, caller, event, record.arm)
+                    yield event
+
+    async def _remember(self, answer_id: str, caller: Caller, end: GenerationEnd, arm: str) -> None:
+        """An answer on which no feedback can be given is still an answer."""
+        try:
+            await self.ledger.record_answer(answer_id, caller.name, AnswerLabels.of(end.receipt, arm))
+        except ApiError as error:
+            log.warning("feedback on an answer will not be accepted: %s", error.message)
 
 
 def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
@@ -173,17 +198,6 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
             "request_too_large",
             f"messages: the texts together have {asked} bytes; at most {MAX_TEXT_BYTES} are allowed",
             param="messages",
-        )
-
-
-def check_scopes(request: ChatCompletionRequest, caller: Caller) -> None:
-    """What not every key may ask for."""
-    control = request.steering and request.steering.control
-    if control not in (None, "none") and "evaluate" not in caller.scopes:
-        raise ApiError(
-            "permission_denied",
-            "steering.control: needs a key with the scope 'evaluate'",
-            param="steering.control",
         )
 
 

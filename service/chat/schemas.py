@@ -19,22 +19,41 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 INSTEAD_OF_TOOLS = "for an answer that follows a schema send response_format"
 
 
+SenderName = Annotated[str, Field(max_length=64)] | None
+"""Tells senders of one role apart. Accepted and not used: no chat template of ours has a place for it."""
+
+
+class CacheBreakpoint(Strict):
+    """Where a provider's prompt cache may end. Accepted and not used: prompts are cached wherever they agree."""
+
+    mode: Literal["explicit"]
+    ttl: Literal["30m", "12h"] | None = None
+
+
+class CacheOptions(Strict):
+    """Accepted and not used, as CacheBreakpoint."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
+
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
-    prompt_cache_breakpoint: Annotated[Any, Neutral()] = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
 class ImageUrl(Strict):
     url: str
     """A `data:` URL with base64 content, or an `https://` URL of a host that the server allows."""
-    detail: Annotated[Any, Neutral("auto")] = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    """Accepted and not used: a model looks at every picture in the one way that it was trained with."""
 
 
 class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
-    prompt_cache_breakpoint: Annotated[Any, Neutral()] = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
 def _part_tag(part: Any) -> str | None:
@@ -73,13 +92,13 @@ class InstructionMessage(Strict):
 
     role: Literal["system", "developer"]
     content: TextContent
-    name: Annotated[Any, Neutral()] = None
+    name: SenderName = None
 
 
 class UserMessage(Strict):
     role: Literal["user"]
     content: UserContent
-    name: Annotated[Any, Neutral()] = None
+    name: SenderName = None
 
 
 class RefusalPart(Strict):
@@ -107,7 +126,7 @@ class AssistantMessage(Strict):
 
     role: Literal["assistant"]
     content: AnswerContent = None
-    name: Annotated[Any, Neutral()] = None
+    name: SenderName = None
     refusal: str | None = None
     """What the assistant said instead of `content`."""
     annotations: Annotated[Any, Neutral([])] = None
@@ -236,8 +255,10 @@ class ChatCompletionRequest(Strict):
     user: str | None = Field(default=None, max_length=512)
     """Who asks: while an experiment runs, the unit that falls into an arm."""
     safety_identifier: str | None = Field(default=None, max_length=512)
-    """Accepted and not used, as are `prompt_cache_key` and `metadata`: they change no answer."""
+    """Accepted and not used, as are `metadata` and what is said of the prompt's cache: they change no answer."""
     prompt_cache_key: str | None = Field(default=None, max_length=512)
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
 
     audio: Annotated[Any, Neutral()] = None
@@ -247,8 +268,6 @@ class ChatCompletionRequest(Strict):
     moderation: Annotated[Any, Neutral()] = None
     parallel_tool_calls: Annotated[Any, Neutral(True, False)] = None
     prediction: Annotated[Any, Neutral()] = None
-    prompt_cache_options: Annotated[Any, Neutral()] = None
-    prompt_cache_retention: Annotated[Any, Neutral()] = None
     reasoning_effort: Annotated[Any, Neutral("none")] = None
     service_tier: Annotated[Any, Neutral("auto", "default")] = None
     store: Annotated[Any, Neutral(False)] = None
@@ -260,7 +279,7 @@ class ChatCompletionRequest(Strict):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatCompletionRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise inconsistent("top_logprobs", "needs logprobs: true")
         if self.stream_options is not None and not self.stream:
             raise inconsistent("stream_options", "needs stream: true")

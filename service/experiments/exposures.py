@@ -45,6 +45,7 @@ MEASURES: dict[str, Callable[[Line], float | None]] = {
     "inter_token_s": lambda line: line.get("inter_token_s"),
     "duration_s": lambda line: line.get("duration_s") if "choices" in line else None,
     "relative_shift": lambda line: line.get("steering", {}).get("relative_shift"),
+    "mismatch": lambda line: line.get("steering", {}).get("mismatch"),
     "feedback": lambda line: line.get("feedback"),
 }
 """Rates first. Lengths are per choice, and of whole answers only; `feedback` is the score, where one was given."""

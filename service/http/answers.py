@@ -1,4 +1,5 @@
-"""What the routes answer, for the OpenAPI document and for tests: OpenAI's types with our receipt, and our own.
+"""What the routes answer, for the OpenAPI document and for tests: OpenAI's types with our receipt, and our own; and the
+headers that are this service's.
 
 Nothing is built from these at run time; a test holds real answers against them.
 """
@@ -11,6 +12,9 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, ConfigDict
 
+from service.chat.steering_sources import STRENGTH_HEADER
+from service.http.chat_route import UNIT, UNIT_HEADER
+from service.http.middleware import ARM_HEADER, ASSIGNMENT_HEADER, REQUEST_ID, REQUEST_ID_HEADER
 from steering.engines.base import Receipt
 
 
@@ -102,3 +106,52 @@ class ErrorAnswer(Answer):
     """Every error, also as the last event of a stream that breaks."""
 
     error: ErrorDetail
+
+
+ETAG, CACHE_CONTROL = "ETag", "Cache-Control"
+REQUEST_ID_PARAMETER = {
+    "name": REQUEST_ID_HEADER,
+    "in": "header",
+    "description": "Names the request in the service's log; one is made where none is given.",
+    "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
+}
+HEADERS: dict[str, dict[str, Any]] = {
+    REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
+    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
+    "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
+    ARM_HEADER: {
+        "description": "While an experiment runs: the arm whose steering this is, `own` for the caller's.",
+        "schema": {"type": "string"},
+    },
+    ASSIGNMENT_HEADER: {
+        "description": "Why: `unit` by the hash of who asked, `no_unit` the default arm, since nobody was named.",
+        "schema": {"enum": ["unit", "no_unit", "not_covered", "own"]},
+    },
+    ETAG: {"description": "Changes with the answer; for `If-None-Match`.", "schema": {"type": "string"}},
+    CACHE_CONTROL: {"description": "How long the answer may be kept.", "schema": {"type": "string"}},
+    "x-should-retry": {
+        "description": "There where sending the request again is no use; OpenAI's clients obey it.",
+        "schema": {"const": "false"},
+    },
+}
+IF_NONE_MATCH_PARAMETER = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "The `ETag` of an answer that the client has: the same one is not sent again.",
+    "schema": {"type": "string"},
+}
+NOT_ALWAYS = ("x-should-retry", ARM_HEADER, ASSIGNMENT_HEADER)
+UNIT_PARAMETER = {
+    "name": UNIT_HEADER,
+    "in": "header",
+    "description": "Who asks, for an experiment: the same unit gets the same arm. Else `user` of the body is the unit.",
+    "schema": {"type": "string", "pattern": f"^{UNIT.pattern}$"},
+    "example": "visitor-17",
+}
+STRENGTH_PARAMETER = {
+    "name": STRENGTH_HEADER,
+    "in": "header",
+    "description": "The dial, where the body does not say: 0 is the plain model, 1 the preset.",
+    "schema": {"type": "string", "pattern": r"^(0{1,3}(\.[0-9]{1,9})?|0{0,2}1(\.0{1,9})?|\.[0-9]{1,9})$"},
+    "example": "0.5",
+}

@@ -20,32 +20,29 @@ from openai.types import Model
 from starlette.exceptions import HTTPException
 
 from service import VERSION
-from service.callers.access import Access
 from service.callers.keys import load_keys
-from service.callers.ledger import Ledger
-from service.callers.ledger_client import LedgerClient
+from service.callers.ledger import Ledger, RayLedger
 from service.chat.admission import Admission
-from service.chat.request import ALIASES, find_alias
-from service.chat.run import ChatRunner
+from service.chat.request import ChatRunner
 from service.chat.shadow import Shadows
+from service.chat.steering_sources import ALIASES, find_alias
 from service.concepts.index import ConceptIndex
+from service.concepts.names import ConceptNames
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
 from service.http.chat_route import ChatAnswer, ChatRoute
 from service.http.compare_route import compare
 from service.http.concepts_route import ConceptsRoute
 from service.http.feedback_route import FeedbackDesk
+from service.http.middleware import Middleware
 from service.http.model_answer import ModelAnswer
-from service.http.observation import RequestObserver
 from service.http.openapi import build_openapi
-from service.http.request_guard import RequestGuard
 from service.http.routes import ROUTES
 from service.images.decoder import ImageDecoder
 from service.images.remote import RemoteImages
 from service.live_settings import LiveSettings
 from service.metrics.meter import Metrics
-from service.metrics.request_record import record_of
-from service.metrics.tracing import Tracing
+from service.metrics.request_record import Tracing, record_of
 from service.model.client import ModelClient
 from service.model.readiness import Readiness
 from service.settings import Settings
@@ -62,7 +59,7 @@ def build_api(
     model: ModelClient,
     decoder: ImageDecoder,
     remote: RemoteImages | None = None,
-    ledger: LedgerClient | None = None,
+    ledger: Ledger | RayLedger | None = None,
     live: LiveSettings | None = None,
     proxied: bool = False,
 ) -> FastAPI:
@@ -78,13 +75,13 @@ def build_api(
     drain = Drain(settings.drain_file, settings.drain_timeout_s)
     ledger = Ledger() if ledger is None else ledger
     keys = load_keys(settings, os.environ)
-    access = Access(keys, ledger)
     live = live or LiveSettings(settings)
+    index = ConceptIndex(Path(settings.loaded_artifact)) if settings.loaded_artifact else None
     runner = ChatRunner(
         model=model,
         decoder=decoder,
         remote=remote or _remote_images(settings),
-        access=access,
+        names=ConceptNames(index),
         ledger=ledger,
         tracing=tracing,
     )
@@ -97,7 +94,6 @@ def build_api(
         ending=lambda: drain.begun,
     )
     chat = ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows)
-    index = ConceptIndex(Path(settings.loaded_artifact)) if settings.loaded_artifact else None
     handlers = Handlers(
         live=live,
         chat=chat,
@@ -122,13 +118,15 @@ def build_api(
         title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
     )
     api.add_middleware(
-        RequestGuard,
-        access=access,
+        Middleware,
+        metrics=metrics,
+        tracing=tracing,
+        keys=keys,
+        ledger=ledger,
         only_local_names=settings.only_local_names,
         behind_gateway=settings.behind_gateway,
+        proxied=proxied,
     )
-    api.add_middleware(RequestObserver, metrics=metrics, tracing=tracing, proxied=proxied)
-    api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
     for route in ROUTES:
         api.add_api_route(route.path, attrgetter(route.handler)(handlers), methods=[route.method])
@@ -218,7 +216,10 @@ class Handlers:
         return Model(id=model_id, created=self.started, object="model", owned_by=OWNER).model_dump()
 
 
-def _remote_images(settings: Settings) -> RemoteImages:
+def _remote_images(settings: Settings) -> RemoteImages | None:
+    """None where there is no host to fetch from."""
+    if not settings.image_hosts.strip(","):
+        return None
     return RemoteImages(settings.image_hosts, timeout_s=IMAGE_FETCH_TIMEOUT_S, max_image_bytes=settings.max_image_bytes)
 
 
@@ -239,12 +240,6 @@ async def _prepare(index: ConceptIndex | None) -> None:
     if index is not None:
         with suppress(ApiError):
             await asyncio.to_thread(index.prepare)
-
-
-async def _answer_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    record_of(request.scope).error_code = error.code
-    return error.response()
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

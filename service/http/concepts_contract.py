@@ -16,9 +16,8 @@ from service.chat.schemas import ImageUrl
 from service.chat.strict_model import Strict
 from service.concepts.build import MAX_ID
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
-from service.http.answers import Answer
+from service.http.answers import CACHE_CONTROL, ETAG, IF_NONE_MATCH_PARAMETER, STRENGTH_PARAMETER, Answer
 from service.http.bodies import Bodies, json_of, ref_to
-from service.http.headers import CACHE_CONTROL, ETAG, IF_NONE_MATCH_PARAMETER, STRENGTH_PARAMETER
 from steering.engines.base import Receipt
 
 DEFAULT_PAGE, MAX_PAGE = 20, 100

@@ -15,15 +15,14 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from service.callers.access import require
+from service.callers.keys import require
 from service.chat.picture_search import concepts_in
-from service.chat.run import parse_fairly
 from service.concepts.build import MAX_ID
 from service.concepts.index import ConceptIndex
 from service.errors import ApiError
+from service.http.answers import CACHE_CONTROL, ETAG
 from service.http.chat_route import ChatRoute
 from service.http.concepts_contract import DEFAULT_PAGE, MAX_PAGE, MAX_QUERY, SearchBody, TextSearch
-from service.http.headers import CACHE_CONTROL, ETAG
 from service.http.model_answer import Admitted, ModelAnswer
 from steering.concepts import Concept
 
@@ -79,9 +78,8 @@ class ConceptsRoute:
 
     async def _search(self, asked: Admitted) -> Response:
         index = self._there()
-        async with asked.body() as (body, share):
-            given = (await parse_fairly(SearchBody, body)).root
-            del body
+        async with asked.body(SearchBody) as (body, shares):
+            given = body.root
             if isinstance(given, TextSearch):
                 found = await asyncio.to_thread(index.search, given.text, limit=given.limit)
                 return found_answer([(one.concept, one.score) for one in found])
@@ -94,8 +92,7 @@ class ConceptsRoute:
                 caller=asked.caller,
                 record=asked.record,
                 metrics=self._chat.metrics,
-                body_share=share,
-                held=asked.held,
+                shares=shares,
             )
         return found_answer([(await self._named(one.id), one.image) for one in active[: given.limit]])
 

@@ -13,10 +13,10 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from service.chat.admission import Share
+from service.chat.request import Shares
 from service.errors import ApiError
-from service.http.body import read_json_body
-from service.http.chat_route import ChatRoute
+from service.http.body import Fields, parse_in_time, read_json_body
+from service.http.chat_route import WIDE_COPIES, ChatRoute
 from service.metrics.request_record import record_of
 from service.settings import COPIES_OF_A_BODY
 
@@ -32,8 +32,7 @@ class Admitted:
         self.caller = request.state.caller
         self.record = record_of(request.scope)
         self._places = places
-        self.held = places.enter_context(route.admission.memory.share(self.caller.name))
-        """What is held until the answer has ended."""
+        self._held = places.enter_context(route.admission.memory.share(self.caller.name))
 
     def take_places(self, count: int) -> None:
         """So many more: whoever asks for several answers leaves less room. Raises ApiError where there is none."""
@@ -42,8 +41,9 @@ class Admitted:
             self._places.enter_context(self.route.admission.place(self.caller.name, places=places))
 
     @asynccontextmanager
-    async def body(self) -> AsyncIterator[tuple[bytes, Share]]:
-        """The body, and what counts all that is made of it until the block ends. Raises ApiError."""
+    async def body(self, fields: type[Fields]) -> AsyncIterator[tuple[Fields, Shares]]:
+        """The body's fields, and what counts all that is made of them: of what it took, until the block ends. Raises
+        ApiError."""
         with self.route.admission.memory.share(self.caller.name) as share:
             body = await read_json_body(
                 self.request,
@@ -51,7 +51,11 @@ class Admitted:
                 timeout_s=self.settings.body_timeout_s,
                 take=lambda piece_bytes: share.take(COPIES_OF_A_BODY * piece_bytes),
             )
-            yield body, share
+            if not body.isascii() or b"\\u" in body:
+                share.take(WIDE_COPIES * len(body))
+            parsed = await parse_in_time(body, fields)
+            del body
+            yield parsed, Shares(body=share, held=self._held)
 
 
 Work = Callable[[Admitted], Awaitable[Response]]

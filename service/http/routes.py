@@ -1,4 +1,4 @@
-"""Every route, in one table: `api.py` serves it, `request_guard.py` finds it and asks for its scope, `openapi.py`
+"""Every route, in one table: `api.py` serves it, `middleware.py` finds it and asks for its scope, `openapi.py`
 describes it. What is not here is not reachable.
 """
 
@@ -7,9 +7,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.routing import Match
-from starlette.routing import Route as ServedRoute
-from starlette.types import Scope
 
 from service.callers import keys
 from service.concepts.build import MAX_ID
@@ -73,7 +70,8 @@ ROUTES = (
     Route("GET", "/v1/concepts/{concept_id:concept}", "explain", "concepts.one", "One of them", "It is there.",
           (*CONCEPTS, "route_not_found")),
     Route("GET", "/v1/concepts/{concept_id:concept}/thumbnails/{image:concept}", "explain", "concepts.thumbnail",
-          "A small picture of what a concept shows", "The picture.", (*CONCEPTS, "route_not_found")),
+          "A small picture of what a concept shows", "The picture.",
+          (*CONCEPTS, "route_not_found", "invalid_value", "unknown_field")),
     Route("POST", "/v1/feedback", "chat", "feedback", "Say how good an answer was", "Counted.",
           (*WITH_BODY, "request_not_found")),
     Route("GET", "/v1/models", "chat", "models", "Which models there are", "All of them."),
@@ -87,11 +85,3 @@ ROUTES = (
     Route("GET", "/openapi.json", None, "openapi", "This document", "OpenAPI 3.1."),
 )  # fmt: skip
 BY_PATH = {route.path: route for route in ROUTES}
-
-
-def find_route(scope: Scope) -> Route | None:
-    """The route that a request is for, whatever its method, which is the router's matter."""
-    for served in scope["app"].routes:
-        if isinstance(served, ServedRoute) and served.matches(scope)[0] is not Match.NONE:
-            return BY_PATH.get(served.path)
-    return None

@@ -24,6 +24,7 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 SCORE_BUCKETS = (0, 0.25, 0.5, 0.75, 1)
 SHIFT_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
+MISMATCH_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 SHADOW_OUTCOMES = ("same", "different", "failed", "dropped")
 PROBES = frozenset(("/healthz", "/readyz"))
 """Asked over and over while a service starts: their refusals are nobody's loss."""
@@ -117,6 +118,13 @@ class Metrics:
             "Mean |delta| / |hidden state| of a steered choice.",
             ["arm"],
             buckets=SHIFT_BUCKETS,
+            registry=registry,
+        )
+        self.mismatch = Histogram(
+            "vlsae_concept_mismatch_ratio",
+            "How far a choice's text is from the image at its end, 0 to 1, by the codes before steering and after.",
+            ["arm", "code"],
+            buckets=MISMATCH_BUCKETS,
             registry=registry,
         )
         self.feedback = Histogram(
@@ -290,3 +298,7 @@ class Meter:
         if end.receipt.applied:
             for shift in end.receipt.relative_shift:
                 metrics.relative_shift.labels(arm=arm).observe(shift)
+        for mismatch in end.receipt.mismatch or ():
+            if mismatch is not None:
+                metrics.mismatch.labels(arm=arm, code="before").observe(mismatch.before)
+                metrics.mismatch.labels(arm=arm, code="after").observe(mismatch.after)

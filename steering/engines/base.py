@@ -8,7 +8,8 @@ from typing import Literal, Protocol
 
 from PIL.Image import Image
 
-from steering.request import RequestedSteering
+from steering.explanation import Explanation, Mismatch
+from steering.request import ConceptEdit, RequestedSteering
 
 FinishReason = Literal["stop", "length"]
 MASKED_LOGPROB = -9999.0
@@ -111,50 +112,6 @@ CanaryKind = Literal["verified", "synthetic"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptActivity:
-    """One concept in the codes of an answer; activations lie in 0 to 2, and 0 is none."""
-
-    id: int
-    image: float
-    """In z_v, the image's code."""
-    text: float
-    """In z_t, the code of the text's running mean."""
-    steered: float
-    """In the code that the step aimed at, edits included: z_t + strength (z - z_t); `text` where nothing moved it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mismatch:
-    """1 - weighted Jaccard of the image's code and the text's, in [0, 1] (design, section 2)."""
-
-    before: float
-    after: float
-    """Of the code that the step aimed at."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenExplanation:
-    """What the text held when one token of the answer was chosen."""
-
-    mismatch: Mismatch
-    text: tuple[ConceptActivity, ...]
-    """The strongest in z_t."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
-    """What image and text held at the end of one choice, where all of it but its last token is in the mean."""
-
-    mismatch: Mismatch
-    image: tuple[ConceptActivity, ...]
-    """The strongest in z_v, strongest first."""
-    text: tuple[ConceptActivity, ...]
-    """The strongest in z_t."""
-    tokens: tuple[TokenExplanation, ...] | None = None
-    """One per generated token, where asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Receipt:
     """What steering did to one request, counted where it happened (design, section 6)."""
 
@@ -192,9 +149,15 @@ class Receipt:
     relative_shift: list[float]
     """By choice: mean of |delta| / |hidden state| over the positions steered for it; 0 where there are none."""
     arm: str | None
-    mismatch: list[Mismatch] | None = None
-    """By choice, where the engine looked: requests that are steered or explained. None: it did not."""
-    explanation: list[Explanation] | None = None
+    max_shift: float | None = None
+    """Most that |delta| / |hidden state| could be; None: unbounded."""
+    edits: dict[str, ConceptEdit] | None = None
+    """By the concept's id; None: there were none."""
+    clamped_positions: list[int] = field(default_factory=list)
+    """By choice: positions whose delta was shortened to `max_shift`; those out of a prefix cache do not count."""
+    mismatch: list[Mismatch | None] | None = None
+    """By choice, at its end; None where nobody looked: the request was neither steered nor explained."""
+    explanation: list[Explanation | None] | None = None
     """By choice; None where it was not asked for."""
 
 

@@ -15,7 +15,7 @@ from steering.engines.text_stream import TextStream
 from steering.errors import InvalidSteering
 from steering.lvlm.families import find_family, tokens_per_image
 from steering.lvlm.token_spans import expand_image_tokens, find_spans
-from steering.settings import ResolvedSteering, check_control, resolve
+from steering.settings import ResolvedSteering, check_control, check_edits, resolve
 
 
 def prepare(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> RunningRequest:
@@ -95,4 +95,5 @@ def _resolve(checkpoint: Checkpoint, request: GenerationRequest, *, has_image: b
         has_image=has_image,
     )
     check_control(settings, control_images=len(artifact.control_image_MD) if artifact else 0)
+    check_edits(settings, concepts=artifact.config.num_concepts if artifact else 0)
     return settings

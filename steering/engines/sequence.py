@@ -11,6 +11,7 @@ from steering.engines.sampling import Sampler
 from steering.engines.text_stream import TextStream
 from steering.lvlm.families import ImageInputs
 from steering.lvlm.token_spans import TokenSpans
+from steering.request import ConceptEdit
 from steering.settings import Reason, ResolvedSteering
 from steering.tally import Tally
 
@@ -119,6 +120,7 @@ class RunningRequest:
     def _receipt(self) -> Receipt:
         settings, tallies = self.settings, [sequence.tally for sequence in self.sequences]
         positions = [tally.positions for tally in tallies]
+        explanations = [tally.explanation for tally in tallies]
         applied = any(positions)
         known = settings.preset is not None
         return Receipt(
@@ -142,7 +144,16 @@ class RunningRequest:
             positions=positions,
             relative_shift=[tally.relative_shift for tally in tallies],
             arm=settings.arm,
+            max_shift=settings.max_shift if known else None,
+            edits=self._edits(),
+            clamped_positions=[tally.clamped for tally in tallies],
+            mismatch=[told and told.mismatch for told in explanations] if any(explanations) else None,
+            explanation=None if settings.explain is None else explanations,
         )
+
+    def _edits(self) -> dict[str, ConceptEdit] | None:
+        made = {str(one.concept_id): ConceptEdit(factor=one.factor, add=one.add) for one in self.settings.edits}
+        return made or None
 
     def _why_not(self, tallies: list[Tally]) -> Reason:
         if self.settings.reason is not None:

@@ -20,6 +20,7 @@ from steering.kernels.movement import accumulate_kernel, finish_kernel
 from steering.kernels.plan import PLAN_COLUMNS
 from steering.kernels.product import product_kernel
 from steering.kernels.selection import select_kernel
+from steering.request import MAX_EDITS
 from steering.slot_tables import SlotTables, Stream
 
 PARTS = 8
@@ -44,7 +45,7 @@ class RealignKernels:
     """Moves the rows that a plan lists (`steering.kernels.plan`) and touches no other.
 
         shared = E_t t + b,  cos_c = shared . w_c / |shared|,  T = the k largest
-        delta = scale (sum of coefficient_c table_c over T and supp z_v + (1 - subtract) (c - t))
+        delta = scale (sum of coefficient_c table_c over T and supp z_v + (1 - subtract) (c - t)) + edits
 
     The forms differ per slot, in one formula (`selection.coefficients_of`, `movement.delta_of`).
     """
@@ -67,8 +68,9 @@ class RealignKernels:
         self.ids_E2k = torch.empty(capacity, width, dtype=torch.int32, device=device)
         self.coefficients_E2k = torch.empty(capacity, width, device=device)
         self.count_E = torch.empty(capacity, dtype=torch.int32, device=device)
+        self.edits_EX = torch.empty(capacity, MAX_EDITS, device=device)
         self.partial_EPD = torch.empty(capacity, PARTS, hidden, device=device)
-        gathered = (tables.code.cosines, tables.settings_M8, tables.direction_MD, tables.tally_T2)
+        gathered = (tables.code.cosines, tables.settings_MC, tables.direction_MD, tables.tally_T3, *tables.edits[1:])
         for weight in (self.weight_SD, self.bias_S, self.directions_KS, self.table_KD, self.bias_D, *gathered):
             assert weight.is_contiguous()
             assert weight.dtype == torch.float32
@@ -118,14 +120,15 @@ class RealignKernels:
 
     def _select(self, plan: Tensor, bound: int, first: int) -> None:
         concepts, shared, _ = self.sizes
-        chosen = (self.ids_E2k, self.coefficients_E2k, self.count_E)
+        chosen = (self.ids_E2k, self.coefficients_E2k, self.count_E, self.edits_EX)
         select_kernel[(bound,)](
             plan,
             self.shared_ES,
             self.products_EK,
             self.tables.code.cosines,
             self.tables.code.active,
-            self.tables.settings_M8,
+            self.tables.settings_MC,
+            *self.tables.edits,
             *chosen,
             first,
             bound,
@@ -143,11 +146,14 @@ class RealignKernels:
         finish_kernel[(bound,)](
             plan,
             self.partial_EPD,
+            self.edits_EX,
+            self.tables.edits.concept_ids,
+            self.table_KD,
             self.bias_D,
             *streams,
-            self.tables.settings_M8,
+            self.tables.settings_MC,
             self.tables.direction_MD,
-            self.tables.tally_T2,
+            self.tables.tally_T3,
             first,
             bound,
             *strides,

@@ -1,7 +1,7 @@
 """From coefficients to moved positions: the sum over the table's rows, and the step itself with its tally.
 
-Shapes: E entries, N token rows, D hidden size, k active concepts, M slots, P parts of the sum, T tallies, R rows of
-the table at a time.
+Shapes: E entries, N token rows, D hidden size, k active concepts, M slots, P parts of the sum, T tallies, X edits, R
+rows of the table at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from steering.kernels.plan import COUNTED, FLAGS, IN_TWIN, ROW, SLOT, TALLY, entries_here, read_plan
-from steering.kernels.selection import RANDOM, SCALE, SUBTRACT, read_setting
+from steering.kernels.selection import EDITS, MAX_EDITS, MAX_SHIFT, RANDOM, SCALE, SUBTRACT, read_setting
 
 
 @triton.jit(do_not_specialize=["first", "bound"])
@@ -60,29 +60,43 @@ def length(value_D):
 
 @triton.jit
 def delta_of(
-    partial_PD, bias_D, text_D, column_D, inside_D, settings_M8, slot, HIDDEN: tl.constexpr, PARTS: tl.constexpr
+    partial_PD, bias_D, text_D, column_D, inside_D, settings_MC, slot, HIDDEN: tl.constexpr, PARTS: tl.constexpr
 ):
     """scale (the weighted rows + (1 - subtract) (bias - t))."""
-    absolute = 1.0 - read_setting(settings_M8, slot, SUBTRACT)
+    absolute = 1.0 - read_setting(settings_MC, slot, SUBTRACT)
     delta_D = absolute * (tl.load(bias_D + column_D, mask=inside_D, other=0.0) - text_D)
     for part in tl.static_range(PARTS):
         delta_D += tl.load(partial_PD + part * HIDDEN + column_D, mask=inside_D, other=0.0)
-    return read_setting(settings_M8, slot, SCALE) * delta_D
+    return read_setting(settings_MC, slot, SCALE) * delta_D
+
+
+@triton.jit
+def edited_by(edits_EX, edit_ids_MX, table_KD, entry, slot, column_D, inside_D, count, HIDDEN: tl.constexpr):
+    """The weighted table rows of an entry's edits, of which most have none."""
+    sum_D = tl.zeros_like(column_D).to(tl.float32)
+    for place in range(count):
+        concept = tl.load(edit_ids_MX + slot * MAX_EDITS + place)
+        row_D = tl.load(table_KD + concept * HIDDEN + column_D, mask=inside_D, other=0.0)
+        sum_D += tl.load(edits_EX + entry * MAX_EDITS + place) * row_D
+    return sum_D
 
 
 @triton.jit(do_not_specialize=["first", "bound"])
 def finish_kernel(
     plan,
     partial_EPD,
+    edits_EX,
+    edit_ids_MX,
+    table_KD,
     bias_D,
     mean_ND,
     hidden_ND,
     residual_ND,
     twin_hidden_ND,
     twin_residual_ND,
-    settings_M8,
+    settings_MC,
     direction_MD,
-    tallies_T2,
+    tallies_T3,
     first,
     bound,
     mean_stride,
@@ -106,15 +120,19 @@ def finish_kernel(
 
     text_D = tl.load(mean_ND + row * mean_stride + column_D, mask=inside_D, other=0.0).to(tl.float32)
     partial_PD = partial_EPD + entry.to(tl.int64) * PARTS * HIDDEN
-    delta_D = delta_of(partial_PD, bias_D, text_D, column_D, inside_D, settings_M8, slot, HIDDEN, PARTS)
-    random_D = column_D < tl.where(read_setting(settings_M8, slot, RANDOM) != 0, HIDDEN, 0)
+    delta_D = delta_of(partial_PD, bias_D, text_D, column_D, inside_D, settings_MC, slot, HIDDEN, PARTS)
+    random_D = column_D < tl.where(read_setting(settings_MC, slot, RANDOM) != 0, HIDDEN, 0)
     direction_D = tl.load(direction_MD + slot * HIDDEN + column_D, mask=random_D, other=0.0)
     delta_D = tl.where(random_D, length(delta_D) * direction_D, delta_D)
+    edits = read_setting(settings_MC, slot, EDITS).to(tl.int32)
+    delta_D += edited_by(edits_EX, edit_ids_MX, table_KD, entry, slot, column_D, inside_D, edits, HIDDEN)
 
     hidden_D = tl.load(hidden_ND + row * hidden_stride + column_D, mask=inside_D, other=0.0)
     residual_D = tl.load(residual_ND + row * residual_stride + column_D, mask=inside_D, other=0.0)
     stream_D = (hidden_D.to(tl.float32) + residual_D.to(tl.float32)).to(residual_D.dtype).to(tl.float32)
-    moved_D = (stream_D + delta_D).to(residual_D.dtype)
+    shift = tl.div_rn(length(delta_D), length(stream_D))
+    share = tl.minimum(tl.where(shift > 0, read_setting(settings_MC, slot, MAX_SHIFT) / shift, 1.0), 1.0)
+    moved_D = (stream_D + delta_D * share).to(residual_D.dtype)
     base_D = column_D < tl.where((flags & IN_TWIN) == 0, HIDDEN, 0)
     twin_D = column_D < tl.where((flags & IN_TWIN) == 0, 0, HIDDEN)
     zero_D = tl.zeros([BLOCK_D], residual_D.dtype)
@@ -123,8 +141,8 @@ def finish_kernel(
     tl.store(twin_hidden_ND + row * twin_hidden_stride + column_D, zero_D, mask=twin_D)
     tl.store(twin_residual_ND + row * twin_residual_stride + column_D, moved_D, mask=twin_D)
 
-    shift = tl.div_rn(length(delta_D), length(stream_D))
-    tally_2 = tallies_T2 + read_plan(plan, first + entry, TALLY) * 2
+    tally_3 = tallies_T3 + read_plan(plan, first + entry, TALLY) * 3
     counted = (flags & COUNTED) != 0
-    tl.atomic_add(tally_2, (shift > 0).to(tl.float32), mask=counted)
-    tl.atomic_add(tally_2 + 1, shift, mask=counted)
+    tl.atomic_add(tally_3, (shift > 0).to(tl.float32), mask=counted)
+    tl.atomic_add(tally_3 + 1, shift * share, mask=counted)
+    tl.atomic_add(tally_3 + 2, (share < 1).to(tl.float32), mask=counted & (share < 1))

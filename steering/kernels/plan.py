@@ -1,6 +1,6 @@
 """Who is steered in this step, as the kernels read it from the device. Knows columns, no mathematics.
 
-The plan is int32 [1 + capacity, 6], see `steering.slot_tables`. Nothing of it is
+The plan is int32 [1 + capacity, 7], see `steering.slot_tables`. Nothing of it is
 read on the host, so that one captured graph serves every step; with n = 0 every kernel returns at once.
 """
 

@@ -1,7 +1,7 @@
 """From the products with all concepts to the coefficients of the few that move a position.
 
 Shapes: E entries, S shared width, K concepts, k active concepts, M slots, L lanes (lane l has concepts l, l + L, ...),
-W concepts of both supports (at most 2k).
+W concepts of both supports (at most 2k), X edits.
 
 One program per entry. The keys of all K products stay in registers while their k-th largest is found; what follows
 reads the products again, which costs less than keeping them.
@@ -12,26 +12,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steering import slot_tables
+from steering import request, slot_tables
 from steering.kernels.plan import SLOT, entries_here, read_plan
 
-BETA_UP, BETA_DOWN, SCALE, DENSE, SUBTRACT, RANDOM = (
+BETA_UP, BETA_DOWN, SCALE, DENSE, SUBTRACT, RANDOM, MAX_SHIFT, EDITS = (
     tl.constexpr(number)
     for number in (
         slot_tables.BETA_UP, slot_tables.BETA_DOWN, slot_tables.SCALE, slot_tables.DENSE, slot_tables.SUBTRACT,
-        slot_tables.RANDOM,
+        slot_tables.RANDOM, slot_tables.MAX_SHIFT, slot_tables.EDITS,
     )
 )  # fmt: skip
-SETTINGS = tl.constexpr(8)
+SETTINGS = tl.constexpr(len(slot_tables.SETTINGS_COLUMNS))
 """Columns of a slot's settings; the others are not ours."""
+MAX_EDITS = tl.constexpr(request.MAX_EDITS)
 LOWEST_KEY = tl.constexpr(-(2**31))
 """Key of no number (but of a NaN): the padding's."""
 
 
 @triton.jit
-def read_setting(settings_M8, slot, column: tl.constexpr):
+def read_setting(settings_MC, slot, column: tl.constexpr):
     """One of a slot's settings."""
-    return tl.load(settings_M8 + slot * SETTINGS + column)
+    return tl.load(settings_MC + slot * SETTINGS + column)
 
 
 @triton.jit
@@ -122,15 +123,15 @@ def list_supports(
 
 
 @triton.jit
-def coefficients_of(text_W, image_W, in_text_W, in_image_W, settings_M8, slot):
+def coefficients_of(text_W, image_W, in_text_W, in_image_W, settings_MC, slot):
     """What each listed concept's row of the table is multiplied with, before the scale."""
-    dense = read_setting(settings_M8, slot, DENSE)
+    dense = read_setting(settings_MC, slot, DENSE)
     text_W = cosine_to_activation(text_W) * tl.maximum(in_text_W.to(tl.float32), dense)
     image_W = cosine_to_activation(image_W) * tl.maximum(in_image_W.to(tl.float32), dense)
     gap_W = image_W - text_W
-    up_W = read_setting(settings_M8, slot, BETA_UP) * tl.maximum(gap_W, 0.0)
-    down_W = read_setting(settings_M8, slot, BETA_DOWN) * tl.maximum(-gap_W, 0.0)
-    return text_W * (1.0 - read_setting(settings_M8, slot, SUBTRACT)) + (up_W - down_W)
+    up_W = read_setting(settings_MC, slot, BETA_UP) * tl.maximum(gap_W, 0.0)
+    down_W = read_setting(settings_MC, slot, BETA_DOWN) * tl.maximum(-gap_W, 0.0)
+    return text_W * (1.0 - read_setting(settings_MC, slot, SUBTRACT)) + (up_W - down_W)
 
 
 @triton.jit(do_not_specialize=["first", "bound"])
@@ -140,10 +141,14 @@ def select_kernel(
     products_EK,
     cosines_MK,
     active_MK,
-    settings_M8,
+    settings_MC,
+    edit_ids_MX,
+    edit_gains_MX,
+    edit_adds_MX,
     ids_E2k,
     coefficients_E2k,
     count_E,
+    edits_EX,
     first,
     bound,
     SHARED: tl.constexpr,
@@ -154,7 +159,8 @@ def select_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Ids and coefficients of the concepts in either support, and how many they are; grid (entries,)."""
+    """Ids and coefficients of the concepts in either support, how many they are, and coefficients of the edits; grid
+    (entries,)."""
     entry = tl.program_id(0)
     if entry >= entries_here(plan, first, bound):
         return
@@ -177,6 +183,17 @@ def select_kernel(
     in_text_W = (key_W > threshold) | ((key_W == threshold) & (id_W < end))
     text_W = product_W * inverse_norm(shared_ES + entry * SHARED, SHARED, BLOCK_S)
     in_image_W = tl.load(active_K + id_W) != 0
-    value_W = coefficients_of(text_W, tl.load(cosines_K + id_W), in_text_W, in_image_W, settings_M8, slot)
+    value_W = coefficients_of(text_W, tl.load(cosines_K + id_W), in_text_W, in_image_W, settings_MC, slot)
     tl.store(coefficients_E2k + entry * 2 * ACTIVE + place_W, value_W, mask=place_W < count)
     tl.store(count_E + entry, count)
+
+    place_X = tl.arange(0, MAX_EDITS)
+    edited_X = place_X < read_setting(settings_MC, slot, EDITS).to(tl.int32)
+    id_X = tl.load(edit_ids_MX + slot * MAX_EDITS + place_X, mask=edited_X, other=0)
+    product_X = tl.load(products_K + id_X, mask=edited_X, other=0.0)
+    key_X = sort_key(product_X)
+    in_text_X = (key_X > threshold) | ((key_X == threshold) & (id_X < end))
+    text_X = cosine_to_activation(product_X * inverse_norm(shared_ES + entry * SHARED, SHARED, BLOCK_S))
+    gain_X = tl.load(edit_gains_MX + slot * MAX_EDITS + place_X, mask=edited_X, other=0.0)
+    add_X = tl.load(edit_adds_MX + slot * MAX_EDITS + place_X, mask=edited_X, other=0.0)
+    tl.store(edits_EX + entry * MAX_EDITS + place_X, gain_X * text_X * in_text_X.to(tl.float32) + add_X, mask=edited_X)

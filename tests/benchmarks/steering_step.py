@@ -118,10 +118,10 @@ def compare(tables: SlotTables, rows: int, dtype: torch.dtype, precision: str) -
     plan = make_plan(rows, rows)
     listed = plan[1:].long()
     places = SteeredRows(listed[:, 3], listed[:, 4], torch.ones(rows, dtype=torch.bool, device=DEVICE))
-    tables.tally_T2.zero_()
+    tables.tally_T3.zero_()
     wanted_ND = tables.step(places, stream_ND, mean_ND)
-    wanted_T2 = tables.tally_T2.clone()
-    tables.tally_T2.zero_()
+    wanted_T2 = tables.tally_T3.clone()
+    tables.tally_T3.zero_()
     kernels(plan, rows, mean_ND, base, base)
     exact = (
         realignment.text_projection.weight.double() @ mean_ND.double().T
@@ -137,8 +137,8 @@ def compare(tables: SlotTables, rows: int, dtype: torch.dtype, precision: str) -
         "concepts_not_float64_s": rows * k - int(true_NK.gather(1, chosen_Nk).sum()),
         "relative_difference": float((residual_ND.float() - wanted_ND.float()).norm() / moved.norm()),
         "hidden_left": float(hidden_ND.abs().max()),
-        "positions_differ": float((tables.tally_T2[:, 0] - wanted_T2[:, 0]).abs().max()),
-        "shift_differs": float((tables.tally_T2[:, 1] - wanted_T2[:, 1]).abs().max()),
+        "positions_differ": float((tables.tally_T3[:, 0] - wanted_T2[:, 0]).abs().max()),
+        "shift_differs": float((tables.tally_T3[:, 1] - wanted_T2[:, 1]).abs().max()),
     }
 
 

@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator
 
 from PIL import Image
 
+from service.chat.schemas import ChatCompletionRequest
 from service.errors import ApiError
+from service.http.body import parse
 from service.model.client import Answer
 from service.model.job import ModelJob
 from service.model.replica import AnswerStart, ModelStatus
@@ -21,6 +23,7 @@ from steering.engines.base import (
     TextDelta,
     TokenLogprob,
 )
+from steering.explanation import ConceptActivity, Explanation, Mismatch, TokenExplanation
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -53,6 +56,10 @@ def body(*messages: dict, model: str = "tiny", **fields) -> dict:
     return {"model": model, "messages": list(messages) or [user("hello")], **fields}
 
 
+def parse_chat(raw: bytes) -> ChatCompletionRequest:
+    return parse(raw, ChatCompletionRequest)
+
+
 def json_schema(**changes) -> dict:
     """A `response_format` that asks for a schema."""
     return {"type": "json_schema", "json_schema": {"name": "place", "schema": {"type": "object"}, **changes}}
@@ -63,9 +70,21 @@ def receipt(**changes) -> Receipt:
         "applied": True, "reason": None, "artifact": "a" * 64, "canary": "verified", "layer": 3, "preset": "captions",
         "form": "difference", "mode": "causal", "branches": 1, "strength": 1.0, "alpha": 2.0, "beta_up": 0.9,
         "beta_down": 0.9, "gamma": 1.0, "plausibility": 0.0, "min_answer_tokens": None, "control": None,
-        "positions": [7], "relative_shift": [0.25], "arm": None,
+        "positions": [7], "relative_shift": [0.25], "arm": None, "clamped_positions": [0],
+        "mismatch": [Mismatch(before=0.5, after=0.25)],
     }  # fmt: skip
     return Receipt(**{**fields, **changes})
+
+
+def explanation(*, tokens: int | None = None) -> Explanation:
+    """Concept 239 in image and text, concept 7 in the text alone."""
+    both = ConceptActivity(id=239, image=1.25, text=0.75, steered=1.0)
+    alone = ConceptActivity(id=7, image=0.0, text=0.5, steered=0.25)
+    mismatch = Mismatch(before=0.5, after=0.25)
+    of_token = TokenExplanation(mismatch=mismatch, text=(alone,))
+    return Explanation(
+        mismatch=mismatch, image=(both,), text=(both, alone), tokens=None if tokens is None else (of_token,) * tokens
+    )
 
 
 def end(*completion_tokens: int, **changes) -> GenerationEnd:

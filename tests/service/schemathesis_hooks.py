@@ -41,7 +41,7 @@ def map_case(_context: schemathesis.HookContext, case: schemathesis.Case) -> sch
 def agreeing(body: dict[str, Any]) -> dict[str, Any]:
     """Fields that only go together are together, which OpenAPI cannot say; fields of a wrong type stay as they are."""
     body = dict(body)
-    if body.get("top_logprobs") is not None and body.get("logprobs") in (None, False):
+    if body.get("top_logprobs") not in (None, 0) and body.get("logprobs") in (None, False):
         body["logprobs"] = True
     if body.get("stream_options") is not None and body.get("stream") in (None, False):
         body["stream"] = True

@@ -24,7 +24,15 @@ HIDDEN = SHARED = 4096
 CONCEPTS, ACTIVE = 32_768, 256
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Most shared memory of one program."""
-INTEGERS = {"plan": "*i32", "ids_E2k": "*i32", "count_E": "*i32", "active_MK": "*i1", "first": "i32", "bound": "i32"}
+INTEGERS = {
+    "plan": "*i32",
+    "ids_E2k": "*i32",
+    "count_E": "*i32",
+    "active_MK": "*i1",
+    "edit_ids_MX": "*i64",
+    "first": "i32",
+    "bound": "i32",
+}
 STREAMS = {"mean_ND", "hidden_ND", "residual_ND", "twin_hidden_ND", "twin_residual_ND"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 

@@ -14,7 +14,9 @@ import torch
 from steering.auxiliary_autoencoder import AuxiliaryAutoencoder
 from steering.kernels.launch import RealignKernels, Streams
 from steering.realignment import Realignment
-from steering.slot_tables import SlotTables
+from steering.request import MAX_EDITS
+from steering.settings import Edit
+from steering.slot_tables import EDITS, FLAGS, MAX_SHIFT, PLAN_COLUMNS, ROW, SlotTables
 from steering.sparse_autoencoder import VisionLanguageSAE
 
 COUNTED, TWIN = 1, 2
@@ -45,7 +47,7 @@ class Case(NamedTuple):
     def copy(self) -> Case:
         copies = {id(rows): rows.clone() for rows in self.streams}
         tables = copy.copy(self.tables)
-        tables.tally_T2 = self.tables.tally_T2.clone()
+        tables.tally_T3 = self.tables.tally_T3.clone()
         return Case(tables, Streams(*(copies[id(rows)] for rows in self.streams)))
 
 
@@ -57,13 +59,18 @@ def make_case(hidden=24, shared=20, concepts=40, active=5, dtype=torch.float32, 
         realignment, torch.zeros(0, hidden), slots=SLOTS, tallies=TALLIES, device=torch.device("cpu")
     )  # fmt: skip
     tables.code = realignment.encode_image(torch.randn(SLOTS, hidden))
-    tables.tally_T2 = torch.rand(TALLIES, 2)
+    tables.tally_T3 = torch.rand(TALLIES, 3)
     tables.direction_MD = torch.nn.functional.normalize(torch.randn(SLOTS, hidden), dim=-1)
-    tables.settings_M8.fill_(7.0)
+    tables.settings_MC.fill_(7.0)
+    tables.settings_MC[:, MAX_SHIFT], tables.settings_MC[:, EDITS] = float("inf"), 0
+    tables._set_edits(1, (Edit(3, 0.0, 0.0), Edit(17, 1.0, 0.5), Edit(concepts - 1, 2.0, -0.25)))
+    tables._set_edits(5, tuple(Edit(concept, 0.0, 0.125) for concept in range(MAX_EDITS)))
+    tables.settings_MC[1, EDITS], tables.settings_MC[5, EDITS] = 3, MAX_EDITS
+    tables.settings_MC[4, MAX_SHIFT] = 0.25
     forms = (DIFFERENCE, PUBLISHED, DIFFERENCE, UNION, UNION, PUBLISHED)
     for slot, form in enumerate(forms):
         row = [0.3 + 0.1 * slot, 0.8 - 0.1 * slot, 1.5 - slot, *form, slot in (2, 5)]
-        tables.settings_M8[slot, :6] = torch.tensor(row)
+        tables.settings_MC[slot, :6] = torch.tensor(row)
     streams = [torch.randn(ROWS, hidden).to(dtype) for _ in range(3)]
     streams += [rows.clone() for rows in streams[1:]] if twin else streams[1:]
     return Case(tables, Streams(*streams))
@@ -71,10 +78,10 @@ def make_case(hidden=24, shared=20, concepts=40, active=5, dtype=torch.float32, 
 
 def make_plan(entries: list[Entry], capacity: int) -> torch.Tensor:
     """The rows beyond the entries are junk that must not be followed."""
-    plan = torch.full((1 + capacity, 6), 2**30, dtype=torch.int32)
+    plan = torch.full((1 + capacity, len(PLAN_COLUMNS)), 2**30, dtype=torch.int32)
     plan[0, 0] = len(entries)
     for index, entry in enumerate(entries):
-        plan[1 + index, 2:] = torch.tensor(entry)
+        plan[1 + index, ROW : FLAGS + 1] = torch.tensor(entry)
     return plan
 
 
@@ -96,7 +103,7 @@ def activation(cosine: torch.Tensor) -> torch.Tensor:
 def expected_delta(case: Case, entry: Entry) -> torch.Tensor:
     """The equations written down again, dense and in float64."""
     realignment, tables = case.realignment, case.tables
-    up, down, scale, dense, subtract, random = tables.settings_M8[entry.slot, :6].double().tolist()
+    up, down, scale, dense, subtract, random = tables.settings_MC[entry.slot, :6].double().tolist()
     t = case.streams.mean_ND[entry.row].double()
     x = realignment.text_projection.weight.double() @ t + realignment.text_projection.bias.double()
     cosine = (realignment.directions_KS.double() @ x) / x.norm().clamp(min=1e-12)
@@ -109,7 +116,12 @@ def expected_delta(case: Case, entry: Entry) -> torch.Tensor:
     coefficient = (mixed - subtract * a_t) * (in_text | in_image)
     delta = coefficient @ realignment.table_KD.double() + (1 - subtract) * (realignment.bias_D.double() - t)
     delta = scale * delta
-    return delta.norm() * tables.direction_MD[entry.slot].double() if random else delta
+    delta = delta.norm() * tables.direction_MD[entry.slot].double() if random else delta
+    ids, gain, add = (table[entry.slot] for table in tables.edits)
+    for concept, more, plus in zip(ids.tolist(), gain.tolist(), add.tolist(), strict=True):
+        z_t = float(activation(cosine)[concept]) if in_text[concept] else 0.0
+        delta = delta + (more * z_t + plus) * realignment.table_KD[concept].double()
+    return delta
 
 
 @torch.no_grad()
@@ -118,6 +130,8 @@ def expected(case: Case, entries: list[Entry]) -> Case:
     for entry in entries:
         h = case.streams.hidden_ND[entry.row] + case.streams.residual_ND[entry.row]
         delta = expected_delta(case, entry)
+        share = min(1.0, float(case.tables.settings_MC[entry.slot, MAX_SHIFT] * h.double().norm() / delta.norm()))
+        delta = share * delta
         twin = entry.flags & TWIN
         hidden = after.streams.twin_hidden_ND if twin else after.streams.hidden_ND
         residual = after.streams.twin_residual_ND if twin else after.streams.residual_ND
@@ -125,7 +139,7 @@ def expected(case: Case, entries: list[Entry]) -> Case:
         residual[entry.row] = (h.double() + delta).to(h.dtype)
         if entry.flags & COUNTED:
             shift = delta.norm() / h.double().norm()
-            after.tables.tally_T2[entry.tally] += torch.stack([(shift > 0).float(), shift.float()])
+            after.tables.tally_T3[entry.tally] += torch.tensor([shift > 0, shift, share < 1], dtype=torch.float32)
     return after
 
 
@@ -135,7 +149,7 @@ def check(case: Case, entries: list[Entry], **how) -> None:
     near, tally = TOLERANCES[case.streams.mean_ND.dtype]
     for got_ND, want_ND in zip(got.streams, want.streams, strict=True):
         torch.testing.assert_close(got_ND, want_ND, atol=near, rtol=10 * near)
-    torch.testing.assert_close(got.tables.tally_T2, want.tables.tally_T2, atol=tally, rtol=tally)
+    torch.testing.assert_close(got.tables.tally_T3, want.tables.tally_T3, atol=tally, rtol=tally)
     untouched = [row for row in range(ROWS) if row not in {entry.row for entry in entries}]
     for got_ND, before_ND in zip(got.streams, case.streams, strict=True):
         assert torch.equal(got_ND[untouched], before_ND[untouched])
@@ -181,7 +195,7 @@ def test_more_entries_than_a_tile_and_than_lanes():
     want, got = expected(many, entries), many.copy()
     RealignKernels(got.tables, capacity=44).launch(make_plan(entries, 44), 44, got.streams)
     torch.testing.assert_close(got.streams.residual_ND, want.streams.residual_ND, atol=2e-5, rtol=2e-4)
-    torch.testing.assert_close(got.tables.tally_T2, want.tables.tally_T2, atol=1e-4, rtol=2e-4)
+    torch.testing.assert_close(got.tables.tally_T3, want.tables.tally_T3, atol=1e-4, rtol=2e-4)
 
 
 @torch.no_grad()
@@ -206,7 +220,7 @@ def test_nobody_steered_touches_nothing():
     run(got, MIXED, first=12)
     for got_ND, before_ND in zip(got.streams, case.streams, strict=True):
         assert torch.equal(got_ND.view(torch.int16), before_ND.view(torch.int16))
-    assert torch.equal(got.tables.tally_T2, case.tables.tally_T2)
+    assert torch.equal(got.tables.tally_T3, case.tables.tally_T3)
 
 
 def test_a_step_larger_than_the_capacity_takes_several_launches():
@@ -217,7 +231,7 @@ def test_a_step_larger_than_the_capacity_takes_several_launches():
     for first in (0, 3, 6):
         kernels.launch(make_plan(MIXED, 20), 3, got.streams, first=first)
     torch.testing.assert_close(got.streams.residual_ND, want.streams.residual_ND, atol=2e-5, rtol=2e-4)
-    torch.testing.assert_close(got.tables.tally_T2, want.tables.tally_T2, atol=1e-5, rtol=2e-4)
+    torch.testing.assert_close(got.tables.tally_T3, want.tables.tally_T3, atol=1e-5, rtol=2e-4)
 
 
 def test_rows_of_a_wider_buffer():

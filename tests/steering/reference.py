@@ -40,7 +40,40 @@ def _delta(artifact, settings, image_D: Tensor, text_D: Tensor) -> Tensor:
         support = (z_v > 0) | (z_t > 0)
         change = _decode_text(artifact, torch.where(support, mix(a_v, a_t) - a_t, 0.0)) - _decode_text(artifact, zero)
     delta_D = settings.strength * settings.alpha * change[0]
-    return -delta_D if settings.control == "reversed" else delta_D
+    delta_D = -delta_D if settings.control == "reversed" else delta_D
+    edited = torch.zeros_like(z_t)
+    for concept, factor, add in settings.edits:
+        edited[:, concept] = (factor - 1) * z_t[:, concept] + add
+    return delta_D + (_decode_text(artifact, edited) - _decode_text(artifact, zero))[0]
+
+
+def _within(settings, delta_D: Tensor, hidden_D: Tensor) -> Tensor:
+    if settings.max_shift is None:
+        return delta_D
+    return delta_D * min(1.0, float(settings.max_shift * hidden_D.norm() / delta_D.norm()))
+
+
+@torch.no_grad()
+def explained(model, artifact, settings, prompt: list[int], generated: list[int], image_inputs: Tensor) -> dict:
+    """At the end of a prompt and generated tokens: dense z_v, z_t and the code aimed at [K], both mismatches.
+
+    For the forms whose codes are sparse.
+    """
+    token_ids = torch.tensor([*prompt, *generated])
+    is_image = token_ids == model.config.image_token_id
+    is_image[len(prompt) :] = False
+    inputs = _inputs(model, prompt, generated, {"pixel_values": image_inputs})
+    _, hidden_TD = _with_output(model, artifact.config.hook_layer, inputs, None)
+    start = int(is_image.nonzero().max()) + 1
+    (z_v,), _ = _dense_code(artifact.sae, artifact.auxiliary.vision_projection(hidden_TD[is_image].mean(0)[None]))
+    (z_t,), _ = _dense_code(artifact.sae, artifact.auxiliary.text_projection(hidden_TD[start:].mean(0)[None]))
+    up, down = (z_v - z_t).clamp(min=0), (z_t - z_v).clamp(min=0)
+    steered = z_t + (settings.strength if settings.active else 0) * (settings.beta_up * up - settings.beta_down * down)
+    for concept, factor, add in settings.edits:
+        steered[concept] += (factor - 1) * z_t[concept] + add
+    steered = steered.clamp(min=0)
+    before, after = (1 - torch.minimum(z_v, z).sum() / torch.maximum(z_v, z).sum() for z in (z_t, steered))
+    return {"image": z_v, "text": z_t, "steered": steered, "before": float(before), "after": float(after)}
 
 
 def _with_output(model, layer: int, inputs: dict, replacement: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,11 +149,12 @@ def next_token_logprobs(
             delta_D = _delta(artifact, settings, image_D, hidden_TD[start:].mean(0))
             for position in range(start, length):
                 if wait is None or is_late_enough(position):
-                    steered_TD[position] += delta_D
+                    steered_TD[position] += _within(settings, delta_D, hidden_TD[position])
     else:
         for position in filter(is_late_enough, range(start, length)):
             text_D = hidden_TD[start : position + 1].mean(0)
-            steered_TD[position] += _delta(artifact, settings, image_D, text_D)
+            delta_D = _delta(artifact, settings, image_D, text_D)
+            steered_TD[position] += _within(settings, delta_D, hidden_TD[position])
     steered_TV, _ = _with_output(model, layer, inputs, steered_TD)
     base, steered = base_TV[-1], steered_TV[-1]
     blended = (1 - settings.gamma) * base + settings.gamma * steered

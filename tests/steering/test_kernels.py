@@ -36,6 +36,7 @@ def test_interpreted_they_are_the_equations(tmp_path):
     run([*pytest_alone, str(HERE / "kernels_interpreted.py")], tmp_path, interpret=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_they_compile_without_spilling(capability, tmp_path):
     run([str(HERE / "kernels_compiled.py"), capability], tmp_path, interpret=False)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from steering.errors import InvalidSteering
-from steering.request import SteeringRequest, merge_sources
+from steering.request import ConceptEdit, SteeringRequest, merge_sources
 from steering.settings import Preset, resolve
 
 PRESETS = {"captions": Preset(alpha=2.0, beta_up=0.4), "off": Preset(strength=0.0)}
@@ -140,7 +140,8 @@ def test_strength_in_a_higher_source_overrides_off_in_a_lower():
 
 
 @pytest.mark.parametrize(
-    "asked", [SteeringRequest(enabled=True), SteeringRequest(strength=0.1), SteeringRequest(concepts={"1": {"add": 1}})]
+    "asked",
+    [SteeringRequest(enabled=True), SteeringRequest(strength=0.1), SteeringRequest(concepts={"1": ConceptEdit(add=1)})],
 )
 def test_explicit_and_impossible_is_refused(asked):
     with pytest.raises(InvalidSteering) as caught:

@@ -191,6 +191,7 @@ async def test_where_every_preset_is_off_an_evaluation_runs_all_the_same(
     assert report["conditions"]["decoding_only"]["receipts"]["captions"]["applied"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ARTIFACT / "config.json").exists(), reason="the miniature has not been built")
 async def test_the_bundled_miniature_sees_and_invents():
     settings = EvaluationSettings(

@@ -6,6 +6,8 @@ import logging
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from steering.engines.base import GenerationRequest
 from steering.engines.checkpoint import Checkpoint
 from steering.engines.grammar_trial import bad_schema
@@ -15,6 +17,7 @@ from steering.engines.vllm.plugin.wire import WireSteering, cache_salt, wire_ste
 from steering.engines.vllm.tokens import read_logprobs, sampling_params
 from steering.engines.vllm.worker_client import WorkerClient
 from steering.errors import EngineUnavailable, InvalidSteering
+from steering.explanation import Explanation
 from steering.lvlm.token_spans import first_steered_position
 from steering.tally import Tally
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
+EXPLANATION = TypeAdapter(Explanation)
 GRAMMAR_WORDS = ("grammar", "schema", "structured", "regex")
 """One of these is in what vLLM says of a format it cannot follow."""
 
@@ -39,7 +43,7 @@ class ChoiceRunner:
         settings = sequence.request.settings
         name = f"{request.request_id}-{sequence.choice}"
         try:
-            wire = wire_steering(name, settings) if settings.active else None
+            wire = wire_steering(name, settings) if settings.watched else None
             try:
                 if not await self._generate(request, sequence, name, wire):
                     # vLLM asks for a second try when it has lost an image that it thought it had
@@ -49,7 +53,8 @@ class ChoiceRunner:
                     self._workers.forget(name)
                 raise
             if wire is not None:
-                sequence.tally = self._tally(sequence, await self._workers.finish(name))
+                end = sequence.request.prompt_length + sequence.completion_tokens - 2
+                sequence.tally = self._tally(sequence, await self._workers.finish(name, end))
         except (InvalidSteering, EngineUnavailable):
             raise
         except VLLMValidationError as error:
@@ -100,6 +105,7 @@ class ChoiceRunner:
         artifact, text_start = self._checkpoint.artifact, sequence.request.spans.text_start
         if told is None or artifact is None or text_start is None:
             return Tally()
+        explanation = told["explanation"] and EXPLANATION.validate_python(told["explanation"])
         computed = sequence.request.prompt_length + sequence.completion_tokens - 1
         first = first_steered_position(
             text_start=text_start,
@@ -108,12 +114,14 @@ class ChoiceRunner:
             min_answer_tokens=sequence.request.settings.min_answer_tokens,
         )
         if computed <= first:
-            return Tally(visited=told["visited"])
+            return Tally(visited=told["visited"], explanation=explanation)
         return Tally(
             positions=min(told["positions"], computed - first),
             relative_shift=told["relative_shift"],
             visited=told["visited"],
             visited_text=told["visited_text"],
+            clamped=told["clamped"],
+            explanation=explanation,
         )
 
     def _prompt(self, request: GenerationRequest, sequence: Sequence, wire: WireSteering | None) -> dict[str, Any]:

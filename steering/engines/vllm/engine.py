@@ -232,7 +232,7 @@ class VllmEngine:
             return
         if request.steering.explicit or request.steering.caller_fields & {field, "preset"}:
             raise InvalidSteering(message, field=f"steering.{field}")
-        prepared.settings = ResolvedSteering(reason="unsupported", arm=settings.arm)
+        prepared.settings = ResolvedSteering(reason="unsupported", arm=settings.arm, explain=settings.explain)
 
 
 async def _report(choices: list[asyncio.Task[None]], events: asyncio.Queue) -> None:

@@ -21,23 +21,24 @@ class WorkerClient:
         self._vllm = vllm
         self._closed = False
         self._pending: set[asyncio.Task] = set()
-        self._ended: dict[str, asyncio.Future[dict[str, Any] | None]] = {}
-        """Sequences whose tallies will be asked for at the end of this turn of the event loop."""
+        self._ended: dict[tuple[str, int | None], asyncio.Future[dict[str, Any] | None]] = {}
+        """Sequences, with their ends, whose tallies will be asked for at the end of this turn of the event loop."""
 
     def close(self) -> None:
         """The engine is being stopped: no answer will come any more."""
         self._closed = True
 
-    async def finish(self, sequence_id: str) -> dict[str, Any] | None:
+    async def finish(self, sequence_id: str, end: int | None = None) -> dict[str, Any] | None:
         """What was done to a sequence, which is forgotten thereby; None for one that was not steered at all.
 
-        Sequences that end in the same step are asked about together. Raises EngineUnavailable as `ask`.
+        `end`: the position that its last token was chosen at, for an explanation. Sequences that end in the same step
+        are asked about together. Raises EngineUnavailable as `ask`.
         """
-        return await self._add_ended(sequence_id)
+        return await self._add_ended(sequence_id, end)
 
     def forget(self, sequence_id: str) -> None:
         """As `finish`, where nobody wants to know."""
-        self._add_ended(sequence_id).add_done_callback(_look_at_failure)
+        self._add_ended(sequence_id, None).add_done_callback(_look_at_failure)
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """The first worker's answer. Raises EngineUnavailable when the engine ends before it.
@@ -54,11 +55,11 @@ class WorkerClient:
             raise EngineUnavailable("the engine has ended; try again later") from asking.exception()
         return asking.result()[0]
 
-    def _add_ended(self, sequence_id: str) -> asyncio.Future[dict[str, Any] | None]:
+    def _add_ended(self, sequence_id: str, end: int | None) -> asyncio.Future[dict[str, Any] | None]:
         loop = asyncio.get_running_loop()
         if not self._ended:
             loop.call_soon(lambda: self._keep(asyncio.ensure_future(self._ask_about_ended())))
-        return self._ended.setdefault(sequence_id, loop.create_future())
+        return self._ended.setdefault((sequence_id, end), loop.create_future())
 
     async def _ask_about_ended(self) -> None:
         ended, self._ended = self._ended, {}

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types import chat
 from openai.types.chat import ChatCompletionMessage
+from openai.types.chat.chat_completion_content_part_image_param import ImageURL
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
+from pydantic import BaseModel
 
-from service.chat.run import parse_chat
+from service.chat import schemas
 from service.chat.schemas import ChatCompletionRequest, SchemaFormat
 from service.errors import ApiError
-from tests.service.examples import body, image_part, json_schema, user
+from tests.service.examples import body, image_part, json_schema, parse_chat, user
 
 
 def refused(content: Any) -> ApiError:
@@ -30,8 +33,27 @@ def test_every_field_of_the_openai_package_is_known() -> None:
     assert ours - set(CompletionCreateParamsStreaming.__annotations__) == {"top_k", "steering"}
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (schemas.InstructionMessage, chat.ChatCompletionSystemMessageParam),
+        (schemas.InstructionMessage, chat.ChatCompletionDeveloperMessageParam),
+        (schemas.UserMessage, chat.ChatCompletionUserMessageParam),
+        (schemas.AssistantMessage, chat.ChatCompletionAssistantMessageParam),
+        (schemas.AssistantMessage, chat.ChatCompletionMessage),
+        (schemas.TextPart, chat.ChatCompletionContentPartTextParam),
+        (schemas.ImagePart, chat.ChatCompletionContentPartImageParam),
+        (schemas.ImageUrl, ImageURL),
+        (schemas.RefusalPart, chat.ChatCompletionContentPartRefusalParam),
+        (schemas.StreamOptions, chat.ChatCompletionStreamOptionsParam),
+    ],
+)
+def test_every_field_of_openai_s_messages_is_known(ours: type[BaseModel], theirs: type) -> None:
+    assert set(theirs.__annotations__) - set(ours.model_fields) == set()
+
+
 def test_a_full_request() -> None:
-    chat = parse_chat(
+    asked = parse_chat(
         json.dumps(
             body(
                 {"role": "developer", "content": "be brief"},
@@ -58,10 +80,13 @@ def test_a_full_request() -> None:
             )
         ).encode()
     )
-    assert chat.stop == ["x"]
-    assert chat.steering is not None
-    assert chat.steering.strength == 0.5
-    assert [part.type for part in chat.messages[1].content or () if not isinstance(part, str)] == ["image_url", "text"]
+    assert asked.stop == ["x"]
+    assert asked.steering is not None
+    assert asked.steering.strength == 0.5
+    assert [part.type for part in asked.messages[1].content or () if not isinstance(part, str)] == [
+        "image_url",
+        "text",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +111,28 @@ def test_known_fields_take_neutral_values_only(name: str, neutral: Any, other: A
     parse_chat(json.dumps(body(**{name: neutral})).encode())
     error = refused(body(**{name: other}))
     assert (error.code, error.param, error.status) == ("unsupported_value", name, 400)
+
+
+def test_fields_that_change_no_answer_are_accepted() -> None:
+    cached = {"prompt_cache_breakpoint": {"mode": "explicit", "ttl": "30m"}}
+    url = image_part()["image_url"]
+    parts = [{"type": "text", "text": "what?", **cached}]
+    parts += [{"type": "image_url", "image_url": {**url, "detail": one}} for one in ("auto", "low", "high", "original")]
+    asked = parse_chat(
+        json.dumps(
+            body(
+                {"role": "system", "content": "be brief", "name": "n" * 64},
+                {"role": "user", "content": parts, "name": "ann"},
+                {"role": "assistant", "content": "a star", "name": ""},
+                user("sure?"),
+                logprobs=False,
+                top_logprobs=0,
+                prompt_cache_options={"mode": "implicit", "ttl": "30m"},
+                prompt_cache_retention="24h",
+            )
+        ).encode()
+    )
+    assert [message.name for message in asked.messages] == ["n" * 64, "ann", "", None]
 
 
 def test_an_answer_of_ours_can_be_sent_back() -> None:
@@ -159,10 +206,17 @@ def test_tools_that_are_not_to_be_called_are_accepted_and_others_named(field: st
         ({"messages": [{"role": "system", "content": [image_part()]}]}, "messages[0].content[0].type"),
         ({"messages": [user({"type": "text"})]}, "messages[0].content[0].text"),
         (
-            {"messages": [user({"type": "image_url", "image_url": {"url": "data:", "detail": "high"}})]},
+            {"messages": [user({"type": "image_url", "image_url": {"url": "data:", "detail": "huge"}})]},
             "messages[0].content[0].image_url.detail",
         ),
-        ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "name": 3}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "name": "n" * 65}]}, "messages[0].name"),
+        (
+            {"messages": [user({"type": "text", "text": "x", "prompt_cache_breakpoint": {}})]},
+            "messages[0].content[0].prompt_cache_breakpoint.mode",
+        ),
+        ({"prompt_cache_options": {"ttl": "1h"}}, "prompt_cache_options.ttl"),
+        ({"prompt_cache_retention": "1h"}, "prompt_cache_retention"),
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"steering": {"strength": 7}}, "steering.strength"),
         ({"steering": {"strength": -1}}, "steering.strength"),

@@ -14,8 +14,8 @@ from service.experiments import report
 from service.experiments.arms import Experiment
 from service.experiments.assignment import assign
 from service.experiments.exposures import read_exposures
-from service.metrics.logs import JsonLine, requests
-from service.metrics.request_record import RequestRecord
+from service.metrics.logs import JsonLine
+from service.metrics.request_record import RequestRecord, requests
 from tests.service.examples import receipt
 
 ARMS = [{"name": "whole", "weight": 0.5}, {"name": "half", "weight": 0.5, "steering": {"strength": 0.5}}]
@@ -144,6 +144,7 @@ def test_a_treatment_that_changed_on_the_way_is_said() -> None:
     assert "CHANGED" in report.table(found)
 
 
+@pytest.mark.slow
 def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:
     log, out, picture = tmp_path / "service.log", tmp_path / "report.json", tmp_path / "report.png"
     log.write_text("\n".join(log_of(failing="half")) + "\n")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from service import VERSION
-from service.chat.load_estimate import LoadEstimate
+from service.chat.admission import LoadEstimate
 from service.errors import ApiError
 from service.http.api import build_api
 from service.http.openapi import build_openapi

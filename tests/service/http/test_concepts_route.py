@@ -17,7 +17,7 @@ from service.http.concepts_contract import ConceptAnswer, ConceptPage, FoundConc
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.settings import BUNDLED_ARTIFACT, KEYS_VARIABLE, Settings
 from steering.concepts import read_concepts
-from steering.engines.base import ConceptActivity, Explanation, Mismatch
+from steering.explanation import ConceptActivity, Explanation, Mismatch
 from tests.service.examples import ScriptedModel, data_url, delta, encoded, end, picture
 
 CONCEPTS = "/v1/concepts"

@@ -9,11 +9,13 @@ import asyncio
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from steering.engines.base import ResponseFormat, Sampling
 from steering.errors import EngineUnavailable, InvalidSteering
+from steering.request import ConceptEdit
 from tests.steering.engines.driving import LATER_TURN, ask, make_request, prompt_text_tokens, send
 from tests.tiny_models import drawn_image
 
@@ -117,6 +119,39 @@ async def test_a_second_request_under_the_id_of_one_that_is_not_over_is_refused(
     await assert_refused()  # the first is running
     await stream.aclose()
     assert (await send(engine, replace(request, sampling=Sampling(max_tokens=2)))).finish_reasons() == {0: "length"}
+
+
+@pytest.mark.parametrize("steering", [{}, {"enabled": False}, {"preset": "off"}, {"gamma": 0.7}])
+async def test_explaining_changes_no_token(engine, steering):
+    silent: Any = await ask(engine, steering=steering, top_logprobs=VOCABULARY, n=2)
+    told: Any = await ask(engine, steering={**steering, "explain": "tokens"}, top_logprobs=VOCABULARY, n=2)
+    assert [told.logprobs(choice) for choice in range(2)] == [silent.logprobs(choice) for choice in range(2)]
+    assert silent.end.receipt.explanation is None
+    assert replace(told.end.receipt, explanation=None, mismatch=None) == replace(silent.end.receipt, mismatch=None)
+    for choice in range(2):
+        explanation = told.end.receipt.explanation[choice]
+        assert len(explanation.tokens) == told.end.completion_tokens[choice]
+        assert explanation.mismatch == told.end.receipt.mismatch[choice] == explanation.tokens[-1].mismatch
+        if not silent.end.receipt.applied:
+            assert explanation.mismatch.after == explanation.mismatch.before
+            assert all(one.steered == one.text for one in (*explanation.image, *explanation.text))
+    if not silent.end.receipt.applied:
+        assert silent.end.receipt.mismatch is None
+        return
+    for one, other in zip(silent.end.receipt.mismatch, told.end.receipt.mismatch, strict=True):
+        assert (one.before, one.after) == pytest.approx((other.before, other.after), abs=1e-5)
+
+
+async def test_edits_and_their_bound_are_told(engine):
+    edit = {"strength": 0.0, "concepts": {"5": ConceptEdit(add=4.0)}, "explain": True}
+    free = (await ask(engine, steering={**edit, "max_shift": 4.0})).end.receipt
+    assert free.applied
+    assert free.edits == {"5": ConceptEdit(factor=1.0, add=4.0)}
+    assert free.clamped_positions == [0]
+    bound: Any = (await ask(engine, steering={**edit, "max_shift": free.relative_shift[0] / 2})).end.receipt
+    assert bound.clamped_positions == bound.positions
+    assert bound.relative_shift[0] == pytest.approx(free.relative_shift[0] / 2, rel=1e-3)
+    assert bound.explanation[0].mismatch.after != bound.explanation[0].mismatch.before
 
 
 async def test_text_only_by_default_is_served_plain_and_says_so(engine):
@@ -224,7 +259,10 @@ async def test_what_cannot_be_done_is_refused_with_the_field(engine):
 
     assert await refusal(images=(), steering={"strength": 0.5}) == "steering"
     assert await refusal(steering={"preset": "nonsense"}) == "steering.preset"
-    assert await refusal(steering={"explain": True}) == "steering.explain"
-    assert await refusal(steering={"concepts": {"cat": {"factor": 0.0}}}) == "steering.concepts"
+    assert await refusal(images=(), steering={"explain": True}) == "steering.explain"
+    for key in ("cat", "-1", "9999", "1" * 30, "٣"):
+        assert await refusal(steering={"concepts": {key: ConceptEdit(factor=0.0)}}) == "steering.concepts"
+    twice = {"7": ConceptEdit(factor=0.0), "07": ConceptEdit(factor=2.0)}
+    assert await refusal(steering={"concepts": twice}) == "steering.concepts"
     assert await refusal(text="y" * 400) == "messages"
     assert await refusal(max_tokens=250) == "max_tokens"

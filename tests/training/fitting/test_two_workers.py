@@ -61,6 +61,7 @@ def assert_alike(run, other):
         assert row == pytest.approx(other_row, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_workers_train_to_the_weights_of_one_and_go_on_where_they_were(store, auxiliary, sparse, tmp_path):
     outputs = [tmp_path / name for name in ("auxiliary", "sparse", "interrupted")]
     by_sparse = settings(SPARSE, store, outputs[1], auxiliary=str(auxiliary))

@@ -19,6 +19,8 @@ from steering.engines.vllm.plugin.wire import WireSteering
 from steering.lvlm.token_spans import first_steered_position
 
 log = logging.getLogger(__name__)
+NEVER = np.iinfo(np.int64).max // 2
+"""A position that no sequence reaches."""
 OTHER, IMAGE, TEXT = 0, 1, 2
 """Token classes: before or between images and of requests that are off; image; text after the last image. A row asks
 for the mean over its own class; one of class OTHER for the image's, that of `IMAGE`, the lowest with a mean."""
@@ -38,6 +40,7 @@ _BOOK = np.dtype(
         ("probe", "?"),
         ("pooled", "?"),  # of a probe: the text's state is known
         ("two", "?"),  # it has a steered branch of its own
+        ("each", "?"),  # each of its tokens is to be explained
     ]
 )
 """What is known of a sequence, by its tally."""
@@ -54,6 +57,8 @@ class SequenceState:
     """[prompt length] bool: image tokens."""
     probe: dict[str, Tensor] = field(default_factory=dict)
     """'probe' only: pooled v and t of the prompt, [D] float32 each."""
+    means: dict[int, Tensor] = field(default_factory=dict)
+    """Where each token is explained: position to the text's mean [D] there, on the host once the device is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,12 @@ class Step:
     """bool: False for a position that was counted before."""
     twin_R: np.ndarray
     """bool: the row is steered in its sequence's own branch."""
+    last_s: np.ndarray
+    """Of each watched sequence the row of its last token."""
+    last_slot_s: np.ndarray
+    """Its slot, 0 for a probe."""
+    to_keep: list[tuple[SequenceState, int, int]]
+    """Sequences whose tokens are explained one by one, each with its slot and the position of its last token here."""
     image_complete: list[tuple[SequenceState, int]]
     """Sequences without z_v, with the row that holds their whole v."""
     text_complete: list[tuple[SequenceState, int]]
@@ -102,10 +113,11 @@ class Batch:
         max_sequences: int,
         branches: int = 2,
         has_control_images: bool = True,
+        concepts: int = 2**31,
     ) -> None:
         """`max_sequences` bounds the batch; twice as many can be steered, some of them preempted."""
         self._image_token_id, self._min_text_tokens = image_token_id, min_text_tokens
-        self._branches, self._has_control_images = branches, has_control_images
+        self._branches, self._has_control_images, self._concepts = branches, has_control_images, concepts
         self.slots, self.tallies = 2 * max_sequences + 1, MAX_FORGOTTEN + 2 * max_sequences + 1
         self._by_id: dict[str, SequenceState] = {}
         self._by_tally: dict[int, SequenceState] = {}
@@ -128,6 +140,10 @@ class Batch:
         self.inside[index] = 0
         if wire is not None:
             self.inside[index] = self._admit(wire, prompt_token_ids or ())
+
+    def find(self, sequence_id: str) -> SequenceState | None:
+        """One that is running, or whose receipt has not been asked for."""
+        return self._by_id.get(sequence_id)
 
     def leave(self, sequence_id: str) -> tuple[SequenceState, np.void] | None:
         """Forget a sequence for good; what was known of it. None for an unknown one."""
@@ -169,15 +185,27 @@ class Batch:
         blends_s = known["two"] & (known["encoded"] | (length_s > 1) | (last_s > known["last_image"]))
         twin_N[row_P] = np.where(blends_s, known["slot"], 0)[of_P]
 
-        steered_P = (position_P >= steer_from_s[of_P]) & ~known["probe"][of_P]
+        steered_P = position_P >= steer_from_s[of_P]
         of_R = of_P[steered_P]
-        self.book["counted"][tally_s] = np.maximum(known["counted"], np.where(known["probe"], 0, last_s + 1))
+        self.book["counted"][tally_s] = np.maximum(known["counted"], last_s + 1)
         self.book["visited_text"][tally_s[of_R]] = True
         return Step(
             class_N=class_N, twin_N=twin_N, row_R=row_P[steered_P], slot_R=known["slot"][of_R],
             tally_R=tally_s[of_R], counts_R=position_P[steered_P] >= known["counted"][of_R],
-            twin_R=known["two"][of_R], **self._to_learn(tally_s, start_s, first_s, last_s, known),
+            twin_R=known["two"][of_R], last_s=start_s + length_s - 1,
+            last_slot_s=np.where(known["probe"], 0, known["slot"]), to_keep=self._to_keep(tally_s, last_s, known),
+            **self._to_learn(tally_s, start_s, first_s, last_s, known),
         )  # fmt: skip
+
+    def _to_keep(
+        self, tally_s: np.ndarray, last_s: np.ndarray, known: np.ndarray
+    ) -> list[tuple[SequenceState, int, int]]:
+        """Those of prompts are not: only what tokens of the answer were chosen at."""
+        wanted_s = known["each"] & (last_s >= known["prompt_end"])
+        columns = zip(
+            tally_s[wanted_s].tolist(), known["slot"][wanted_s].tolist(), last_s[wanted_s].tolist(), strict=True
+        )
+        return [(self._by_tally[tally], slot, last) for tally, slot, last in columns]
 
     def _to_learn(
         self, tally_s: np.ndarray, start_s: np.ndarray, first_s: np.ndarray, last_s: np.ndarray, known: np.ndarray
@@ -206,7 +234,9 @@ class Batch:
         if state is not None and (state.wire != wire or len(state.is_image) != len(prompt_token_ids)):
             log.error("sequence %r is running with other settings; this one is not steered", wire.id)
             return 0
-        if wire.branches > self._branches or (wire.control == "other_image" and not self._has_control_images):
+        unknown = any(edit.concept_id >= self._concepts for edit in wire.edits)
+        lacking = wire.control == "other_image" and not self._has_control_images
+        if wire.branches > self._branches or lacking or unknown:
             log.error("sequence %r asks for what this engine was not started with; it is not steered", wire.id)
             return 0
         if state is None:
@@ -235,6 +265,9 @@ class Batch:
             min_answer_tokens=wire.min_answer_tokens,
         )
         row["reused"], row["probe"], row["two"] = -1, wire.task == "probe", wire.branches == 2
+        row["each"] = wire.explain_tokens
+        if wire.task != "steer":
+            row["steer_from"] = NEVER
         self._by_id[wire.id] = self._by_tally[state.tally] = state
         return state
 

@@ -104,6 +104,7 @@ def _make_layer(
         max_sequences=scheduler.max_num_seqs,
         branches=1 if twin is None else 2,
         has_control_images=len(artifact.control_image_MD) > 0,
+        concepts=config.num_concepts,
     )
     realignment = Realignment(artifact.auxiliary, artifact.sae, device)
     tables = SlotTables(

@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from steering.engines.vllm.plugin.batch import Step
-from steering.slot_tables import CLASS, COUNTED, FLAGS, IN_TWIN, PLAN_COLUMNS, ROW, SLOT, TALLY, TWIN_SLOT, SteeredRows
+from steering.slot_tables import (
+    CLASS,
+    COUNTED,
+    FLAGS,
+    IN_TWIN,
+    LAST_SLOT,
+    PLAN_COLUMNS,
+    ROW,
+    SLOT,
+    TALLY,
+    TWIN_SLOT,
+    SteeredRows,
+)  # fmt: skip
 
 
 class Plan:
@@ -33,6 +45,7 @@ class Plan:
             rows[0, 0] = entries
             tokens, own = rows[1 : 1 + len(step.class_N)], rows[1 : 1 + entries]
             tokens[:, CLASS], tokens[:, TWIN_SLOT] = step.class_N, step.twin_N
+            tokens[step.last_s, LAST_SLOT] = step.last_slot_s
             own[:, ROW], own[:, SLOT], own[:, TALLY] = step.row_R, step.slot_R, step.tally_R
             own[:, FLAGS] = COUNTED * step.counts_R + IN_TWIN * step.twin_R
         made = torch.from_numpy(rows)
@@ -48,9 +61,13 @@ class Plan:
         """[N] int32; 0 for rows without a branch of their own."""
         return self.table[1 : 1 + token_rows, TWIN_SLOT]
 
+    def last_slot_of(self, token_rows: int) -> Tensor:
+        """[N] int64: slot of a watched sequence whose last token this is; 0 for other rows."""
+        return self.table[1 : 1 + token_rows, LAST_SLOT].long()
+
     def entries(self, number: int) -> tuple[Tensor, SteeredRows, Tensor]:
         """The first entries: rows [R] int64, their sequences' places, and [R, 1] bool: in the twin."""
-        listed_R6 = self.table[1 : 1 + number].long()
-        row_R, slot_R, tally_R, flags_R = listed_R6[:, ROW:].unbind(1)
+        listed_R7 = self.table[1 : 1 + number].long()
+        row_R, slot_R, tally_R, flags_R = listed_R7[:, ROW : FLAGS + 1].unbind(1)
         rows = SteeredRows(slot_R, tally_R, (flags_R & COUNTED) > 0)
         return row_R, rows, ((flags_R & IN_TWIN) > 0)[:, None]

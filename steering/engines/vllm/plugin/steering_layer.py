@@ -8,7 +8,9 @@ Shapes: N rows of this step (padding included), R steered rows, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from steering.engines.vllm.plugin.configuration import OPERATOR
 from steering.engines.vllm.plugin.plan import Plan
 from steering.engines.vllm.plugin.pooling import PoolingAttention
 from steering.engines.vllm.plugin.twin import TwinTail
+from steering.explaining import explain
 from steering.slot_tables import GAMMA, SlotTables, Stream
 
 if TYPE_CHECKING:
@@ -48,8 +51,11 @@ class SteeringLayer:
         """The runner announces its steps (V2); the operator finds out by itself where it does not (V1)."""
         self.capturing = False
         """The passes to come are captured, or warm up for it: nothing is known of their rows."""
-        self._aside: torch.cuda.Stream | None = None
-        """On which tallies are read."""
+        self._reading: torch.cuda.Stream | None = None
+        self._last_MD = torch.zeros(
+            tables.slots, tables.realignment.hidden_size, dtype=pool.dtype, device=tables.device
+        )
+        """By slot: the mean at the latest token of a sequence, of the text if that is text."""
         self._step: Step | None = None
         self.blends = True
         """The coming logits may belong to two branches; false lets them alone without a look at the device."""
@@ -61,6 +67,7 @@ class SteeringLayer:
 
     def announce(self, step: Step | None, token_rows: int) -> None:
         """What the coming pass is, padded to `token_rows`. Does not wait for the device."""
+        self._keep_means()
         self._step = step if self.attached else None
         self.blends = self._step is not None and self._step.two_branches
         self._plan.fill(self._step, token_rows)
@@ -137,6 +144,11 @@ class SteeringLayer:
             self._learn(step.image_complete, step.text_complete, mean_ND)
             if step.recalls:  # now that this pass has written its own tokens: they may be another sequence's cache
                 self._learn_cached(step, stream_ND, class_N)
+        if step is None:
+            self._last_MD.index_copy_(0, self._plan.last_slot_of(count), mean_ND)
+        else:
+            rows, slots = (self.tables.send(torch.from_numpy(part)) for part in (step.last_s, step.last_slot_s))
+            self._last_MD.index_copy_(0, slots.long(), mean_ND[rows])
         twin = None
         if self.twin is not None and (step is None or step.two_branches):
             twin = Stream(stream.hidden.clone(), stream.residual.clone())
@@ -156,9 +168,9 @@ class SteeringLayer:
     ) -> None:
         """Rows of `mean_ND` hold images and prompts that were unknown: encode those, keep what probes ask for."""
         book = self.batch.book
-        steered = [(state, row) for state, row in images if state.wire.task == "steer"]
-        if steered:
-            states, rows = zip(*steered, strict=True)
+        watched = [(state, row) for state, row in images if state.wire.task != "probe"]
+        if watched:
+            states, rows = zip(*watched, strict=True)
             tallies = [state.tally for state in states]
             self.tables.set_images(
                 [int(slot) for slot in book["slot"][tallies]],
@@ -187,7 +199,7 @@ class SteeringLayer:
     def _run_twin(self, twin: Stream, positions: Tensor, slot_N: Tensor) -> None:
         assert self.twin is not None
         self._twin_ND = self.twin(positions, *twin)
-        self._blend_N2 = self.tables.settings_M8[slot_N][:, GAMMA:]
+        self._blend_N2 = self.tables.settings_MC[slot_N][:, GAMMA:]
 
     def _rehearse(self, stream: Stream, positions: Tensor) -> None:
         """A pass without requests, in which vLLM measures memory: do all that a real one may do, and change nothing."""
@@ -204,34 +216,73 @@ class SteeringLayer:
 
     # -- for the worker -------------------------------------------------------------------------------------------
 
-    def finish(self, sequence_ids: list[str]) -> list[dict[str, Any] | None]:
+    def finish(self, ended: list[tuple[str, int | None]]) -> list[dict[str, Any] | None]:
         """What was done to sequences, which are forgotten thereby; None for an unknown one.
 
+        `ended`: id, and the position that the last token of the answer was chosen at, None where nobody wants to know.
         Their last tokens have reached whoever asks, so their tallies are complete and nothing need be waited for.
         """
-        left = [self.batch.leave(sequence_id) for sequence_id in sequence_ids]
-        tally_T2 = self._read_tallies() if any(left) else None
-        return [None if one is None else _told(*one, tally_T2) for one in left]
+        self._keep_means()
+        told = [self._explain(sequence_id, end) for sequence_id, end in ended]
+        left = [self.batch.leave(sequence_id) for sequence_id, _ in ended]
+        tally_T3 = self._read_tallies() if any(left) else None
+        return [
+            None if one is None else _told(*one, tally_T3) | {"explanation": explanation}
+            for one, explanation in zip(left, told, strict=True)
+        ]
+
+    def _keep_means(self) -> None:
+        """Of the latest step, before another one: the means that tokens of answers were chosen at, where each is to be
+        explained. Does not wait for the device."""
+        for state, slot, position in self._step.to_keep if self._step is not None else ():
+            state.means[position] = self._last_MD[slot].to("cpu", non_blocking=True, copy=True)
+        if self._step is not None:
+            self._step.to_keep.clear()
+
+    def _explain(self, sequence_id: str, end: int | None) -> dict[str, Any] | None:
+        """None where nobody wants to know, or its image's code has made way for others'."""
+        state = self.batch.find(sequence_id)
+        if state is None or end is None:
+            return None
+        known = self.batch.book[state.tally]
+        if not known["encoded"] or known["probe"]:
+            return None
+        slot = int(known["slot"])
+        if state.wire.explain_tokens:
+            if self.tables.device.type == "cuda":
+                torch.cuda.current_stream(self.tables.device).synchronize()
+            positions = range(int(known["prompt_end"]), end + 1)
+            means = [state.means.get(one) if one > known["last_image"] else None for one in positions]
+        else:
+            means = [self._last_MD[slot] if end > known["last_image"] else None]
+        with self._aside():
+            return asdict(explain(self.tables, slot, means, state.wire, tokens=state.wire.explain_tokens))
 
     def _read_tallies(self) -> Tensor:
-        """[T, 2] on the host. The steps that are running meanwhile go on."""
-        table_T2 = self.tables.tally_T2
-        if table_T2.device.type != "cuda":
-            return table_T2
-        if self._aside is None:  # of another priority than vLLM's streams, so that it is none of theirs
-            self._aside = torch.cuda.Stream(table_T2.device, priority=-1)
-        with torch.cuda.stream(self._aside):
-            read_T2 = torch.empty(table_T2.shape, pin_memory=True, device="cpu", dtype=table_T2.dtype)
-            read_T2.copy_(table_T2, non_blocking=True)
-        self._aside.synchronize()
-        return read_T2
+        """[T, 3] on the host."""
+        with self._aside():
+            return self.tables.tally_T3.cpu()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What is read from the device in here waits for nothing: the steps that are running meanwhile go on."""
+        device = self.tables.device
+        if device.type != "cuda":
+            yield
+            return
+        if self._reading is None:  # of another priority than vLLM's streams, so that it is none of theirs
+            self._reading = torch.cuda.Stream(device, priority=-1)
+        with torch.cuda.stream(self._reading):
+            yield
 
 
-def _told(state: SequenceState, known: np.void, tally_T2: Tensor | None) -> dict[str, Any]:
-    computed, shift_sum = tally_T2[state.tally].tolist() if tally_T2 is not None and known["visited"] else (0, 0.0)
+def _told(state: SequenceState, known: np.void, tally_T3: Tensor | None) -> dict[str, Any]:
+    counted = tally_T3[state.tally].tolist() if tally_T3 is not None and known["visited"] else (0, 0.0, 0)
+    computed, shift_sum, clamped = counted
     return {
         "positions": int(computed + max(0, known["reused"])) if computed else 0,
         "relative_shift": shift_sum / computed if computed else 0.0,
+        "clamped": int(clamped),
         "visited": bool(known["visited"]),
         "visited_text": bool(known["visited_text"]),
         "probe": {name: value.tolist() for name, value in state.probe.items()},

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steering.errors import InvalidSteering
-from steering.request import MAX_MIN_ANSWER_TOKENS, Control, Form
-from steering.settings import ResolvedSteering
+from steering.request import MAX_EDITS, MAX_MIN_ANSWER_TOKENS, Control, Form
+from steering.settings import Edit, ResolvedSteering
 
 EXTRA_ARG = "vl_sae"
 
@@ -26,8 +26,13 @@ class WireSteering(BaseModel):
 
     id: str = Field(min_length=1, max_length=512)
     """Names the sequence when its receipt is asked for; unique among running ones."""
-    task: Literal["steer", "probe"] = "steer"
-    """'probe' changes nothing and keeps the pooled states v and t of the prompt, for the canary."""
+    task: Literal["steer", "observe", "probe"] = "steer"
+    """'observe' changes nothing and can be explained; 'probe' changes nothing and keeps the pooled states v and t of
+    the prompt, for the canary."""
+    explain_tokens: bool = False
+    """Keep what it takes to explain each token."""
+    dial: float = Field(default=0.0, ge=0, le=1)
+    """Strength, for explanations; `scale` contains it."""
     form: Form = "difference"
     scale: float = Field(default=0.0, ge=0, le=4)
     """strength * alpha."""
@@ -39,6 +44,9 @@ class WireSteering(BaseModel):
     """See `first_steered_position`; the prompt's length is that of the tokens that vLLM admits with it."""
     control: Control = "none"
     control_seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    max_shift: float | None = Field(default=None, gt=0, le=4)
+    edits: Annotated[tuple[Edit, ...], Field(max_length=MAX_EDITS, strict=False)] = ()
+    """Not scaled by the dial."""
 
     @property
     def branches(self) -> int:
@@ -51,11 +59,15 @@ class WireSteering(BaseModel):
 
 
 def wire_steering(sequence_id: str, settings: ResolvedSteering) -> WireSteering:
-    """The resolved settings of a request that is to be steered."""
+    """The resolved settings of a request that is to be watched: steered, or explained only."""
+    common: dict[str, Any] = {"id": sequence_id, "explain_tokens": settings.explain == "tokens"}
+    if not settings.active:
+        return WireSteering(task="observe", **common)
     return WireSteering(
-        id=sequence_id,
+        **common,
         form=settings.form,
-        scale=settings.strength * settings.alpha,
+        dial=settings.dial,
+        scale=settings.scale,
         beta_up=settings.beta_up,
         beta_down=settings.beta_down,
         gamma=settings.gamma,
@@ -63,6 +75,8 @@ def wire_steering(sequence_id: str, settings: ResolvedSteering) -> WireSteering:
         min_answer_tokens=settings.min_answer_tokens,
         control=settings.control,
         control_seed=settings.control_seed,
+        max_shift=settings.max_shift,
+        edits=settings.edits,
     )
 
 
@@ -98,11 +112,12 @@ def cache_salt(
     `prompt_length`, in expanded tokens, is part of it where `min_answer_tokens` is set, since it then decides what is
     steered: an answer's cached states are steered ones, and in a later turn the same tokens are prompt, which is not.
     The price: such requests share a cached prompt only with those of the same length, so each turn of a conversation
-    prefills its whole prompt, images included, again.
+    prefills its whole prompt, images included, again. Nor do plain requests share with observed ones, since only these
+    mark their tokens for the means.
     """
     parts: dict[str, Any] = {"tenant": tenant} if tenant else {}
     if wire is not None:
-        relevant = wire.model_dump(exclude={"id", "gamma", "plausibility"})
+        relevant = wire.model_dump(exclude={"id", "gamma", "plausibility", "explain_tokens", "dial"})
         if wire.min_answer_tokens is not None:
             relevant["prompt_length"] = prompt_length
         parts |= {"artifact": fingerprint, "last_image": last_image_index, "branches": wire.branches, **relevant}

@@ -13,9 +13,10 @@ class SteeringWorker:
     vllm_config: Any
     model_runner: Any
 
-    def finish_steering(self, sequence_ids: list[str]) -> list[dict[str, Any] | None]:
-        """Per sequence: positions, relative_shift, visited, visited_text, probe. It is forgotten thereby."""
-        return self._layer().finish(sequence_ids)
+    def finish_steering(self, ended: list[tuple[str, int | None]]) -> list[dict[str, Any] | None]:
+        """Per sequence: positions, relative_shift, clamped, visited, visited_text, probe, explanation. It is forgotten
+        thereby. See `SteeringLayer.finish`."""
+        return self._layer().finish([(sequence_id, end) for sequence_id, end in ended])
 
     def detach_steering(self) -> None:
         """Take steering off the model; receipts then say `hook_detached`."""

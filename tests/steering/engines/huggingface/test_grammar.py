@@ -113,6 +113,7 @@ def test_masked_tokens_are_as_good_as_impossible_and_the_end_comes_last() -> Non
         other.mask(torch.full((261,), float("-inf")))
 
 
+@pytest.mark.slow
 def test_an_engine_without_grammars_does_not_import_the_library():
     """Importing it asks for a GPU; after that vLLM's processes, forked, could not use one."""
     program = "import sys, steering.engines.huggingface.engine; print('xgrammar' in sys.modules)"

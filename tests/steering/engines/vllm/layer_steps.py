@@ -70,14 +70,14 @@ def test_a_step_about_which_nothing_is_known_is_the_step_that_is_known(branches,
     plain.batch, plain.tables = layer.batch, layer.tables
     for number, places in enumerate(BATCHES):
         step, before = decode(layer, number, places), random_stream(ROWS, layer, number, dtype)
-        tallies, outcomes = layer.tables.tally_T2.clone(), []
+        tallies, outcomes = layer.tables.tally_T3.clone(), []
         for one, known in ((layer, None), (layer, step), (plain, step)):
-            layer.tables.tally_T2.copy_(tallies)
+            layer.tables.tally_T3.copy_(tallies)
             plain._plan, stream = layer._plan, copied(before)
             one.begin()
             if one is layer or step is not None:
                 one._change(stream, NOTHING, known)
-            outcomes.append((stream, one._twin_ND, one._blend_N2, layer.tables.tally_T2.clone()))
+            outcomes.append((stream, one._twin_ND, one._blend_N2, layer.tables.tally_T3.clone()))
         (captured, eager, reference) = outcomes
         steered = [] if step is None else step.row_R.tolist()
         off = [row for row in range(ROWS) if row not in steered]
@@ -110,17 +110,17 @@ def test_one_graph_replays_every_batch(branches):
     twin_ND, blend_N2 = layer._twin_ND, layer._blend_N2
     for number, places in enumerate(BATCHES):
         step, before = decode(layer, number, places), random_stream(ROWS, layer, number, torch.bfloat16)
-        tallies = layer.tables.tally_T2.clone()
+        tallies = layer.tables.tally_T3.clone()
         for part, new in zip(held, before, strict=True):
             part.copy_(new)
         graph.replay()
-        replayed, counted = copied(held), layer.tables.tally_T2.clone()
+        replayed, counted = copied(held), layer.tables.tally_T3.clone()
         seen = None if twin_ND is None or blend_N2 is None else (twin_ND.clone(), blend_N2.clone())
-        layer.tables.tally_T2.copy_(tallies)
+        layer.tables.tally_T3.copy_(tallies)
         layer.begin()
         layer._change(before, NOTHING, step)
         assert all(torch.equal(*pair) for pair in zip(replayed, before, strict=True))
-        torch.testing.assert_close(counted, layer.tables.tally_T2)
+        torch.testing.assert_close(counted, layer.tables.tally_T3)
         if seen is not None and step is not None and step.two_branches:
             assert layer._twin_ND is not None
             assert layer._blend_N2 is not None

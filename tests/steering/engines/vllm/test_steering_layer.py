@@ -39,8 +39,8 @@ WEIGHT_BYTES = 4 * (HIDDEN * HIDDEN + CONCEPTS * HIDDEN)
 """Text projection and directions, which any steered row makes a step read."""
 FREE = {"device", "view", "slice", "select", "alias", "detach", "unsqueeze"}
 """Operations that launch nothing."""
-ONE_BRANCH = ["aten.clamp.default", "aten.add.Tensor"]
-"""Besides the kernels and the pooling: what class a row asks for, and the stream."""
+ONE_BRANCH = ["aten.clamp.default", "aten.add.Tensor", "aten.to.dtype", "aten.index_copy_.default"]
+"""Besides the kernels and the pooling: what class a row asks for, the stream, and the means that are kept."""
 TWO_BRANCHES = [*ONE_BRANCH, "aten.clone.default", "aten.clone.default", "aten.add.Tensor", "aten.index.Tensor",
                 "aten.cat.default"]  # fmt: skip
 """Besides: the steered branch's stream, what stands in for its tail, its settings, and both branches side by side."""
@@ -162,17 +162,17 @@ def test_one_captured_step_serves_every_batch(tmp_path):
 @torch.inference_mode()
 def test_4096_sequences_that_never_ask_for_their_receipt_take_no_more_memory():
     layer = make_layer(device=torch.device("cpu"), dtype=torch.float32, with_kernels=False, max_sequences=2)
-    tables = [*layer.tables.code, layer.tables.settings_M8, layer.tables.direction_MD, layer.tables.tally_T2]
+    tables = [*layer.tables.code, layer.tables.settings_MC, layer.tables.direction_MD, layer.tables.tally_T3]
     places = [(table.data_ptr(), table.nbytes) for table in tables]
     stream = random_stream(len(PROMPT), layer, 1, torch.float32)
     for number in range(4200):
         layer.batch.enter(number % 2, WireSteering(id=str(number), **SETTINGS[0]), PROMPT)
         step = announce(layer, [number % 2], [0], [len(PROMPT)])
         layer._change(copied(stream), torch.zeros(len(PROMPT)), step)
-    now = [*layer.tables.code, layer.tables.settings_M8, layer.tables.direction_MD, layer.tables.tally_T2]
+    now = [*layer.tables.code, layer.tables.settings_MC, layer.tables.direction_MD, layer.tables.tally_T3]
     assert [(table.data_ptr(), table.nbytes) for table in now] == places
     assert layer.batch.sequences < layer.batch.tallies <= 4096 + 2 * 2 + 1
-    oldest, latest = layer.finish(["0", "4199"])
+    oldest, latest = layer.finish([("0", None), ("4199", None)])
     assert oldest is None
     assert latest is not None
     assert latest["positions"] == TEXT_TOKENS - 1

@@ -39,7 +39,8 @@ async def test_sequences_that_end_together_are_asked_about_once():
     told = await asyncio.gather(client.finish("b"), client.finish("c"))
     assert told == [None, {"positions": 3}]
     assert await client.finish("d") == {"positions": 4}
-    assert workers.asked == [("finish_steering", (["given up", "b", "c"],)), ("finish_steering", (["d"],))]
+    of = [("given up", None), ("b", None), ("c", None)]
+    assert workers.asked == [("finish_steering", (of,)), ("finish_steering", ([("d", None)],))]
 
 
 @pytest.mark.parametrize("answer", [RuntimeError("boom"), [None], 3], ids=["an error", "too few", "nonsense"])
