@@ -144,6 +144,12 @@ def authenticate(key_ring: KeyRing, authorization: Sequence[str]) -> Caller:
     return caller
 
 
+def require(caller: Caller, scope: Scope) -> None:
+    """Raises ApiError where the caller's key has not the scope."""
+    if scope not in caller.scopes:
+        raise ApiError("permission_denied", f"this path needs a key with the scope '{scope}'")
+
+
 def load_keys(settings: Settings, environment: Mapping[str, str]) -> KeyRing | None:
     """The service's keys; None: it has none and may be without. Raises SettingsError."""
     check_keys_are_named(settings, environment)

@@ -6,21 +6,21 @@ Everything is checked before the first image is decoded: limits, model aliases, 
 from __future__ import annotations
 
 import logging
-import re
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from service.callers.keys import Caller, Scope
+from service.callers.keys import Caller
 from service.callers.ledger import AnswerLabels, Ledger, RayLedger, charge
 from service.chat.admission import Share
 from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
+from service.chat.steering_sources import artifact_of, assignment_of, check_scopes, find_alias, merge_steering
 from service.concepts.names import ConceptNames
 from service.errors import ApiError
-from service.experiments.arms import over_default
-from service.experiments.assignment import Assignment, assign
-from service.images.decoder import ImageDecoder, take_images
+from service.experiments.assignment import Assignment
+from service.images.decoder import ImageDecoder, RgbImage, take_images
 from service.images.remote import RemoteImages
 from service.metrics.meter import Meter
 from service.metrics.request_record import RequestRecord, Tracing
@@ -29,15 +29,19 @@ from service.model.job import ModelJob, Turn
 from service.model.replica import AnswerStart
 from service.settings import BYTES_PER_PIXEL, MIB, Settings
 from steering.engines.base import GenerationEnd, ResponseFormat, Sampling
-from steering.request import RequestedSteering, SteeringRequest, merge_sources
 
 log = logging.getLogger(__name__)
 MAX_TEXT_BYTES = MIB
 """All texts of a conversation together, in UTF-8; for most models the context is the tighter limit."""
-STRENGTH_HEADER = "x-steering-strength"
-ALIASES = {"": SteeringRequest(), ":off": SteeringRequest(enabled=False), ":steered": SteeringRequest(enabled=True)}
-"""Suffix of the model id to what it asks for."""
-DECIMAL = re.compile(r"\d{1,3}(\.\d{1,9})?|\.\d{1,9}")
+
+
+class Shares(NamedTuple):
+    """Of the memory that all requests have."""
+
+    body: Share
+    """What the body takes, and what is fetched for it, until a job is made of it."""
+    held: Share
+    """What stays until the answer has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,43 +70,89 @@ class ChatRunner:
         held: Share,
     ) -> ModelJob:
         """What was asked, checked. `body_share` is told what is fetched on the way, `held` what stays."""
+        job = await self.plan(
+            chat,
+            settings,
+            strength_header=strength_header,
+            unit_header=unit_header,
+            caller=caller,
+            assigned=meter.assigned,
+        )
+        sources, shares = image_parts(chat), Shares(body=body_share, held=held)
+        images = await self.decode(sources, settings, caller=caller, meter=meter, record=record, shares=shares)
+        record.completion_id, record.stream, record.artifact = job.request_id, bool(chat.stream), job.artifact
+        return replace(job, images=images)
+
+    async def plan(
+        self,
+        chat: ChatCompletionRequest,
+        settings: Settings,
+        *,
+        strength_header: str | None,
+        unit_header: str | None,
+        caller: Caller,
+        assigned: Callable[[Assignment], None] = lambda _assignment: None,
+    ) -> ModelJob:
+        """A job without its pixels: all that can be checked without them. `assigned` is told what an experiment means
+        for it."""
         alias = find_alias(chat.model, settings.model_name)
         assignment = assignment_of(chat, strength_header, alias, unit_header, settings, caller)
         if assignment is not None:
-            meter.assigned(assignment)
+            assigned(assignment)
         steering = merge_steering(chat.steering, strength_header, alias, settings, assignment)
-        record.artifact = artifact_of(settings, assignment)
+        artifact = artifact_of(settings, assignment)
         if steering.settings.concepts:
-            steering = await self.names.by_id(steering, record.artifact)
+            steering = await self.names.by_id(steering, artifact)
         check_limits(chat, settings)
         check_scopes(chat, caller)
-
-        async def admit_images(count: int, total_pixels: int) -> None:
-            held.take(BYTES_PER_PIXEL * total_pixels)
-            await charge(self.ledger, caller, images=count, pixels=total_pixels)
-
-        with self.tracing.step(record, "images"):
-            images = await take_images(
-                image_parts(chat),
-                settings=settings,
-                decoder=self.decoder,
-                remote=self.remote,
-                admit_images=admit_images,
-                take_bytes=body_share.take,
-                caller=caller.name,
-            )
-        record.completion_id, record.stream = f"chatcmpl-{uuid.uuid4().hex}", bool(chat.stream)
         return ModelJob(
-            request_id=record.completion_id,
+            request_id=f"chatcmpl-{uuid.uuid4().hex}",
             turns=turns_of(chat),
-            images=images,
+            images=(),
             max_tokens_field="max_completion_tokens" if chat.max_completion_tokens else "max_tokens",
             max_tokens=chat.max_completion_tokens or chat.max_tokens,
             sampling=sampling_of(chat),
             steering=steering,
             tenant=caller.name,
-            artifact=record.artifact,
+            artifact=artifact,
         )
+
+    async def decode(
+        self,
+        sources: Sequence[tuple[str, str]],
+        settings: Settings,
+        *,
+        copies: int = 1,
+        caller: Caller,
+        meter: Meter,
+        record: RequestRecord,
+        shares: Shares,
+    ) -> tuple[RgbImage, ...]:
+        """Pixels of every (field, URL), charged and counted once; `copies` of them travel to the model."""
+
+        async def admit_images(count: int, total_pixels: int) -> None:
+            held_bytes = copies * BYTES_PER_PIXEL * total_pixels
+            if copies > 1 and held_bytes > settings.max_memory_bytes // 2:  # never will there be room
+                message = (
+                    f"messages: {total_pixels} pixels are too many for {copies} answers; send less, or ask for fewer"
+                )
+                raise ApiError("request_too_large", message, param="messages")
+            shares.held.take(held_bytes)
+            await charge(self.ledger, caller, images=count, pixels=total_pixels)
+
+        with self.tracing.step(record, "images"):
+            images = await take_images(
+                sources,
+                settings=settings,
+                decoder=self.decoder,
+                remote=self.remote,
+                admit_images=admit_images,
+                take_bytes=shares.body.take,
+                caller=caller.name,
+            )
+        for image in images:
+            meter.count_image(image.width * image.height)
+        return images
 
     async def run(
         self, job: ModelJob, *, caller: Caller, meter: Meter, record: RequestRecord
@@ -111,8 +161,6 @@ class ChatRunner:
 
         Raises ApiError. Closing it cancels the generation.
         """
-        for image in job.images:
-            meter.count_image(image.width * image.height)
         answer_id, answer = job.request_id, self.model.generate(job)
         del job  # once the model has the pixels, they are not held here, too
         meter.submitted()
@@ -140,74 +188,6 @@ class ChatRunner:
             log.warning("feedback on an answer will not be accepted: %s", error.message)
 
 
-def find_alias(model: str, served: str) -> str:
-    """The suffix of a known model id; anything else is a 404."""
-    for alias in ALIASES:
-        if model == served + alias:
-            return alias
-    known = ", ".join(repr(served + alias) for alias in ALIASES)
-    raise ApiError("model_not_found", f"model: there is no model {model[:200]!r}; there are {known}", param="model")
-
-
-def assignment_of(
-    request: ChatCompletionRequest,
-    strength_header: str | None,
-    alias: str,
-    unit_header: str | None,
-    settings: Settings,
-    caller: Caller,
-) -> Assignment | None:
-    """None where no experiment runs. The unit is the key and, of that key, the header's or else the body's user."""
-    if settings.experiment is None:
-        return None
-    asked = request.steering is not None and bool(request.steering.model_dump(exclude_none=True, exclude={"explain"}))
-    own = asked or strength_header is not None or alias != ""
-    user = unit_header or request.user
-    unit = f"{caller.name}:{user}" if user else None
-    return assign(settings.experiment, unit=unit, own_steering=own)
-
-
-def artifact_of(settings: Settings, assignment: Assignment | None) -> str:
-    """The name of the artifact that answers: the arm's, or else the server's default."""
-    arm = assignment and assignment.arm
-    return (arm and arm.artifact) or settings.default_artifact
-
-
-def merge_steering(
-    body: SteeringRequest | None,
-    strength_header: str | None,
-    alias: str,
-    settings: Settings,
-    assignment: Assignment | None = None,
-) -> RequestedSteering:
-    """Body, header and alias, or else the arm, over the server's default: a caller's own steering is in no arm."""
-    body = body or SteeringRequest()
-    if body.control not in (None, "none") and not settings.allow_controls:
-        raise ApiError(
-            "unsupported_value",
-            "steering.control: controls are for evaluation; this server was not started with --allow-controls on",
-            param="steering.control",
-        )
-    default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
-    if assignment is not None and assignment.arm is not None:
-        asked = over_default(assignment.arm.steering, default, arm=assignment.shown)
-        return replace(asked, settings=asked.settings.model_copy(update={"explain": body.explain}))
-    if body.preset is not None:
-        default = SteeringRequest()  # a default strength belongs to the default preset
-    arm = assignment and assignment.shown
-    return merge_sources(body, _from_header(strength_header), ALIASES[alias], server=(default,), arm=arm)
-
-
-def _from_header(value: str | None) -> SteeringRequest:
-    if value is None:
-        return SteeringRequest()
-    if not DECIMAL.fullmatch(value.strip()) or not 0 <= float(value) <= 1:
-        raise ApiError(
-            "invalid_header", f"{STRENGTH_HEADER}: must be a number from 0 to 1, such as 0.5", param=STRENGTH_HEADER
-        )
-    return SteeringRequest(strength=float(value))
-
-
 def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
     """What settings bound."""
     if (request.n or 1) > settings.max_choices:
@@ -224,23 +204,6 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
             f"messages: the texts together have {asked} bytes; at most {MAX_TEXT_BYTES} are allowed",
             param="messages",
         )
-
-
-def check_scopes(request: ChatCompletionRequest, caller: Caller) -> None:
-    """What not every key may ask for."""
-    asked = request.steering or SteeringRequest()
-    wanted: list[tuple[str, object, Scope]] = [
-        ("explain", asked.explain, "explain"),
-        ("concepts", asked.concepts, "explain"),
-        ("control", asked.control not in (None, "none"), "evaluate"),
-    ]
-    for field, value, scope in wanted:
-        if value and scope not in caller.scopes:
-            raise ApiError(
-                "permission_denied",
-                f"steering.{field}: needs a key with the scope '{scope}'",
-                param=f"steering.{field}",
-            )
 
 
 def sampling_of(request: ChatCompletionRequest) -> Sampling:

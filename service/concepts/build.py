@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from steering.concepts import CONCEPTS_FILE, parse_concept
 from steering.errors import BadArtifact
@@ -42,12 +42,22 @@ INSERT INTO pieces (pieces) VALUES ('optimize');
 """
 
 
-class _Described(BaseModel):
-    """What is looked for in a concept."""
+class _Image(BaseModel):
+    """What is shown of one, beside its thumbnail."""
 
-    id: int = Field(strict=True, ge=0, le=MAX_ID)
+    reference: str | None = None
+
+
+class _Described(BaseModel):
+    """What is looked for in a concept, or shown of it."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    id: int = Field(ge=0, le=MAX_ID)
     label: str = ""
+    mean_activation: float | None = None
     texts: list[str] = Field(default_factory=list)
+    images: list[_Image] = Field(default_factory=list)
 
 
 def index_file(folder: Path, cache: Path) -> Path:

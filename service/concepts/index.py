@@ -4,9 +4,9 @@
     index.labels([17, 4])          # {17: "star, red", 4: ""}
     index.find("Star, red")        # 17; ApiError with near labels where there is none, or more than one
 
-Looked up in a file that `build.py` makes; nothing is kept in memory. All of it blocks, for milliseconds (a search of
-65,536 concepts for half a second at most), and at first for as long as the index is being made: call it in a thread.
-Knows no HTTP.
+Looked up in a file that `build.py` makes; nothing is kept in memory. All of it blocks: for milliseconds, a search of
+65,536 concepts for a second at most, and at first for as long as the index is being made. Call it in a thread. Knows no
+HTTP.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import logging
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from service.concepts.build import MAX_ID, cache_folder, fold, index_file, line_digest
 from service.errors import ApiError
@@ -28,9 +30,11 @@ from steering.artifact_config import read_config
 from steering.concepts import CONCEPTS_FILE, Concept, parse_concept
 from steering.errors import BadArtifact
 
+log = logging.getLogger(__name__)
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 MAX_WORDS = 16
 """Of a search; the rest is not looked at."""
-LABEL_WEIGHT, TEXT_WEIGHT = 10.0, 1.0
 NEAR_LABELS, NEAR_CANDIDATES = 5, 100
 COMPARED_CHARACTERS = 64
 """Of a label that nobody knows."""
@@ -38,8 +42,15 @@ WORD = re.compile(r"[^\W_]+")
 THUMBNAIL = re.compile(r"data:(image/(?:png|jpeg|webp));base64,(.*)", re.DOTALL)
 """What browsers show as pictures and never run."""
 PLACE = "concepts.start, concepts.length, concepts.digest"
-Place = tuple[int, int, bytes]
 """Where a line stands: its first byte, its bytes, its digest."""
+SEARCH = f"""
+WITH scores (id, score) AS MATERIALIZED (
+    SELECT rowid, -10 * bm25(words) FROM words WHERE words MATCH ?
+    UNION ALL SELECT rowid, -bm25(words) FROM words WHERE words MATCH ?)
+SELECT concepts.id, {PLACE}, sum(score) FROM scores JOIN concepts ON concepts.id = scores.id
+GROUP BY concepts.id ORDER BY sum(score) DESC, concepts.id LIMIT ?
+"""
+"""A word of the label counts ten times one of the texts, and is rare or common among labels."""
 
 
 class Thumbnail(NamedTuple):
@@ -57,9 +68,25 @@ class Found(NamedTuple):
     """Above 0; larger is better. Only to be compared within one search."""
 
 
+def _for_clients(
+    method: Callable[Concatenate[ConceptIndex, Parameters], Result],
+) -> Callable[Concatenate[ConceptIndex, Parameters], Result]:
+    """What is wrong with which file stands in the log; a client is told that something is."""
+
+    @wraps(method)
+    def told(self: ConceptIndex, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        try:
+            return method(self, *args, **options)
+        except BadArtifact as error:
+            log.error("the concepts cannot be shown: %s", error.message)
+            raise ApiError("bad_artifact", "the artifact's concepts cannot be read; tell the operator") from None
+
+    return told
+
+
 class ConceptIndex:
-    """The concepts of one artifact. Its methods may be called from several threads, and raise BadArtifact where its
-    files are damaged, or were replaced since they were indexed."""
+    """The concepts of one artifact. Its methods may be called from several threads, and raise ApiError, `bad_artifact`,
+    where its files are damaged, or were replaced since they were indexed."""
 
     def __init__(self, folder: Path, cache: Path | None = None) -> None:
         """Touches no file yet. `cache`: where the index lies (default: the user's part of the temporary folder)."""
@@ -68,15 +95,18 @@ class ConceptIndex:
         self._file: Path | None = None
         self._num_concepts, self._fingerprint = 0, ""
 
+    @_for_clients
     def prepare(self) -> None:
         """Make the index, if no process of this machine has; else the first question does."""
         self._indexed()
 
+    @_for_clients
     def fingerprint(self) -> str:
         """Of the artifact: other artifacts' ids mean other concepts."""
         self._indexed()
         return self._fingerprint
 
+    @_for_clients
     def labels(self, ids: Iterable[int]) -> dict[int, str]:
         """Id to label; "" for a concept that has none, or of which nothing is said."""
         wanted = list(ids)
@@ -84,6 +114,7 @@ class ConceptIndex:
         found = dict(self._ask(f"SELECT id, label FROM concepts WHERE id IN ({holes})", wanted))
         return {concept_id: found.get(concept_id, "") for concept_id in wanted}
 
+    @_for_clients
     def find(self, label_or_id: str, *, field: str = "steering.concepts") -> int:
         """The id of a concept that a client named: by id ("17"), or by label, in which case and white space may differ.
 
@@ -106,6 +137,7 @@ class ConceptIndex:
             message = f"{shown} is the label of no concept; {f'near ones: {near}' if near else 'see GET /v1/concepts'}"
         raise ApiError("invalid_steering", message, param=field)
 
+    @_for_clients
     def near(self, label: str) -> list[tuple[int, str]]:
         """(id, label) of those most like a label, the most alike first; `difflib` judges, among those that share most
         pieces of three characters with it, or words."""
@@ -117,8 +149,9 @@ class ConceptIndex:
             ranked = f"{select} WHERE {table} MATCH ? AND concepts.folded != '' ORDER BY rank LIMIT {NEAR_CANDIDATES}"
             for concept_id, known, known_folded in self._ask(ranked, [query]) if query else []:
                 rows.setdefault(known_folded, (concept_id, known))
-        return [rows[like] for like in difflib.get_close_matches(folded, rows, NEAR_LABELS, cutoff=0.4)]
+        return [rows[like] for like in difflib.get_close_matches(folded, rows, NEAR_LABELS, cutoff=0.2)]
 
+    @_for_clients
     def page(self, *, after: int, limit: int, words: str = "") -> tuple[list[Concept], bool]:
         """At most `limit` concepts with an id above `after`, in order, and whether there are more; with `words`, those
         whose label and texts have words beginning with each of them."""
@@ -135,11 +168,13 @@ class ConceptIndex:
             rows = self._ask(f"SELECT id, {PLACE} FROM concepts WHERE id > ? ORDER BY id LIMIT ?", [after, limit + 1])
         return [self._read(*row) for row in rows[:limit]], len(rows) > limit
 
+    @_for_clients
     def one(self, concept_id: int) -> Concept | None:
         """With thumbnails as data URLs; None where nothing is said of it."""
         rows = self._ask(f"SELECT id, {PLACE} FROM concepts WHERE id = ?", [concept_id])
         return self._read(*rows[0]) if rows else None
 
+    @_for_clients
     def thumbnail(self, concept_id: int, image: int) -> Thumbnail | None:
         """Of the concept's image with this place among its images; None where there is none."""
         concept = self.one(concept_id)
@@ -154,13 +189,12 @@ class ConceptIndex:
         except (ValueError, binascii.Error) as error:
             raise BadArtifact(f"thumbnail {image} of concept {concept_id}: {error}", field="artifact") from error
 
+    @_for_clients
     def search(self, words: str, *, limit: int) -> list[Found]:
-        """Concepts with any of the words in label or texts, the best first."""
+        """Concepts with any of the words in label or texts, the best first: by BM25, of labels and texts apart."""
         query = _any_of(_words(words), prefix=True)
-        select = f"SELECT id, {PLACE}, bm25(words, {LABEL_WEIGHT}, {TEXT_WEIGHT}) AS badness FROM words"
-        ranked = f"{select} JOIN concepts ON id = words.rowid WHERE words MATCH ? ORDER BY badness LIMIT ?"
-        rows = self._ask(ranked, [query, limit]) if query else []
-        return [Found(self._read(*row[:4]), -row[4]) for row in rows]
+        rows = self._ask(SEARCH, [f"label: ({query})", f"texts: ({query})", limit]) if query else []
+        return [Found(self._read(*row[:4]), row[4]) for row in rows]
 
     def _check_id(self, written: str, field: str) -> int:
         self.prepare()

@@ -11,9 +11,8 @@ from dataclasses import replace
 
 from service.artifacts import MAIN
 from service.concepts.index import ConceptIndex
-from service.errors import ApiError, from_steering_error
+from service.errors import ApiError
 from steering.engines.base import GenerationEnd
-from steering.errors import BadArtifact
 from steering.explanation import ConceptActivity, Explanation
 from steering.request import RequestedSteering
 
@@ -42,10 +41,7 @@ class ConceptNames:
                 param=FIELD,
             )
         find = self._index.find
-        try:
-            ids = await asyncio.to_thread(lambda: [find(name) for name in edits])
-        except BadArtifact as error:
-            raise from_steering_error(error) from error
+        ids = await asyncio.to_thread(lambda: [find(name) for name in edits])
         if (twice := next((one for one in ids if ids.count(one) > 1), None)) is not None:
             raise ApiError("invalid_steering", f"steering.concepts: concept {twice} is named twice", param=FIELD)
         named = dict(zip(map(str, ids), edits.values(), strict=True))
@@ -61,7 +57,7 @@ class ConceptNames:
             if end.receipt.artifact != await asyncio.to_thread(self._index.fingerprint):
                 return end
             labels = await asyncio.to_thread(self._index.labels, ids)
-        except BadArtifact as error:  # an answer without labels is still an answer
+        except ApiError as error:  # an answer without labels is still an answer
             log.warning("concepts are told without their labels: %s", error.message)
             return end
         explanation = [one and _labelled(one, labels) for one in end.receipt.explanation or ()]

@@ -12,7 +12,7 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, ConfigDict
 
-from service.chat.request import STRENGTH_HEADER
+from service.chat.steering_sources import STRENGTH_HEADER
 from service.http.chat_route import UNIT, UNIT_HEADER
 from service.http.middleware import ARM_HEADER, ASSIGNMENT_HEADER, REQUEST_ID, REQUEST_ID_HEADER
 from steering.engines.base import Receipt
@@ -123,6 +123,7 @@ class ErrorAnswer(Answer):
     error: ErrorDetail
 
 
+ETAG, CACHE_CONTROL = "ETag", "Cache-Control"
 REQUEST_ID_PARAMETER = {
     "name": REQUEST_ID_HEADER,
     "in": "header",
@@ -133,7 +134,6 @@ HEADERS: dict[str, dict[str, Any]] = {
     REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
     "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
-    "ETag": {"description": "Names this content, for `If-None-Match`.", "schema": {"type": "string"}},
     ARM_HEADER: {
         "description": "While an experiment runs: the arm whose steering this is, `own` for the caller's.",
         "schema": {"type": "string"},
@@ -142,10 +142,18 @@ HEADERS: dict[str, dict[str, Any]] = {
         "description": "Why: `unit` by the hash of who asked, `no_unit` the default arm, since nobody was named.",
         "schema": {"enum": ["unit", "no_unit", "not_covered", "own"]},
     },
+    ETAG: {"description": "Changes with the answer; for `If-None-Match`.", "schema": {"type": "string"}},
+    CACHE_CONTROL: {"description": "How long the answer may be kept.", "schema": {"type": "string"}},
     "x-should-retry": {
         "description": "There where sending the request again is no use; OpenAI's clients obey it.",
         "schema": {"const": "false"},
     },
+}
+IF_NONE_MATCH_PARAMETER = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "The `ETag` of an answer that the client has: the same one is not sent again.",
+    "schema": {"type": "string"},
 }
 NOT_ALWAYS = ("x-should-retry", ARM_HEADER, ASSIGNMENT_HEADER)
 UNIT_PARAMETER = {
@@ -154,12 +162,6 @@ UNIT_PARAMETER = {
     "description": "Who asks, for an experiment: the same unit gets the same arm. Else `user` of the body is the unit.",
     "schema": {"type": "string", "pattern": f"^{UNIT.pattern}$"},
     "example": "visitor-17",
-}
-KNOWN_PARAMETER = {
-    "name": "If-None-Match",
-    "in": "header",
-    "description": "The `ETag` of a copy that one has: if it is still good, the answer is a 304 without a body.",
-    "schema": {"type": "string"},
 }
 STRENGTH_PARAMETER = {
     "name": STRENGTH_HEADER,

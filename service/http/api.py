@@ -23,15 +23,19 @@ from service import VERSION
 from service.callers.keys import load_keys
 from service.callers.ledger import Ledger, RayLedger
 from service.chat.admission import Admission
-from service.chat.request import ALIASES, ChatRunner, find_alias
+from service.chat.request import ChatRunner
 from service.chat.shadow import Shadows
+from service.chat.steering_sources import ALIASES, find_alias
 from service.concepts.index import ConceptIndex
 from service.concepts.names import ConceptNames
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
 from service.http.chat_route import ChatRoute
+from service.http.compare_route import compare
+from service.http.concepts_route import ConceptsRoute
 from service.http.feedback_route import FeedbackDesk
 from service.http.middleware import Middleware
+from service.http.model_answer import ModelAnswer
 from service.http.openapi import build_openapi
 from service.http.playground_page import Playground
 from service.http.routes import ROUTES
@@ -75,11 +79,12 @@ def build_api(
     ledger = Ledger() if ledger is None else ledger
     keys = load_keys(settings, os.environ)
     live = live or LiveSettings(settings)
+    index = ConceptIndex(Path(settings.loaded_artifact)) if settings.loaded_artifact else None
     runner = ChatRunner(
         model=model,
         decoder=decoder,
         remote=remote or _remote_images(settings),
-        names=ConceptNames(ConceptIndex(Path(artifact)) if (artifact := settings.loaded_artifact) else None),
+        names=ConceptNames(index),
         ledger=ledger,
         tracing=tracing,
     )
@@ -91,9 +96,11 @@ def build_api(
         running=lambda: admission.running,
         ending=lambda: drain.begun,
     )
+    chat = ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows)
     handlers = Handlers(
         live=live,
-        chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
+        chat=chat,
+        concepts=ConceptsRoute(chat, index),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
         readiness=Readiness(model, lambda: live.current.default_artifact, may_sleep=settings.model_may_sleep),
         pages=Playground(),
@@ -104,9 +111,10 @@ def build_api(
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
         await know_candidates(model, live)
-        looking = [asyncio.create_task(_keep_looking(handlers)), asyncio.create_task(_keep_knowing(model, live))]
+        aside = (_keep_looking(handlers), _keep_knowing(model, live), _prepare(index))
+        working = [asyncio.create_task(one) for one in aside]
         yield
-        for task in looking:
+        for task in working:
             task.cancel()
         shadows.close()
         tracing.close()
@@ -136,6 +144,7 @@ class Handlers:
 
     live: LiveSettings
     chat: ChatRoute
+    concepts: ConceptsRoute
     desk: FeedbackDesk
     readiness: Readiness
     pages: Playground
@@ -143,6 +152,9 @@ class Handlers:
     """Whether a caller needs one."""
     started: int
     """Seconds since 1970."""
+
+    async def compare(self, request: Request) -> Response:
+        return ModelAnswer(self.chat, request, compare)
 
     async def feedback(self, request: Request) -> Response:
         async with self.chat.drain.request():
@@ -182,9 +194,6 @@ class Handlers:
                 "live_settings": self.live.describe(),
             }
         )
-
-    async def playground(self, request: Request) -> Response:
-        return self.pages.answer(request.path_params.get("file"), request.headers.get("if-none-match", ""))
 
     async def openapi(self) -> Response:
         document = await asyncio.to_thread(build_openapi, self.live.current, with_keys=self.with_keys)
@@ -243,6 +252,13 @@ async def _keep_knowing(model: ModelClient, live: LiveSettings) -> None:
     while True:
         await asyncio.sleep(CANDIDATES_EVERY_S)
         await know_candidates(model, live)
+
+
+async def _prepare(index: ConceptIndex | None) -> None:
+    """Before the first who asks would have to wait for it. Why it cannot be made, the index logs."""
+    if index is not None:
+        with suppress(ApiError):
+            await asyncio.to_thread(index.prepare)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

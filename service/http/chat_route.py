@@ -17,9 +17,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.chat.admission import Admission, Share
-from service.chat.request import STRENGTH_HEADER, ChatRunner
+from service.chat.request import ChatRunner
 from service.chat.schemas import ChatCompletionRequest
 from service.chat.shadow import Shadows
+from service.chat.steering_sources import STRENGTH_HEADER
 from service.chat.streaming import AnswerHead, AnswerShape, Event, completion_json, error_event, event_stream
 from service.draining import Drain
 from service.errors import ApiError

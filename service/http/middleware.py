@@ -16,7 +16,7 @@ from starlette.routing import Match
 from starlette.routing import Route as ServedRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.callers.keys import ANYBODY, Caller, KeyRing, authenticate
+from service.callers.keys import ANYBODY, Caller, KeyRing, authenticate, require
 from service.callers.ledger import Ledger, RayLedger, charge
 from service.errors import ApiError
 from service.experiments.assignment import Assignment
@@ -119,8 +119,8 @@ class Middleware:
             await charge(self._ledger, caller, requests=1)
         if route is None:
             raise ApiError("route_not_found", "there is no such path")
-        if route.scope not in caller.scopes:
-            raise ApiError("permission_denied", f"this path needs a key with the scope '{route.scope}'")
+        assert route.scope is not None, "those are public"
+        require(caller, route.scope)
         return caller
 
 

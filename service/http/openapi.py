@@ -6,21 +6,24 @@ routes from `routes.py`: nothing is said twice.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import re
+from typing import Any
 
 from openai.types import Model
-from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue, models_json_schema
 from pydantic_core import core_schema
 
 from service import VERSION
-from service.chat.request import ALIASES, MAX_TEXT_BYTES
+from service.chat.request import MAX_TEXT_BYTES
 from service.chat.schemas import ChatCompletionRequest
+from service.chat.steering_sources import ALIASES
 from service.errors import ERROR_KINDS, ApiError
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
 from service.http.answers import (
+    CACHE_CONTROL,
+    ETAG,
     HEADERS,
-    KNOWN_PARAMETER,
+    IF_NONE_MATCH_PARAMETER,
     NOT_ALWAYS,
     REQUEST_ID_PARAMETER,
     STRENGTH_PARAMETER,
@@ -34,6 +37,8 @@ from service.http.answers import (
     SteeredCompletion,
     Version,
 )
+from service.http.bodies import EVENTS, JSON, TEXT, Bodies, json_of, ref_to
+from service.http.concepts_contract import ANSWERS, REQUESTS, concept_bodies
 from service.http.feedback_route import FeedbackRequest
 from service.http.middleware import ARM_HEADER, ASSIGNMENT_HEADER, REQUEST_ID_HEADER
 from service.http.playground_page import MEDIA_TYPES, Playground
@@ -44,19 +49,6 @@ EVERYWHERE = ("invalid_header", "internal_error", "engine_unavailable", "overloa
 """Errors that any route may answer with: the guard's, and those of the proxy before it."""
 WITH_KEY = ("invalid_api_key", "permission_denied", "rate_limit_exceeded")
 STATUS_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After", "x-should-retry")}
-JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
-
-
-class Bodies(NamedTuple):
-    """What a route takes and gives."""
-
-    content: dict[str, Any]
-    """Media type to the body of a 200."""
-    body: dict[str, Any] | None = None
-    links: dict[str, Any] | None = None
-    parameters: tuple[dict[str, Any], ...] = ()
-    headers: tuple[str, ...] = ()
-    """Of a 200, beside those of every answer."""
 
 
 class Schemas(GenerateJsonSchema):
@@ -98,16 +90,20 @@ def _paths(settings: Settings, with_keys: bool) -> dict[str, Any]:
     bodies = _bodies(settings)
     for route in ROUTES:
         operation = _operation(route, bodies[route.path], route.scope if with_keys else None)
-        paths.setdefault(route.path.replace(":path}", "}"), {})[route.method.lower()] = operation
+        paths.setdefault(written(route.path), {})[route.method.lower()] = operation
     return paths
+
+
+def written(path: str) -> str:
+    """A route's path as the document has it: without what the router takes its parameters for."""
+    return re.sub(r":\w+}", "}", path)
 
 
 def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]:
     """`scope` is what a key needs; None: no key is asked for."""
     codes = {*EVERYWHERE, *route.errors, *(WITH_KEY if scope else ())}
     operation: dict[str, Any] = {
-        "operationId": route.method.lower()
-        + route.path.replace(":path", "").title().translate(str.maketrans("", "", "/._{}")),
+        "operationId": route.method.lower() + written(route.path).title().translate(str.maketrans("", "", "/._{}")),
         "summary": route.summary,
         "description": f"Needs a key with the scope `{scope}`." if scope else "Needs no key.",
         "security": [{"key": [scope]}] if scope else [],
@@ -117,8 +113,9 @@ def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]
             **_error_responses(codes),
         },
     }
-    if KNOWN_PARAMETER in given.parameters:
-        operation["responses"]["304"] = {"description": "The copy is still good.", "headers": _headers(304, ("ETag",))}
+    if given.may_be_known:
+        known = {"description": "The client has it already.", "headers": _headers(304, given.headers)}
+        operation["responses"]["304"] = known
     if given.links is not None:
         operation["responses"]["200"]["links"] = given.links
     if given.body is not None:
@@ -146,20 +143,12 @@ def _error_responses(codes: set[str]) -> dict[str, Any]:
 def _error_schema(codes: list[str]) -> dict[str, Any]:
     """An error with one of these codes."""
     code = {"type": "object", "properties": {"error": {"properties": {"code": {"enum": codes}}}}}
-    return {"allOf": [_ref(ErrorAnswer), code]}
+    return {"allOf": [ref_to(ErrorAnswer), code]}
 
 
 def _headers(status: int, more: tuple[str, ...] = ()) -> dict[str, Any]:
     names = (REQUEST_ID_HEADER, *STATUS_HEADERS.get(status, ()), *more)
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
-
-
-def _ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
-
-
-def _json(model: type[BaseModel], **more: Any) -> dict[str, Any]:
-    return {JSON: {"schema": _ref(model), **more}}
 
 
 def _bodies(settings: Settings) -> dict[str, Bodies]:
@@ -170,28 +159,30 @@ def _bodies(settings: Settings) -> dict[str, Bodies]:
     return {
         "/v1/chat/completions": Bodies(
             _chat_content(name),
-            body={"schema": _ref(ChatCompletionRequest), "examples": _chat_examples(name)},
+            body={"schema": ref_to(ChatCompletionRequest), "examples": _chat_examples(name)},
             links=FEEDBACK_LINK,
             parameters=(STRENGTH_PARAMETER, UNIT_PARAMETER),
             headers=(ARM_HEADER, ASSIGNMENT_HEADER),
         ),
-        "/v1/feedback": Bodies(_json(FeedbackTaken), body={"schema": _ref(FeedbackRequest), "example": feedback}),
-        "/v1/models": Bodies(_json(ModelList)),
-        "/v1/models/{model_id:path}": Bodies(_json(Model), parameters=(one_model,)),
-        "/version": Bodies(_json(Version)),
-        "/healthz": Bodies(_json(Alive)),
-        "/readyz": Bodies(_json(Ready)),
+        **concept_bodies(name),
+        "/v1/feedback": Bodies(json_of(FeedbackTaken), body={"schema": ref_to(FeedbackRequest), "example": feedback}),
+        "/v1/models": Bodies(json_of(ModelList)),
+        "/v1/models/{model_id:path}": Bodies(json_of(Model), parameters=(one_model,)),
+        "/version": Bodies(json_of(Version)),
+        "/healthz": Bodies(json_of(Alive)),
+        "/readyz": Bodies(json_of(Ready)),
         "/metrics": Bodies({TEXT: {"schema": {"type": "string"}}}),
-        "/": Bodies(_files(".html"), parameters=(KNOWN_PARAMETER,), headers=("ETag",)),
+        "/": Bodies(_files(".html"), parameters=(IF_NONE_MATCH_PARAMETER,), **PAGES),
         "/playground/{file:path}": Bodies(
             _files(".css", ".js", ".json", ".png", ".svg"),
-            parameters=(PLAYGROUND_FILE, KNOWN_PARAMETER),
-            headers=("ETag",),
+            parameters=(PLAYGROUND_FILE, IF_NONE_MATCH_PARAMETER),
+            **PAGES,
         ),
         "/openapi.json": Bodies({JSON: {"schema": {"type": "object"}}}),
     }
 
 
+PAGES: dict[str, Any] = {"headers": (ETAG, CACHE_CONTROL), "may_be_known": True}
 PLAYGROUND_FILE = {"name": "file", "in": "path", "required": True, "schema": {"enum": Playground().names}}
 
 
@@ -233,7 +224,7 @@ FEEDBACK_LINK = {
 
 
 def _chat_content(name: str) -> dict[str, Any]:
-    whole = _json(SteeredCompletion, example=example_answer(name))
+    whole = json_of(SteeredCompletion, example=example_answer(name))
     return {**whole, EVENTS: {"schema": EVENT, "example": _stream(name)}}
 
 
@@ -272,7 +263,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
     """All types, with the limits that this service's settings add."""
     models = (
         ChatCompletionRequest, FeedbackRequest, SteeredCompletion, SteeredChunk, FeedbackTaken, Model, ModelList, Alive,
-        Ready, Version, ErrorAnswer,
+        Ready, Version, ErrorAnswer, *REQUESTS, *ANSWERS,
     )  # fmt: skip
     mode: JsonSchemaMode = "validation"
     _, found = models_json_schema(
@@ -281,12 +272,15 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         schema_generator=Schemas,
     )
     schemas = found["$defs"]
-    chat = schemas["ChatCompletionRequest"]["properties"]
-    chat["model"]["enum"] = _model_names(settings)
-    limits = {"n": settings.max_choices, "max_tokens": settings.max_tokens_limit}
-    for field, limit in {**limits, "max_completion_tokens": settings.max_tokens_limit}.items():
-        chat[field]["anyOf"][0]["maximum"] = limit
-    chat["messages"]["description"] = f"Their texts have at most {MAX_TEXT_BYTES} bytes of UTF-8 together."
+    for kind in ("ChatCompletionRequest", "CompareRequest"):
+        chat = schemas[kind]["properties"]
+        chat["model"]["enum"] = _model_names(settings)
+        for field in ("max_tokens", "max_completion_tokens"):
+            chat[field]["anyOf"][0]["maximum"] = settings.max_tokens_limit
+        chat["messages"]["description"] = f"Their texts have at most {MAX_TEXT_BYTES} bytes of UTF-8 together."
+    schemas["ChatCompletionRequest"]["properties"]["n"]["anyOf"][0]["maximum"] = settings.max_choices
+    several = schemas["CompareRequest"]["properties"]["settings"]
+    several["maxItems"] = min(several["maxItems"], settings.max_choices)
     url = schemas["ImageUrl"]["properties"]["url"]
     url["format"] = "image-url"
     url["description"] = _image_description(settings)

@@ -6,13 +6,12 @@ other page's frame: a picture or an answer that smuggled markup in could do noth
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import NamedTuple
 
-from fastapi import Response
+from fastapi import Request, Response
 
 from service.errors import ApiError
+from service.http.tagged import tagged
 
 FOLDER = Path(__file__).parent.parent / "playground"
 PAGE = "index.html"
@@ -32,26 +31,16 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-cache",  # asked for again each time; what has not changed is a 304
 }
-
-
-class PlaygroundFile(NamedTuple):
-    """One file as it is sent."""
-
-    body: bytes
-    media_type: str
-    etag: str
-    """Quoted; of the content alone, so all replicas have the same."""
 
 
 class Playground:
     """All files of the playground, in memory: a name from outside is never a path on disk."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
-        self._page = _read(folder / PAGE)
+        self._page = (folder / PAGE).read_bytes()
         self._files = {
-            path.relative_to(folder).as_posix(): _read(path)
+            path.relative_to(folder).as_posix(): path.read_bytes()
             for path in sorted(folder.rglob("*"))
             if path.suffix in MEDIA_TYPES and path.name != PAGE
         }
@@ -61,17 +50,12 @@ class Playground:
         """What there is beside the page, relative to `/playground/`."""
         return list(self._files)
 
-    def answer(self, name: str | None, known: str) -> Response:
-        """The file (None: the page), or a 304 where `known`, an If-None-Match, names it. Raises ApiError."""
-        file = self._page if name is None else self._files.get(name)
-        if file is None:
+    async def page(self, request: Request) -> Response:
+        return tagged(request, self._page, MEDIA_TYPES[".html"], headers=HEADERS)
+
+    async def file(self, request: Request) -> Response:
+        """Raises ApiError."""
+        name = request.path_params["file"]
+        if name not in self._files:
             raise ApiError("route_not_found", "there is no such path")
-        headers = {**HEADERS, "etag": file.etag}
-        if {tag.strip().removeprefix("W/") for tag in known.split(",")} & {file.etag, "*"}:
-            return Response(status_code=304, headers=headers)
-        return Response(file.body, headers={**headers, "content-type": file.media_type})
-
-
-def _read(path: Path) -> PlaygroundFile:
-    body = path.read_bytes()
-    return PlaygroundFile(body, MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+        return tagged(request, self._files[name], MEDIA_TYPES[Path(name).suffix], headers=HEADERS)

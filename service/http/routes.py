@@ -6,7 +6,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from starlette.convertors import Convertor, register_url_convertor
+
 from service.callers import keys
+from service.concepts.build import MAX_ID
 
 WITH_BODY = (
     "invalid_json", "invalid_value", "missing_field", "unknown_field", "body_timeout", "request_too_large",
@@ -16,10 +19,26 @@ CHAT = (
     *WITH_BODY, "unsupported_value", "invalid_image", "invalid_steering", "context_length_exceeded",
     "model_not_found", "shutting_down", "bad_artifact",
 )  # fmt: skip
+CONCEPTS = ("concept_not_found", "bad_artifact")
 CHAT_ANSWER = (
     "The completion; with `stream: true` server-sent events instead: chunks, then `[DONE]`. A stream that breaks ends "
     "with an error, and without `[DONE]`."
 )
+
+
+class ConceptNumber(Convertor[int]):
+    """A path's id of a concept, or place of an image: digits, no more than MAX_ID has."""
+
+    regex = f"[0-9]{{1,{len(str(MAX_ID))}}}"
+
+    def convert(self, value: str) -> int:
+        return int(value)
+
+    def to_string(self, value: int) -> str:
+        return str(value)
+
+
+register_url_convertor("concept", ConceptNumber())
 
 
 class Route(NamedTuple):
@@ -41,6 +60,18 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("POST", "/v1/chat/completions", "chat", "chat.answer", "Ask about images and texts", CHAT_ANSWER, CHAT),
+    Route("POST", "/v1/compare", "chat", "compare", "Ask at several settings of steering",
+          "The answers, and by token where they differ.", CHAT),
+    Route("GET", "/v1/concepts", "explain", "concepts.page", "The artifact's concepts",
+          "A page of them; the next one is `after` the `last_id`.", (*CONCEPTS, "invalid_value", "unknown_field")),
+    Route("POST", "/v1/concepts/search", "explain", "concepts.search", "Which concepts a text or a picture is about",
+          "The best first.", (*CONCEPTS, *WITH_BODY, "invalid_image", "invalid_steering", "context_length_exceeded",
+                              "shutting_down")),
+    Route("GET", "/v1/concepts/{concept_id:concept}", "explain", "concepts.one", "One of them", "It is there.",
+          (*CONCEPTS, "route_not_found")),
+    Route("GET", "/v1/concepts/{concept_id:concept}/thumbnails/{image:concept}", "explain", "concepts.thumbnail",
+          "A small picture of what a concept shows", "The picture.",
+          (*CONCEPTS, "route_not_found", "invalid_value", "unknown_field")),
     Route("POST", "/v1/feedback", "chat", "feedback", "Say how good an answer was", "Counted.",
           (*WITH_BODY, "request_not_found")),
     Route("GET", "/v1/models", "chat", "models", "Which models there are", "All of them."),
@@ -51,8 +82,8 @@ ROUTES = (
     Route("GET", "/readyz", None, "ready", "Will a request be answered?", "The model makes progress.",
           ("shutting_down",)),
     Route("GET", "/metrics", "metrics", "metrics", "Metrics for Prometheus", "Text exposition format 0.0.4."),
-    Route("GET", "/", None, "playground", "The playground", "A page for people, of this service alone."),
-    Route("GET", "/playground/{file:path}", None, "playground", "A part of the playground", "It.",
+    Route("GET", "/", None, "pages.page", "The playground", "A page for people, of this service alone."),
+    Route("GET", "/playground/{file:path}", None, "pages.file", "A part of the playground", "It.",
           ("route_not_found",)),
     Route("GET", "/openapi.json", None, "openapi", "This document", "OpenAPI 3.1."),
 )  # fmt: skip

@@ -33,8 +33,9 @@ from random_llava import save_random_artifact, save_random_llava
 from running_service import RunningService, running_service
 from steering_overhead import SHAPES
 
-from service.chat.request import merge_steering, sampling_of, turns_of
+from service.chat.request import sampling_of, turns_of
 from service.chat.schemas import ChatCompletionRequest
+from service.chat.steering_sources import merge_steering
 from service.http.body import parse
 from service.images.decoder import RgbImage
 from service.model.job import ModelJob

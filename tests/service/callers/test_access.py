@@ -40,6 +40,7 @@ class Service:
             {"name": "other", "scopes": ["chat"]},
             {"name": "scraper", "scopes": ["metrics"]},
             {"name": "tester", "scopes": ["chat", "evaluate"]},
+            {"name": "explainer", "scopes": ["explain"]},
             {"name": "limited", "scopes": ["chat"], "quota": {"requests_per_minute": 2}},
             {"name": "pictures", "scopes": ["chat"], "quota": {"images_per_minute": 3, "pixels_per_minute": 4000}},
         ]

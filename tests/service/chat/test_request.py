@@ -10,8 +10,9 @@ import pytest
 from service.callers.keys import ANYBODY
 from service.callers.ledger import Ledger
 from service.chat.admission import MemoryBudget
-from service.chat.request import ChatRunner, check_limits, find_alias, merge_steering, sampling_of, turns_of
+from service.chat.request import ChatRunner, check_limits, sampling_of, turns_of
 from service.chat.schemas import ChatCompletionRequest
+from service.chat.steering_sources import find_alias, merge_steering
 from service.concepts.names import ConceptNames
 from service.errors import ApiError
 from service.images.decoder import DecoderLimits, ImageDecoder

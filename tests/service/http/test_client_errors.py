@@ -58,6 +58,9 @@ class Caller:
         options: Any = {"headers": {"content-type": media_type}}
         return await self.client().post(path, cast_to=object, content=content, options=options)
 
+    async def get(self, path: str, key: str) -> Any:
+        return await self.client(key).get(path, cast_to=object)
+
     def fails(self, error: Exception) -> None:
         """The model will."""
         self.service.model.events = (error,)
@@ -150,6 +153,7 @@ CASES: dict[str, tuple[Callable[[Caller], Awaitable[Any]], str | None]] = {
     ),
     "invalid_api_key": (lambda caller: caller.chat(key="nobody"), None),
     "permission_denied": (lambda caller: caller.chat(key="scraper"), None),
+    "concept_not_found": (lambda caller: caller.get("/concepts/999999", "explainer"), None),
     "model_not_found": (lambda caller: caller.chat(model="gpt-5"), "model"),
     "request_not_found": (
         lambda caller: caller.post("/feedback", b'{"request_id": "chatcmpl-1", "score": 1}'), "request_id"

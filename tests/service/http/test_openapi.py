@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from service.chat.schemas import ChatCompletionRequest
 from service.errors import ERROR_KINDS
 from service.http.answers import SteeredChunk, SteeredCompletion
-from service.http.openapi import build_openapi
+from service.http.openapi import build_openapi, written
 from service.http.routes import ROUTES
 from service.settings import Settings
 
@@ -66,7 +66,7 @@ def test_every_reference_leads_somewhere_and_every_component_is_used() -> None:
 
 
 def test_every_operation_has_its_scope() -> None:
-    scopes = {route.path.replace(":path}", "}"): route.scope for route in ROUTES}
+    scopes = {written(route.path): route.scope for route in ROUTES}
     assert set(DOCUMENT["paths"]) == set(scopes)
     for name, operation in OPERATIONS:
         scope = scopes[name.split()[1]]

@@ -1,0 +1,73 @@
+"""Which concepts a picture holds: the model sees it in a conversation of its own, plain and for one token, and the
+receipt's explanation tells. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+
+from service.callers.keys import Caller
+from service.chat.request import ChatRunner, Shares
+from service.errors import ApiError
+from service.metrics.meter import Meter, Metrics
+from service.metrics.request_record import RequestRecord
+from service.model.job import ModelJob, Turn
+from service.settings import Settings
+from steering.engines.base import GenerationEnd, Sampling
+from steering.explanation import ConceptActivity
+from steering.request import RequestedSteering, SteeringRequest
+
+QUESTION = "Describe the image."
+"""Behind the picture, where it changes nothing of what the picture holds."""
+LOOK_ONLY = RequestedSteering(settings=SteeringRequest(enabled=False, explain="answer"))
+
+
+async def concepts_in(
+    runner: ChatRunner,
+    url: str,
+    settings: Settings,
+    *,
+    field: str,
+    caller: Caller,
+    record: RequestRecord,
+    metrics: Metrics,
+    shares: Shares,
+) -> Sequence[ConceptActivity]:
+    """The strongest first. Raises ApiError; `field` is where the URL stood. Counted as a request of one picture."""
+    meter, failure = Meter(metrics, record), "cancelled"
+    try:
+        images = await runner.decode([(field, url)], settings, caller=caller, meter=meter, record=record, shares=shares)
+        job = ModelJob(
+            request_id=f"search-{uuid.uuid4().hex}",
+            turns=(Turn("user", (None, QUESTION)),),
+            images=images,
+            max_tokens=1,
+            sampling=Sampling(max_tokens=1, temperature=0),
+            steering=LOOK_ONLY,
+            tenant=caller.name,
+        )
+        found = await _ask(runner, job, caller, meter, record)
+        failure = None
+        return found
+    except ApiError as error:
+        failure = error.code
+        raise
+    except Exception:
+        failure = "internal_error"
+        raise
+    finally:
+        meter.finished(failure)
+
+
+async def _ask(
+    runner: ChatRunner, job: ModelJob, caller: Caller, meter: Meter, record: RequestRecord
+) -> Sequence[ConceptActivity]:
+    async with aclosing(runner.run(job, caller=caller, meter=meter, record=record)) as events:
+        async for event in events:
+            if isinstance(event, GenerationEnd):
+                (told,) = event.receipt.explanation or (None,)
+                assert told is not None, "it was asked for"
+                return told.image
+    raise AssertionError("an engine ends with a GenerationEnd")
