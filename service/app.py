@@ -42,7 +42,9 @@ does, and `python -m service` does not wait for the other times."""
 LEDGER_REQUESTS = 10_000
 """May wait for it, of all ingress replicas together."""
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-BY_PICTURE = RequestRouterConfig(**{"request_router_class": "service.model.affinity:PictureAffinityRouter"})
+BY_PICTURE = RequestRouterConfig.model_validate(
+    {"request_router_class": "service.model.affinity:PictureAffinityRouter"}
+)
 SHUTDOWN_MARGIN_S = 5
 """So much longer than any request may take, a replica that goes, and Serve's proxy, wait for it."""
 

@@ -123,7 +123,7 @@ class Settings(Group):
     allow_controls: bool = False
     """Whether `steering.control` is accepted; for evaluation only."""
     routing: Literal["spread", "picture"] = "spread"
-    """vLLM: 'picture' sends a key's requests about one picture to the replica that has it cached, while that is free."""
+    """vLLM: 'picture' sends a key's requests about a picture to the replica that has it cached, while that is free."""
     default_max_tokens: int = Field(default=512, ge=1)
     """Tokens per choice where a request sets no max_tokens; never more than the context leaves."""
     max_tokens_limit: int = Field(default=4096, ge=1)

@@ -37,8 +37,8 @@ from training.evaluation.manifest import describe_run
 from training.miniature.paths import LLAVA
 
 SHAPE = LlavaShape(
-    layers=6, hidden=256, head_size=64, kv_heads=4, intermediate=688, vocabulary=2000, concepts=1024, active_concepts=32,
-    image_size=336,
+    layers=6, hidden=256, head_size=64, kv_heads=4, intermediate=688, vocabulary=2000, concepts=1024,
+    active_concepts=32, image_size=336,
 )  # fmt: skip
 REPLICAS = 2
 WAYS = ("spread", "picture")
