@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from service.callers.keys import check_keys_are_named
@@ -41,6 +42,9 @@ does, and `python -m service` does not wait for the other times."""
 LEDGER_REQUESTS = 10_000
 """May wait for it, of all ingress replicas together."""
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+BY_PICTURE = RequestRouterConfig.model_validate(
+    {"request_router_class": "service.model.affinity:PictureAffinityRouter"}
+)
 SHUTDOWN_MARGIN_S = 5
 """So much longer than any request may take, a replica that goes, and Serve's proxy, wait for it."""
 
@@ -72,7 +76,8 @@ class Ingress:
         logs.configure(settings.log_file)
         check_serve_mode(os.environ)
         warn_of_small_store(settings)
-        self._settings, self._live, self._model = settings, LiveSettings(settings), RayModelClient(model)
+        self._settings, self._live = settings, LiveSettings(settings)
+        self._model = RayModelClient(model, by_picture=settings.routing == "picture")
         self._ledger = RayLedger(ledger)
         self._decoder = ImageDecoder(workers=settings.image_workers, limits=DecoderLimits())
 
@@ -159,4 +164,5 @@ def _model_options(settings: Settings) -> dict[str, Any]:
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "max_queued_requests": MAX_QUEUED_REQUESTS,
         "max_constructor_retry_count": MODEL_STARTS,
+        **({"request_router_config": BY_PICTURE} if settings.routing == "picture" else {}),
     }

@@ -122,7 +122,8 @@ class Settings(Group):
     """Candidate whose artifact answers where no arm says otherwise; meant for the live file."""
     allow_controls: bool = False
     """Whether `steering.control` is accepted; for evaluation only."""
-
+    routing: Literal["spread", "picture"] = "spread"
+    """vLLM: 'picture' sends a key's requests about a picture to the replica that has it cached, while that is free."""
     default_max_tokens: int = Field(default=512, ge=1)
     """Tokens per choice where a request sets no max_tokens; never more than the context leaves."""
     max_tokens_limit: int = Field(default=4096, ge=1)
@@ -141,7 +142,6 @@ class Settings(Group):
     """Largest image, in pixels."""
     max_memory_bytes: int = Field(default=2048 * MIB, validate_default=True)
     """Bodies, pixels and kept logprobs that an ingress replica holds, in bytes; a key may hold half."""
-
     image_workers: int = Field(default=2, ge=1)
     """Decoding processes per ingress replica."""
     image_hosts: str = Field(default="", pattern=r"^[A-Za-z0-9.,-]*$")

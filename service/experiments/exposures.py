@@ -48,8 +48,8 @@ MEASURES: dict[str, Callable[[Line], float | None]] = {
     "mismatch": lambda line: line.get("steering", {}).get("mismatch"),
     "feedback": lambda line: line.get("feedback"),
 }
-"""Rates first; errors are the service's and the arm's, not what a client did wrong. Lengths are per choice, and of
-whole answers only; `feedback` is the score, where one was given."""
+"""Rates first; errors are the service's and the arm's, not what a client did wrong. Lengths are per choice, and only of
+whole answers; `feedback` is the score, where one was given."""
 FAULTS_OF_AN_ARM = frozenset(("invalid_steering",))
 RATES = frozenset(("errors", "cancellations", "empty_answers"))
 

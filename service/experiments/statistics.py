@@ -117,7 +117,7 @@ def adjusted(ps: Sequence[float]) -> list[float]:
     experiments, as each p is anytime-valid."""
     from statsmodels.stats.multitest import multipletests
 
-    return [float(one) for one in multipletests(list(ps), method="holm")[1]] if ps else []  # pyright: ignore[reportOptionalIterable]
+    return np.asarray(multipletests(ps, method="holm")[1]).tolist() if ps else []
 
 
 def anytime_multiple(units: int, alpha: float = ALPHA, tuned_for: int = TUNED_FOR_UNITS) -> float:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ray import serve
@@ -23,6 +24,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from service.artifacts import MAIN, Candidate
 from service.errors import ApiError
+from service.model.affinity import affinity_of
 from service.model.candidates import CANDIDATE, Candidates, Known
 from service.model.job import ModelJob
 from service.model.presence import Presence, ServePresence
@@ -79,7 +81,9 @@ class _Deployed:
 class RayModelClient:
     """`ModelClient` over Serve handles."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, *, by_picture: bool = False) -> None:
+        """`by_picture`: the deployments have `PictureAffinityRouter`."""
+        self._by_picture = by_picture
         self._models = {MAIN: _Deployed(handle)}
         self._candidates = Candidates(self.status, self._learn)
         self._presence = ServePresence(handle.app_name, handle.deployment_name)
@@ -88,6 +92,8 @@ class RayModelClient:
     async def generate(self, job: ModelJob) -> AsyncGenerator[Answer, None]:
         """See ModelClient."""
         model = self._model(job.artifact)
+        if self._by_picture:
+            job = replace(job, affinity=await asyncio.to_thread(affinity_of, job))
         events = model.generate.remote(job)
         del job  # its pixels
         assert isinstance(events, DeploymentResponseGenerator)

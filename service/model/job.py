@@ -39,3 +39,5 @@ class ModelJob:
     """Jobs of different tenants share no cached prompt."""
     artifact: str = MAIN
     """Name of the one that answers: the operator's choice, never a caller's."""
+    affinity: str | None = None
+    """Jobs that have the same one should go to the same replica (`affinity.py`)."""

@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from service.gateway import Gateway, free_port
+from service.settings import BUNDLED_MODEL
+from steering.artifact_config import read_config
 from tests.deploy.serving import serve_config
 from tests.service.asking import GREEDY, receipt
 from tests.service.running_server import REPOSITORY
@@ -92,6 +94,36 @@ def test_development_serves_the_miniature_behind_its_gateway(tmp_path: Path):
         assert ask(url, "llava")["applied"]
         past_the_gateway = httpx.get(f"http://127.0.0.1:{config['http_options']['port']}/v1/models")
         assert past_the_gateway.status_code >= 400
+
+
+@pytest.mark.service
+@pytest.mark.slow
+def test_a_candidate_answers_where_the_live_settings_say_so(tmp_path: Path):
+    """It loads beside, and comes into force when it has; one of another model is reported by name and harms nobody."""
+    config = written("kuberay/dev")
+    [application] = config["applications"]
+    args = application["args"] = with_here(application["args"], tmp_path)
+    for deployment in application["deployments"]:
+        if deployment["name"] == "Ingress":
+            deployment["user_config"] = {"default_artifact": "next"}
+    strange = save_tiny_llava(tmp_path / "strange", hidden_size=64)
+    folders = {
+        "next": save_tiny_artifact(tmp_path / "next", Path(args.get("model", BUNDLED_MODEL))),
+        "strange": save_tiny_artifact(tmp_path / "strange_artifact", strange),
+    }
+    config["applications"] += [
+        {"name": name, "route_prefix": None, "import_path": "service.app:build_candidate",
+         "args": {**args, "artifact": str(folder)}}
+        for name, folder in folders.items()
+    ]  # fmt: skip
+    with started(config, tmp_path) as url:
+        assert ask(url, "llava")["applied"], "by whichever is there"
+        deadline, told = time.monotonic() + START_TIMEOUT_S, {}
+        while told.get("default_artifact") != "next" or "another model" not in str(told["candidates"]["strange"]):
+            assert time.monotonic() < deadline, (told["candidates"], told["live_settings"])
+            time.sleep(1)
+            told = httpx.get(f"{url}/version", timeout=10).json()
+        assert ask(url, "llava")["artifact"] == read_config(folders["next"]).fingerprint == told["artifact"]
 
 
 @pytest.mark.service

@@ -139,6 +139,13 @@ def test_looking_for_vllm_does_not_import_it() -> None:
     assert shown.stdout.strip() == "[]"
 
 
+def test_candidates_are_a_json_object_of_names_and_folders() -> None:
+    assert parse_settings(["--candidates", '{"next": "/a"}'], {}).candidates == {"next": "/a"}
+    for text, says in (("next", "JSON object"), ('{"main": "/a"}', "own artifact"), ('{"a b": "/a"}', "pattern")):
+        with pytest.raises(SettingsError, match=rf"--candidates.*{says}"):
+            parse_settings([], {"VLSAE_CANDIDATES": text})
+
+
 def test_settings_of_vllm() -> None:
     environment = {"VLSAE_ENGINE__COMPILE": "on", "VLSAE_ENGINE__BRANCHES": "1", "VLSAE_ENGINE__KV_CACHE_GIB": "0.5"}
     arguments = ["--engine", "vllm", "--engine.gpu-memory-share", "0.5", "--engine.tensor-parallel-size", "2"]

@@ -21,7 +21,7 @@ from service.http.api import build_api
 from service.http.routes import ROUTES
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.metrics.meter import Metrics
-from service.settings import Settings
+from service.settings import BUNDLED_ARTIFACT, Settings
 from tests.service.callers.test_ledger import Clock
 from tests.service.examples import ScriptedModel, body, delta, encoded, end, image_part, picture, user
 
@@ -51,7 +51,7 @@ class Service:
         self.clock, self.model = Clock(), ScriptedModel()
         self.ledger = ledger or Ledger(clock=self.clock)
         self.decoder = ImageDecoder(workers=1, limits=DecoderLimits())
-        options = {"model": "/models/tiny", "artifact": "/a", "keys_file": str(file), **settings}
+        options = {"model": "/models/tiny", "artifact": str(BUNDLED_ARTIFACT), "keys_file": str(file), **settings}
         self.api = build_api(Settings(**options), self.model, self.decoder, ledger=self.ledger)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app=self.api), base_url="http://test")
 
