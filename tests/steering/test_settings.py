@@ -140,7 +140,8 @@ def test_strength_in_a_higher_source_overrides_off_in_a_lower():
 
 
 @pytest.mark.parametrize(
-    "asked", [SteeringRequest(enabled=True), SteeringRequest(strength=0.1), SteeringRequest(concepts={"1": ConceptEdit(add=1)})]
+    "asked",
+    [SteeringRequest(enabled=True), SteeringRequest(strength=0.1), SteeringRequest(concepts={"1": ConceptEdit(add=1)})],
 )
 def test_explicit_and_impossible_is_refused(asked):
     with pytest.raises(InvalidSteering) as caught:
