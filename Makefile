@@ -10,6 +10,8 @@ ARTIFACT ?=
 DEVICE ?=
 DTYPE ?=
 STEERING ?=
+MIN_REPLICAS ?=
+MAX_REPLICAS ?=
 
 # vLLM's own build is for CUDA; where there is no NVIDIA GPU, its build for the CPU
 VLLM_LIST := requirements-vllm-$(if $(or $(shell command -v nvidia-smi),$(wildcard /dev/nvidia0)),cuda,cpu).txt
@@ -28,10 +30,11 @@ unexport PYTHONDONTWRITEBYTECODE  # with it each of the service's processes comp
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-serve: $(if $(filter vllm,$(ENGINE)),setup-vllm,setup) ## run the service on 127.0.0.1 [PORT=8000 ENGINE=huggingface|vllm MODEL= ARTIFACT= DEVICE= DTYPE= STEERING=off]
+serve: $(if $(filter vllm,$(ENGINE)),setup-vllm,setup) ## run the service on 127.0.0.1 [PORT=8000 ENGINE=huggingface|vllm MODEL= ARTIFACT= DEVICE= DTYPE= STEERING=off MIN_REPLICAS= MAX_REPLICAS=]
 	@exec $(RUN) -m service $(if $(PORT),--port $(PORT)) $(if $(ENGINE),--engine $(ENGINE)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(ARTIFACT),--artifact $(ARTIFACT)) \
-		$(if $(DEVICE),--engine.device $(DEVICE)) $(if $(DTYPE),--engine.dtype $(DTYPE)) $(if $(STEERING),--steering $(STEERING))
+		$(if $(DEVICE),--engine.device $(DEVICE)) $(if $(DTYPE),--engine.dtype $(DTYPE)) $(if $(STEERING),--steering $(STEERING)) \
+		$(if $(MIN_REPLICAS),--min-replicas $(MIN_REPLICAS)) $(if $(MAX_REPLICAS),--max-replicas $(MAX_REPLICAS))
 
 demo: setup ## start it, ask about held-out scenes with steering off and on, stop it
 	@$(RUN) -m training.miniature.demo

@@ -15,19 +15,22 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
 from service.callers.keys import load_keys, without_keys_on_loopback
 from service.command_line import parse_settings
 from service.draining import drain
+from service.errors import explained
 from service.example import curl_command
 from service.gateway import Gateway, GatewayError, check_serve_mode, free_port, settle_gateway
 from service.metrics.machine import FOLDER_VARIABLE
+from service.model.object_store import fits_into_memory, needed_bytes
 from service.model.replica import ModelStatus
-from service.settings import LaunchSettings, SettingsError, check_installation
-from steering.cluster.local_ray import private_ray, short_folder
+from service.scaling import check_scaling, ingress_options, model_options, most_cpus, most_ingresses
+from service.settings import MIB, LaunchSettings, SettingsError, check_installation
+from steering.cluster.local_ray import SHARED_MEMORY, private_ray, short_folder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
@@ -43,11 +46,6 @@ DRAIN_MARGIN_S = 2.0
 """After their time is over, requests that were cut get so long to say so."""
 DELETE_TIMEOUT_S = 10.0
 """Replicas have nothing left to do when they are asked to go; one that hangs is not waited for any longer."""
-EXPLAINED = tuple(
-    f"{family}: "
-    for family in ("steering.errors.BadArtifact", "steering.errors.EngineUnavailable", "service.settings.SettingsError")
-)
-"""How a traceback names the errors whose message says it all."""
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks this machine itself, whatever proxy the environment names."""
 
@@ -62,6 +60,7 @@ def main() -> int:
         check_serve_mode(os.environ)
         check_port(settings.host, settings.port)
         check_installation(settings)
+        check_scaling(settings)
         check_drain_file(settings)
         settings = without_keys_on_loopback(settings, os.environ)
         keyed = load_keys(settings, os.environ) is not None
@@ -149,8 +148,7 @@ def serve_until_interrupted(settings: LaunchSettings, gateway: Gateway | None, *
         os.environ[FOLDER_VARIABLE] = str(Path(folder) / "metrics")
         if settings.drain_file is None:
             settings = settings.model_copy(update={"drain_file": str(Path(folder) / "drain")})
-        cpus = settings.ingress_replicas + settings.model_replicas * runs.cpu_threads
-        with gateway or nullcontext(), private_ray(cpus=cpus):
+        with gateway or nullcontext(), ray_for(settings, cpus=most_cpus(settings)):
             stop_on_signals()
             deploy(settings)  # a signal until here ends everything at once: nobody was answered yet
             try:
@@ -160,6 +158,18 @@ def serve_until_interrupted(settings: LaunchSettings, gateway: Gateway | None, *
             except KeyboardInterrupt:
                 stop_gracefully(settings)
                 raise
+
+
+def ray_for(settings: LaunchSettings, *, cpus: int) -> AbstractContextManager[None]:
+    """A Ray whose object store holds all that requests may, in memory where this machine has room for it."""
+    store_bytes = needed_bytes(settings, most_ingresses(settings))
+    in_memory = fits_into_memory(store_bytes)
+    if not in_memory:
+        say(
+            f"warning   {SHARED_MEMORY} has less than {store_bytes // MIB} MiB: pixels may go to the disk; make it "
+            "larger (docker run --shm-size), or lower --max-memory-bytes"
+        )
+    return private_ray(cpus=cpus, object_store_bytes=store_bytes, in_memory=in_memory)
 
 
 def watch(gateway: Gateway | None) -> None:
@@ -176,7 +186,7 @@ def deploy(settings: LaunchSettings) -> None:
     """Ray Serve with the application; returns before it runs."""
     from ray import serve
 
-    from service.app import APPLICATION, SHUTDOWN_MARGIN_S, assemble
+    from service.app import APPLICATION, SHUTDOWN_MARGIN_S, assemble, assemble_candidate
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     timeout_s = settings.request_timeout_s + SHUTDOWN_MARGIN_S
@@ -184,11 +194,15 @@ def deploy(settings: LaunchSettings) -> None:
     serve.start(http_options=http, proxy_location="HeadOnly")
     places = {name: getattr(settings, name) for name in ("max_ongoing_requests", "max_queued_requests")}
     application = assemble(
-        settings,
-        ingress={"num_replicas": settings.ingress_replicas},
-        model={"num_replicas": settings.model_replicas, **places},
+        settings.model_copy(update={"model_may_sleep": settings.min_replicas == 0}),
+        ingress=ingress_options(settings),
+        model={**model_options(settings), **places},
     )
-    serve.run_many([serve.RunTarget(application, name=APPLICATION)], wait_for_applications_running=False)
+    targets = [serve.RunTarget(application, name=APPLICATION)]
+    for name, folder in settings.candidates.items():
+        beside = assemble_candidate(settings.model_copy(update={"artifact": folder}), model=places)
+        targets.append(serve.RunTarget(beside, name=name, route_prefix=None))
+    serve.run_many(targets, wait_for_applications_running=False)
 
 
 def stop_gracefully(settings: LaunchSettings) -> None:
@@ -228,7 +242,7 @@ def wait_until_ready(settings: LaunchSettings, began: float) -> None:
         if application is not None:
             messages = "\n".join(one.message for one in application.deployments.values())
             failed = application.status in ("DEPLOY_FAILED", "UNHEALTHY")
-            if failed or any(family in messages for family in EXPLAINED):  # nor would these heal if tried again
+            if failed or explained(messages):  # nor would these heal if tried again
                 raise StartupError(startup_failure(messages))
         if get(settings, "/readyz") is not None:
             return
@@ -242,10 +256,7 @@ def wait_until_ready(settings: LaunchSettings, began: float) -> None:
 
 def startup_failure(messages: str) -> str:
     """What an operator needs of a replica's last words: our own message, or all of a traceback nobody foresaw."""
-    for family in EXPLAINED:
-        if family in messages:
-            return messages.rpartition(family)[2].strip()
-    return f"the model could not be loaded:\n{messages}"
+    return explained(messages) or f"the model could not be loaded:\n{messages}"
 
 
 def report(settings: LaunchSettings, seconds: float, *, keyed: bool) -> None:

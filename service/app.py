@@ -17,16 +17,17 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from service.callers.keys import check_keys_are_named
-from service.callers.ledger import Ledger
-from service.callers.ledger_client import RayLedger
+from service.callers.ledger import Ledger, RayLedger
 from service.gateway import check_gateway_is_named, check_serve_mode
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.live_settings import LiveSettings
 from service.metrics import logs
+from service.model.candidates import CANDIDATE
 from service.model.client import RayModelClient
+from service.model.object_store import warn_of_small_store
 from service.model.replica import ModelReplica
-from service.settings import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS, Settings
+from service.settings import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS, Settings, SettingsError
 
 APPLICATION = "vl-sae-steering"
 HEALTH_CHECK_PERIOD_S = 2
@@ -70,6 +71,7 @@ class Ingress:
     def __init__(self, settings: Settings, model: DeploymentHandle, ledger: DeploymentHandle) -> None:
         logs.configure(settings.log_file)
         check_serve_mode(os.environ)
+        warn_of_small_store(settings)
         self._settings, self._live, self._model = settings, LiveSettings(settings), RayModelClient(model)
         self._ledger = RayLedger(ledger)
         self._decoder = ImageDecoder(workers=settings.image_workers, limits=DecoderLimits())
@@ -93,6 +95,22 @@ def build_application(settings: Settings) -> Application:
     return assemble(settings)
 
 
+def build_candidate(settings: Settings) -> Application:
+    """One more artifact, with a model of its own, as an application beside that of the service (`route_prefix: null`).
+
+    Its name is the candidate's. Of its settings those of model, artifact and engine count, and `request_timeout_s`.
+    """
+    return assemble_candidate(settings)
+
+
+def assemble_candidate(settings: Settings, *, model: Mapping[str, Any] = NO_OPTIONS) -> Application:
+    """With options of its deployment. Raises SettingsError where there is no artifact."""
+    if settings.loaded_artifact is None:
+        raise SettingsError("artifact: a candidate is one; name its folder, with steering on")
+    settings = settings.model_copy(update={"engine": settings.engine.settled()})
+    return Model.options(name=CANDIDATE, **{**_model_options(settings), **model}).bind(settings)
+
+
 def assemble(
     settings: Settings, *, ingress: Mapping[str, Any] = NO_OPTIONS, model: Mapping[str, Any] = NO_OPTIONS
 ) -> Application:
@@ -106,19 +124,6 @@ def assemble(
     check_serve_mode(os.environ)
     engine = settings.engine.settled()
     settings = settings.model_copy(update={"engine": engine})
-    common = {
-        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
-        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
-        "graceful_shutdown_timeout_s": settings.request_timeout_s + SHUTDOWN_MARGIN_S,
-        "graceful_shutdown_wait_loop_s": 0.2,
-    }
-    gpus = engine.tensor_parallel_size if engine.device == "cuda" else 0
-    models = {
-        "ray_actor_options": {"num_cpus": engine.cpu_threads, "num_gpus": gpus},
-        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
-        "max_queued_requests": MAX_QUEUED_REQUESTS,
-        "max_constructor_retry_count": MODEL_STARTS,
-    }
     ingresses = {
         "ray_actor_options": {"num_cpus": 1},
         # Above our own limit, so that it is our 503 a client sees, and health and metrics always get through.
@@ -130,5 +135,28 @@ def assemble(
         max_ongoing_requests=LEDGER_REQUESTS,
         health_check_period_s=LEDGER_CHECK_PERIOD_S,
     )
-    replicas = Model.options(**common, **{**models, **model}).bind(settings)
-    return Ingress.options(**common, **{**ingresses, **ingress}).bind(settings, replicas, ledger.bind())
+    replicas = Model.options(**{**_model_options(settings), **model}).bind(settings)
+    return Ingress.options(**_health_options(settings), **{**ingresses, **ingress}).bind(
+        settings, replicas, ledger.bind()
+    )
+
+
+def _health_options(settings: Settings) -> dict[str, Any]:
+    return {
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": settings.request_timeout_s + SHUTDOWN_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+    }
+
+
+def _model_options(settings: Settings) -> dict[str, Any]:
+    engine = settings.engine
+    gpus = engine.tensor_parallel_size if engine.device == "cuda" else 0
+    return {
+        **_health_options(settings),
+        "ray_actor_options": {"num_cpus": engine.cpu_threads, "num_gpus": gpus},
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "max_queued_requests": MAX_QUEUED_REQUESTS,
+        "max_constructor_retry_count": MODEL_STARTS,
+    }

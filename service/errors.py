@@ -1,4 +1,7 @@
-"""Every error a client can see, in one table. Knows HTTP status codes and OpenAI's error shape; no routes."""
+"""Every error a client can see, in one table, of which the README's and the OpenAPI document's are made.
+
+Knows HTTP status codes and OpenAI's error shape; no routes.
+"""
 
 from __future__ import annotations
 
@@ -10,41 +13,74 @@ from starlette.responses import JSONResponse
 
 from steering.errors import BadArtifact, EngineUnavailable, InvalidSteering, SteeringError
 
+NO, LATER, YES = "no", "after `Retry-After`", "yes"
+INVALID, SERVER = "invalid_request_error", "server_error"
+
 
 class ErrorKind(NamedTuple):
-    """What an error code means to HTTP and to OpenAI's clients."""
+    """What an error code means to HTTP, to OpenAI's clients, and, in words, to a client's programmer."""
 
     status: int
     type: str
+    when: str
+    remedy: str
+    retry: str
+    """Whether the same request, sent again, may be answered."""
 
 
 ERROR_KINDS = {
-    "invalid_json": ErrorKind(400, "invalid_request_error"),
-    "invalid_value": ErrorKind(400, "invalid_request_error"),
-    "missing_field": ErrorKind(400, "invalid_request_error"),
-    "unknown_field": ErrorKind(400, "invalid_request_error"),
-    "unsupported_value": ErrorKind(400, "invalid_request_error"),
-    "invalid_header": ErrorKind(400, "invalid_request_error"),
-    "invalid_image": ErrorKind(400, "invalid_request_error"),
-    "invalid_steering": ErrorKind(400, "invalid_request_error"),
-    "context_length_exceeded": ErrorKind(400, "invalid_request_error"),
-    "invalid_api_key": ErrorKind(401, "authentication_error"),
-    "permission_denied": ErrorKind(403, "permission_error"),
-    "model_not_found": ErrorKind(404, "invalid_request_error"),
-    "request_not_found": ErrorKind(404, "invalid_request_error"),
-    "route_not_found": ErrorKind(404, "invalid_request_error"),
-    "method_not_allowed": ErrorKind(405, "invalid_request_error"),
-    "body_timeout": ErrorKind(408, "invalid_request_error"),
-    "request_too_large": ErrorKind(413, "invalid_request_error"),
-    "unsupported_media_type": ErrorKind(415, "invalid_request_error"),
-    "rate_limit_exceeded": ErrorKind(429, "rate_limit_error"),
-    "overloaded": ErrorKind(503, "server_error"),
-    "engine_unavailable": ErrorKind(503, "server_error"),
-    "shutting_down": ErrorKind(503, "server_error"),
-    "request_timeout": ErrorKind(503, "server_error"),
-    "bad_artifact": ErrorKind(503, "server_error"),
-    "internal_error": ErrorKind(500, "server_error"),
-}
+    "invalid_json": ErrorKind(400, INVALID, "the body is not JSON in UTF-8", "send valid JSON", NO),
+    "invalid_value": ErrorKind(400, INVALID,
+        "a value of a wrong type, out of its range, or at odds with another field",
+        "`param` names the field, the message what is allowed", NO),
+    "missing_field": ErrorKind(400, INVALID, "a required field is not there", "send the field in `param`", NO),
+    "unknown_field": ErrorKind(400, INVALID,
+        "a field that nobody here knows; often a typing error", "leave it out", NO),
+    "unsupported_value": ErrorKind(400, INVALID,
+        "a known field asks for what this service, or its engine, cannot do", "leave the field out", NO),
+    "invalid_header": ErrorKind(400, INVALID,
+        "a header has an impossible value, or is not for clients", "correct it or leave it out", NO),
+    "invalid_image": ErrorKind(400, INVALID,
+        "not a complete JPEG, PNG, WebP or GIF of one frame; too large or too small; or its URL is not "
+        "accepted or not answered", "send another image, as a `data:` URL", NO),
+    "invalid_steering": ErrorKind(400, INVALID,
+        "steering that was asked for is impossible: no image, no such preset",
+        "change the field in `param`, or do not ask for it", NO),
+    "context_length_exceeded": ErrorKind(400, INVALID,
+        "prompt and `max_tokens` are more than the model's context",
+        "shorten the conversation or ask for fewer tokens; the message has the numbers", NO),
+    "invalid_api_key": ErrorKind(401, "authentication_error",
+        "no key, an unknown one, or one that has expired", "send `Authorization: Bearer KEY`", NO),
+    "permission_denied": ErrorKind(403, "permission_error",
+        "the key lacks the scope that the path or the field needs", "use a key that has it", NO),
+    "model_not_found": ErrorKind(404, INVALID, "no such model", "take a name from `GET /v1/models`", NO),
+    "request_not_found": ErrorKind(404, INVALID,
+        "feedback on an answer that this key was not given, or has judged, or more than an hour ago",
+        "send the `id` of a recent completion, once", NO),
+    "route_not_found": ErrorKind(404, INVALID, "no such path", "see `GET /openapi.json`", NO),
+    "method_not_allowed": ErrorKind(405, INVALID, "the path has another method", "see the header `Allow`", NO),
+    "body_timeout": ErrorKind(408, INVALID, "the body took too long to arrive", "send it without pauses", YES),
+    "request_too_large": ErrorKind(413, INVALID,
+        "the body, its texts, an image, or all images together are above a limit, or above what the key may "
+        "send in a minute", "send less", NO),
+    "unsupported_media_type": ErrorKind(415, INVALID,
+        "the body is not said to be JSON", "send `Content-Type: application/json`", NO),
+    "rate_limit_exceeded": ErrorKind(429, "rate_limit_error",
+        "the key's requests, images or pixels of this minute are used up, or the address's requests",
+        "wait as long as `Retry-After` says", LATER),
+    "overloaded": ErrorKind(503, SERVER,
+        "too many requests, connections or bytes at once", "wait; `Retry-After` is an estimate", LATER),
+    "engine_unavailable": ErrorKind(503, SERVER,
+        "the model loads, makes no progress, or was lost with this request",
+        "wait; nothing of the request is kept", LATER),
+    "shutting_down": ErrorKind(503, SERVER,
+        "the service stops and takes no new requests", "wait for the next one to take its place", LATER),
+    "request_timeout": ErrorKind(503, SERVER,
+        "the answer took longer than a request may", "ask for fewer tokens or choices", NO),
+    "bad_artifact": ErrorKind(503, SERVER, "the artifact does not belong to the model", "tell the operator", NO),
+    "internal_error": ErrorKind(500, SERVER,
+        "a fault of the service", "tell the operator the header `x-request-id`", YES),
+}  # fmt: skip
 """Code to kind. The codes are also the labels of `vlsae_rejections_total`, so their number is bounded."""
 
 PYDANTIC_CODES = {
@@ -64,6 +100,12 @@ PYDANTIC_STEPS = frozenset(
     ("<system>", "<user>", "<assistant>", "<text>", "<parts>", "<image>", "<refusal>", "<object>", "<schema>", "[key]")
 )
 """Steps that pydantic puts into error paths and no client ever wrote: branches of `schemas.py`'s unions, keys."""
+
+EXPLAINED = tuple(
+    f"{family}: "
+    for family in ("steering.errors.BadArtifact", "steering.errors.EngineUnavailable", "service.settings.SettingsError")
+)
+"""How a traceback names the errors whose message says it all."""
 
 RETRY_AFTER_S = 1.0
 """Where nothing better is known."""
@@ -145,3 +187,17 @@ def field_path(location: tuple[int | str, ...]) -> str | None:
         elif step not in PYDANTIC_STEPS:
             path += f".{step}" if path else step
     return path[:200] or None
+
+
+def markdown_table() -> str:
+    """The README's table of errors, by status."""
+    rows = ["| status | `code` | when | what to do | again? |", "|---|---|---|---|---|"]
+    for code, kind in sorted(ERROR_KINDS.items(), key=lambda item: item[1].status):
+        rows.append(f"| {kind.status} | `{code}` | {kind.when} | {kind.remedy} | {kind.retry} |")
+    return "\n".join(rows)
+
+
+def explained(messages: str) -> str | None:
+    """What an operator needs of a replica's last words: our own message, where it was one of EXPLAINED."""
+    last = max(EXPLAINED, key=messages.rfind)
+    return messages.rpartition(last)[2].strip() if last in messages else None

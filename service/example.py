@@ -89,6 +89,6 @@ EXAMPLE_RECEIPT = {
     "max_shift": None,
     "edits": None,
     "clamped_positions": [0],
-    "mismatch": [{"before": 0.47, "after": 0.21}],
+    "mismatch": [{"before": 0.36, "after": 0.16}],
     "explanation": None,
 }

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from service.experiments.arms import Experiment
+from service.artifacts import MAIN
+from service.experiments.arms import Experiment, Name, read_json
 
 KEYS_VARIABLE = "VLSAE_KEYS"
 """Not a setting, since settings are shown and passed around: `keys.py` reads it."""
@@ -117,6 +118,8 @@ class Settings(Group):
     """Preset of requests that name none (default: the artifact's own default)."""
     default_strength: float | None = Field(default=None, ge=0, le=1)
     """Strength, 0 to 1, of requests that name neither strength nor preset (default: the preset's own)."""
+    default_artifact: str = MAIN
+    """Candidate whose artifact answers where no arm says otherwise; meant for the live file."""
     allow_controls: bool = False
     """Whether `steering.control` is accepted; for evaluation only."""
 
@@ -168,6 +171,8 @@ class Settings(Group):
     """At the end, running requests may take so many more seconds; a stream that is cut says so in an error event."""
     drain_file: str | None = None
     """While this file exists, this machine's service refuses new requests and ends the running ones."""
+    model_may_sleep: bool = False
+    """Set it where a cluster's `min_replicas` of the model is 0: who asks how the model is then does not wake it."""
 
     @field_validator("max_memory_bytes")
     @classmethod
@@ -218,11 +223,26 @@ class LaunchSettings(Settings):
     ingress_replicas: int = Field(default=1, ge=1)
     """Processes that answer HTTP; on a cluster `deployments:` has the number."""
     model_replicas: int = Field(default=1, ge=1)
-    """Processes that each hold one engine; on a cluster `deployments:` has the number."""
+    """Processes that each hold one engine, at the start; on a cluster `deployments:` has the number."""
+    min_replicas: int | None = Field(default=None, ge=0)
+    """Model replicas that stay without load; of 0 the next request waits for one to load (default: model_replicas)."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Replicas, of the model and of the ingress each, that load may bring (default: no more than at the start)."""
+    scale_down_delay_s: float = Field(default=300, ge=0)
+    """So many seconds of less load take a replica away."""
+    candidates: dict[Name, str] = Field(default_factory=dict)
+    """Artifacts to load beside, each with a model of its own, as a JSON object of names and folders."""
     max_ongoing_requests: int = Field(default=MAX_ONGOING_REQUESTS, ge=1)
     """Requests that one model replica holds at a time; its engine batches or queues them."""
     max_queued_requests: int = Field(default=MAX_QUEUED_REQUESTS, ge=0)
     """Requests that wait in one ingress replica while every model replica is full; more are refused with 503."""
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _from_text(cls, values: Any) -> Any:
+        if MAIN in (found := read_json(values)):
+            raise ValueError(f"{MAIN!r} is the service's own artifact; take another name")
+        return found
 
     @property
     def on_loopback(self) -> bool:
@@ -236,6 +256,10 @@ class LaunchSettings(Settings):
 RETIRED = {
     **{name: "is engine.{name} now" for name in EngineSettings.model_fields if name != "name"},
     **dict.fromkeys(("ingress_replicas", "model_replicas"), "is num_replicas under `deployments:` on a cluster"),
+    **dict.fromkeys(
+        ("min_replicas", "max_replicas"), "stands under `autoscaling_config:` of a deployment on a cluster"
+    ),
+    "scale_down_delay_s": "is downscale_delay_s under `autoscaling_config:` on a cluster",
     **dict.fromkeys(("max_ongoing_requests", "max_queued_requests"), "stands under `deployments:` on a cluster"),
     **dict.fromkeys(("host", "port"), "stands under `http_options:` on a cluster"),
     "tls_certificate": "is the gateway's GATEWAY_CERTIFICATE on a cluster",

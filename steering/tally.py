@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from steering.explanation import Explanation
 
@@ -21,5 +21,5 @@ class Tally:
     """A delta was computed for at least one position, be it zero."""
     clamped: int = 0
     """Positions whose delta was shortened to `max_shift` here."""
-    explanation: Explanation | None = None
+    explanation: Explanation | None = field(default=None, repr=False)
     """At its end; None where nobody watched."""

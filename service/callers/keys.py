@@ -1,4 +1,4 @@
-"""API keys: who may ask for what, how much. `python -m service.callers.keys` makes one. Knows no routes and no HTTP.
+"""API keys: who asks, for what they may, how much. `python -m service.callers.keys` makes one. Knows no routes.
 
 Only hashes are kept: {"keys": [{"name", "sha256", "scopes": [...], "quota": {...}, "expires": ISO time}]} in a file, or
 in the environment as VLSAE_KEYS. Nothing of a key is ever logged but its name.
@@ -13,9 +13,10 @@ import hmac
 import json
 import logging
 import os
+import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from service.errors import ApiError
 from service.settings import KEYS_VARIABLE, LaunchSettings, Settings, SettingsError
 from service.watched_file import WatchedFile
 
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 Scope = Literal["chat", "explain", "evaluate", "metrics"]
 SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
 MAX_FILE_BYTES = 1024 * 1024
+BEARER = re.compile(r"bearer +([!-~]{1,1024})", re.IGNORECASE)
 
 
 class KeyFileError(ValueError):
@@ -127,6 +130,18 @@ class KeyRing:
             return
         self._complaint = ""
         log.info("keys: read again, there are %d", len(self._keys))
+
+
+def authenticate(key_ring: KeyRing, authorization: Sequence[str]) -> Caller:
+    """The caller whose headers `authorization` these are.
+
+    Raises ApiError where there is no key, or not exactly one, or it is not in force: the same for every path.
+    """
+    match = BEARER.fullmatch(authorization[0].strip()) if len(authorization) == 1 else None
+    caller = key_ring.find(match[1].encode()) if match else None
+    if caller is None:
+        raise ApiError("invalid_api_key", "a valid API key is needed, as in Authorization: Bearer KEY")
+    return caller
 
 
 def load_keys(settings: Settings, environment: Mapping[str, str]) -> KeyRing | None:

@@ -1,21 +1,31 @@
 """What all ingress replicas must agree on: how much each key has used, and which answers await feedback.
 
-A plain class; where there are several replicas, one process holds it for all (`app.py`). Knows no keys' secrets, no
-HTTP and no Ray. Everything here is lost with its process: quotas are then full again and feedback finds no request.
+`Ledger` is a plain class; where there are several replicas, one process holds it for all (`app.py`), and they ask it by
+a `RayLedger`. Knows no keys' secrets and no HTTP. Everything here is lost with its process: quotas are then full again
+and feedback finds no request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from service.callers.keys import Caller
+from service.errors import ApiError
 from steering.engines.base import Receipt
 
 MINUTE_S = 60.0
 ROUNDING_S = 1e-6
 """Times are sums of floats: who comes back when told must not be early by a rounding error."""
+TIMEOUT_S = 2.0
+"""For an answer of the process that holds it."""
 MAX_ANSWERS = 100_000
 """They take about 64 MB."""
 ANSWER_LIFETIME_S = 3600.0
@@ -98,3 +108,49 @@ class Ledger:
 
     def _oldest(self) -> float:
         return next(iter(self._answers.values())).ended
+
+
+class RayLedger:
+    """A Ledger behind a Serve handle. Its methods raise ApiError where it does not answer."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def charge(self, caller: str, charges: tuple[Charge, ...]) -> float:
+        return await self._call("charge", caller, charges)
+
+    async def record_answer(self, answer_id: str, caller: str, labels: AnswerLabels) -> None:
+        await self._call("record_answer", answer_id, caller, labels)
+
+    async def claim_answer(self, answer_id: str, caller: str) -> AnswerLabels | None:
+        return await self._call("claim_answer", answer_id, caller)
+
+    async def _call(self, method: str, *arguments: object) -> Any:
+        try:
+            return await asyncio.wait_for(getattr(self._handle, method).remote(*arguments), TIMEOUT_S)
+        except (TimeoutError, RayError, RayServeException):
+            raise ApiError("engine_unavailable", "the ledger of quotas does not answer; try again later") from None
+
+
+async def charge(ledger: Ledger | RayLedger, caller: Caller, **amounts: int) -> None:
+    """Raises ApiError where the caller's quota does not allow so many requests, images or pixels, together, now."""
+    limits = {kind: getattr(caller.quota, f"{kind}_per_minute") for kind in amounts if amounts[kind]}
+    charges = tuple(Charge(kind, amounts[kind], limit) for kind, limit in limits.items() if limit is not None)
+    if not charges:
+        return
+    for one in charges:
+        if one.amount > one.per_minute:
+            raise ApiError(
+                "request_too_large",
+                f"messages: {one.amount} {one.kind} are more than the {one.per_minute} that the key may send in a "
+                "minute; send less at once",
+                param="messages",
+            )
+    wait_s = await ledger.charge(caller.name, charges)
+    if wait_s > 0:
+        quota = ", ".join(f"{one.per_minute} {one.kind}" for one in charges)
+        raise ApiError(
+            "rate_limit_exceeded",
+            f"the key's quota is used up: {quota} a minute; see Retry-After",
+            retry_after_s=wait_s,
+        )

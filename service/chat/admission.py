@@ -2,20 +2,25 @@
 
 Each limit of a single request is generous; without these, a few hundred requests at their limits would be too much. Of
 several callers none may take more than half, so that nobody keeps all others out, and whoever has used up its own half
-is told when *its* requests end: others hear nothing of it. Knows no HTTP and no images.
+is told when *its* requests end: others hear nothing of it. Each refused client is given the next place that should
+become free, so that they do not all return at the same moment. Knows no HTTP and no images.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import Gauge
 
-from service.chat.load_estimate import LoadEstimate
 from service.errors import ApiError
+
+WINDOW_S = 30.0
+"""How far back 'lately' goes, where it is estimated how fast places become free."""
+SHORTEST_S, LONGEST_S = 1.0, 60.0
+"""Nobody is told to stay away for longer: who never returns is counted too, and OpenAI's clients heed no more."""
 
 
 class Overloaded(ApiError):
@@ -131,3 +136,45 @@ class Share:
         taken_bytes, self._taken_bytes = self._taken_bytes, 0
         if taken_bytes:
             self._budget.give_back(self._caller, taken_bytes)
+
+
+class LoadEstimate:
+    """Fed by requests that begin and end; answers how long a refused one should wait."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` counts seconds."""
+        self._clock = clock
+        self._running = 0
+        self._busy_since = 0.0
+        self._ended: deque[float] = deque()
+        self._promised = 0.0
+        """When the last place that somebody was told of becomes free."""
+
+    def begin(self) -> None:
+        """A request was admitted."""
+        if self._running == 0:
+            self._busy_since = self._clock()  # rest says nothing about capacity
+        self._running += 1
+
+    def end(self) -> None:
+        """An admitted request is over, however it ended."""
+        now = self._clock()
+        self._running -= 1
+        self._ended.append(now)
+        self._forget_before(now - WINDOW_S)
+
+    def retry_after_s(self) -> float:
+        """Seconds until the next place that nobody else was told of; from 1 to 60."""
+        now = self._clock()
+        self._promised = min(max(self._promised, now) + self._seconds_per_place(now), now + LONGEST_S)
+        return min(max(self._promised - now, SHORTEST_S), LONGEST_S)
+
+    def _seconds_per_place(self, now: float) -> float:
+        """Measured while there was work without a break; as long as nothing has ended, it takes at least so long."""
+        since = max(self._busy_since, now - WINDOW_S)
+        self._forget_before(since)
+        return (now - since) / max(len(self._ended), 1)
+
+    def _forget_before(self, since: float) -> None:
+        while self._ended and self._ended[0] <= since:
+            self._ended.popleft()

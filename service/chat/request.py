@@ -1,25 +1,37 @@
-"""From a validated body to a ModelJob: limits, model aliases, steering sources, images. No Ray, no HTTP responses."""
+"""One chat request without its HTTP: `take_in` makes a job of what was asked, `run` makes events of a job.
+
+Everything is checked before the first image is decoded: limits, model aliases, steering sources, scopes.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
-from dataclasses import replace
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 
 from service.callers.keys import Caller, Scope
+from service.callers.ledger import AnswerLabels, Ledger, RayLedger, charge
+from service.chat.admission import Share
 from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImagePart, SchemaFormat
 from service.concepts.names import ConceptNames
 from service.errors import ApiError
 from service.experiments.arms import over_default
 from service.experiments.assignment import Assignment, assign
-from service.images.decoder import ImageDecoder
-from service.images.intake import AdmitImages, take_images
+from service.images.decoder import ImageDecoder, take_images
 from service.images.remote import RemoteImages
+from service.metrics.meter import Meter
+from service.metrics.request_record import RequestRecord, Tracing
+from service.model.client import Answer, ModelClient
 from service.model.job import ModelJob, Turn
-from service.settings import MIB, Settings
-from steering.engines.base import ResponseFormat, Sampling
+from service.model.replica import AnswerStart
+from service.settings import BYTES_PER_PIXEL, MIB, Settings
+from steering.engines.base import GenerationEnd, ResponseFormat, Sampling
 from steering.request import RequestedSteering, SteeringRequest, merge_sources
 
+log = logging.getLogger(__name__)
 MAX_TEXT_BYTES = MIB
 """All texts of a conversation together, in UTF-8; for most models the context is the tighter limit."""
 STRENGTH_HEADER = "x-steering-strength"
@@ -28,47 +40,104 @@ ALIASES = {"": SteeringRequest(), ":off": SteeringRequest(enabled=False), ":stee
 DECIMAL = re.compile(r"\d{1,3}(\.\d{1,9})?|\.\d{1,9}")
 
 
-async def make_job(
-    request: ChatCompletionRequest,
-    *,
-    request_id: str,
-    strength_header: str | None,
-    settings: Settings,
-    decoder: ImageDecoder,
-    remote: RemoteImages,
-    names: ConceptNames,
-    caller: Caller,
-    admit_images: AdmitImages,
-    take_bytes: Callable[[int], None] = lambda _count: None,
-    unit_header: str | None = None,
-    assigned: Callable[[Assignment], None] = lambda _assignment: None,
-) -> ModelJob:
-    """Everything is checked before the first image is decoded. `assigned` is told what an experiment means for it."""
-    alias = find_alias(request.model, settings.model_name)
-    assignment = assignment_of(request, strength_header, alias, unit_header, settings, caller)
-    if assignment is not None:
-        assigned(assignment)
-    steering = await names.by_id(merge_steering(request.steering, strength_header, alias, settings, assignment))
-    check_limits(request, settings)
-    check_scopes(request, caller)
-    return ModelJob(
-        request_id=request_id,
-        turns=turns_of(request),
-        images=await take_images(
-            image_parts(request),
-            settings=settings,
-            decoder=decoder,
-            remote=remote,
-            admit_images=admit_images,
-            take_bytes=take_bytes,
-            caller=caller.name,
-        ),
-        max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
-        max_tokens=request.max_completion_tokens or request.max_tokens,
-        sampling=sampling_of(request),
-        steering=steering,
-        tenant=caller.name,
-    )
+@dataclass(frozen=True, kw_only=True)
+class ChatRunner:
+    """What the work on all chat requests shares."""
+
+    model: ModelClient
+    decoder: ImageDecoder
+    remote: RemoteImages | None
+    """None: images come as data: URLs only."""
+    names: ConceptNames
+    ledger: Ledger | RayLedger
+    tracing: Tracing
+
+    async def take_in(
+        self,
+        chat: ChatCompletionRequest,
+        settings: Settings,
+        *,
+        strength_header: str | None,
+        unit_header: str | None,
+        caller: Caller,
+        meter: Meter,
+        record: RequestRecord,
+        body_share: Share,
+        held: Share,
+    ) -> ModelJob:
+        """What was asked, checked. `body_share` is told what is fetched on the way, `held` what stays."""
+        alias = find_alias(chat.model, settings.model_name)
+        assignment = assignment_of(chat, strength_header, alias, unit_header, settings, caller)
+        if assignment is not None:
+            meter.assigned(assignment)
+        steering = merge_steering(chat.steering, strength_header, alias, settings, assignment)
+        record.artifact = artifact_of(settings, assignment)
+        if steering.settings.concepts:
+            steering = await self.names.by_id(steering, record.artifact)
+        check_limits(chat, settings)
+        check_scopes(chat, caller)
+
+        async def admit_images(count: int, total_pixels: int) -> None:
+            held.take(BYTES_PER_PIXEL * total_pixels)
+            await charge(self.ledger, caller, images=count, pixels=total_pixels)
+
+        with self.tracing.step(record, "images"):
+            images = await take_images(
+                image_parts(chat),
+                settings=settings,
+                decoder=self.decoder,
+                remote=self.remote,
+                admit_images=admit_images,
+                take_bytes=body_share.take,
+                caller=caller.name,
+            )
+        record.completion_id, record.stream = f"chatcmpl-{uuid.uuid4().hex}", bool(chat.stream)
+        return ModelJob(
+            request_id=record.completion_id,
+            turns=turns_of(chat),
+            images=images,
+            max_tokens_field="max_completion_tokens" if chat.max_completion_tokens else "max_tokens",
+            max_tokens=chat.max_completion_tokens or chat.max_tokens,
+            sampling=sampling_of(chat),
+            steering=steering,
+            tenant=caller.name,
+            artifact=record.artifact,
+        )
+
+    async def run(
+        self, job: ModelJob, *, caller: Caller, meter: Meter, record: RequestRecord
+    ) -> AsyncGenerator[Answer, None]:
+        """AnswerStart, then the engine's events, measured; before the end is told, feedback on it can be given.
+
+        Raises ApiError. Closing it cancels the generation.
+        """
+        for image in job.images:
+            meter.count_image(image.width * image.height)
+        answer_id, answer = job.request_id, self.model.generate(job)
+        del job  # once the model has the pixels, they are not held here, too
+        meter.submitted()
+        async with aclosing(answer):
+            with self.tracing.step(record, "queue"):
+                start = await anext(answer)
+            assert isinstance(start, AnswerStart)
+            meter.started(start.prompt_tokens)
+            yield start
+            with self.tracing.step(record, "generation"):
+                async for event in answer:
+                    assert not isinstance(event, AnswerStart)
+                    meter.observe(event)
+                    if isinstance(event, GenerationEnd):
+                        if event.receipt.explanation:
+                            event = await self.names.with_labels(event)
+                        await self._remember(answer_id, caller, event, record.arm)
+                    yield event
+
+    async def _remember(self, answer_id: str, caller: Caller, end: GenerationEnd, arm: str) -> None:
+        """An answer on which no feedback can be given is still an answer."""
+        try:
+            await self.ledger.record_answer(answer_id, caller.name, AnswerLabels.of(end.receipt, arm))
+        except ApiError as error:
+            log.warning("feedback on an answer will not be accepted: %s", error.message)
 
 
 def find_alias(model: str, served: str) -> str:
@@ -96,6 +165,12 @@ def assignment_of(
     user = unit_header or request.user
     unit = f"{caller.name}:{user}" if user else None
     return assign(settings.experiment, unit=unit, own_steering=own)
+
+
+def artifact_of(settings: Settings, assignment: Assignment | None) -> str:
+    """The name of the artifact that answers: the arm's, or else the server's default."""
+    arm = assignment and assignment.arm
+    return (arm and arm.artifact) or settings.default_artifact
 
 
 def merge_steering(
@@ -142,7 +217,8 @@ def check_limits(request: ChatCompletionRequest, settings: Settings) -> None:
             raise ApiError("invalid_value", f"{name}: at most {settings.max_tokens_limit} are allowed", param=name)
     if len(image_parts(request)) > settings.max_images:
         raise ApiError("invalid_value", f"messages: at most {settings.max_images} images are allowed", param="messages")
-    if (asked := text_bytes(request)) > MAX_TEXT_BYTES:
+    texts = [part for turn in turns_of(request) for part in turn.parts if part is not None]
+    if (asked := sum(len(text.encode()) for text in texts)) > MAX_TEXT_BYTES:
         raise ApiError(
             "request_too_large",
             f"messages: the texts together have {asked} bytes; at most {MAX_TEXT_BYTES} are allowed",
@@ -209,11 +285,6 @@ def turns_of(request: ChatCompletionRequest) -> tuple[Turn, ...]:
         )
         turns.append(Turn(role, parts))
     return tuple(turns)
-
-
-def text_bytes(request: ChatCompletionRequest) -> int:
-    """Length of all texts together, in bytes of UTF-8."""
-    return sum(len(part.encode()) for turn in turns_of(request) for part in turn.parts if part is not None)
 
 
 def image_parts(request: ChatCompletionRequest) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from service.metrics.meter import Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.client import ModelClient
 from service.model.job import ModelJob
+from service.model.object_store import SHADOWS_OF_MEMORY
 from service.settings import BYTES_PER_PIXEL, Settings
 from steering.engines.base import GenerationEnd, TextDelta
 from steering.request import SteeringRequest
@@ -32,8 +33,6 @@ from steering.request import SteeringRequest
 log = logging.getLogger(__name__)
 PLACES = 2
 """Shadows at a time, from their requests' beginning on."""
-MEMORY_SHARE = 16
-"""They may hold this part of what callers may: pixels."""
 QUIET_SHARE = 8
 """This part of the engine's batch may be in use by callers, of this process, while a shadow runs."""
 MAX_COMPARED_TOKENS = 512
@@ -86,10 +85,11 @@ class Shadows:
     ) -> None:
         """`memory_bytes` are the callers'; `running` tells how many requests of theirs there are now, `ending` whether
         the process is to go away."""
-        self._model, self._metrics, self._running, self._ending = model, metrics, running, ending
-        self._memory = MemoryBudget(memory_bytes // MEMORY_SHARE)
+        self._model, self._metrics, self._callers_running, self._ending = model, metrics, running, ending
+        self._memory = MemoryBudget(memory_bytes // SHADOWS_OF_MEMORY)
         self._planned: set[Shadow] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.running: set[asyncio.Task[None]] = set()
+        """Those that give way to callers."""
 
     def plan(self, job: ModelJob, settings: Settings, record: RequestRecord) -> Shadow | None:
         """One with its place and memory taken; None for most requests, and where there is no room (which is counted).
@@ -112,7 +112,8 @@ class Shadows:
             return None
         default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
         steering = over_default(asked.steering, default, arm=SHADOW)
-        shadow = Shadow(replace(job, request_id=f"{SHADOW}-{uuid.uuid4().hex}", steering=steering), record, share)
+        changes = {"steering": steering, "artifact": asked.artifact or settings.default_artifact}
+        shadow = Shadow(replace(job, request_id=f"{SHADOW}-{uuid.uuid4().hex}", **changes), record, share)
         self._planned.add(shadow)
         return shadow
 
@@ -122,7 +123,7 @@ class Shadows:
             return
         shadow.started = True
         task = asyncio.create_task(self._run(shadow, settings.request_timeout_s))
-        self._tasks.add(task)
+        self.running.add(task)
         task.add_done_callback(lambda ended: self._ended(ended, shadow))  # one that never began ends here, too
 
     def drop(self, shadow: Shadow) -> None:
@@ -136,11 +137,11 @@ class Shadows:
             self.close()
 
     def close(self) -> None:
-        for task in self._tasks:
+        for task in self.running:
             task.cancel()
 
     def _quiet(self, settings: Settings) -> bool:
-        return self._running() <= max(1, settings.engine.max_batch_size // QUIET_SHARE)
+        return self._callers_running() <= max(1, settings.engine.max_batch_size // QUIET_SHARE)
 
     async def _run(self, shadow: Shadow, timeout_s: float) -> None:
         began = time.monotonic()
@@ -180,12 +181,13 @@ class Shadows:
             **alike._asdict(),
             "greedy": shadow.job.sampling.temperature == 0,
             "applied": end.receipt.applied,
+            "artifact": end.receipt.artifact,
             "duration_s": round(took_s, 6),
         }
         log.info("shadow", extra={"facts": facts})
 
     def _ended(self, task: asyncio.Task[None], shadow: Shadow) -> None:
-        self._tasks.discard(task)
+        self.running.discard(task)
         self._end(shadow)
 
     def _end(self, shadow: Shadow) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
@@ -16,13 +16,49 @@ from openai.types.chat import chat_completion as whole
 from openai.types.chat import chat_completion_chunk as part
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
+from service.chat.schemas import ChatCompletionRequest
 from service.errors import ApiError
+from service.settings import Settings
 from steering.engines.base import GenerationEnd, SampledToken, TextDelta, TokenLogprob
 
 Event = TextDelta | GenerationEnd
 AnyAnswer = TypeVar("AnyAnswer", ChatCompletion, ChatCompletionChunk)
 NO_LOGPROBS = b'"logprobs":{"content":[]'
 DONE = b"data: [DONE]\n\n"
+LOGPROB_BYTES = 256
+"""One logprob in JSON is 60 to 150 bytes with common tokens; it is kept, and stands once more in the answer."""
+EXPLAINED_TOKEN_BYTES = 2048
+"""Three concepts with their labels, in memory and in JSON; kept until the answer is whole."""
+
+EXPLAINED_TOKEN_BYTES = 2048
+"""Three concepts with their labels, in memory and in JSON; kept until the answer's end, in a stream, too."""
+
+
+class AnswerShape(NamedTuple):
+    """What of a request is needed to write its answer; the conversation is not."""
+
+    model: str
+    """The model id as the client wrote it."""
+    stream: bool
+    include_usage: bool
+    n: int
+    logprobs: bool
+    kept_bytes: int
+    """Most that is kept of the answer until it is whole: next to nothing but for logprobs and explained tokens."""
+
+    @classmethod
+    def of(cls, chat: ChatCompletionRequest, settings: Settings) -> AnswerShape:
+        n, tokens = chat.n or 1, chat.max_completion_tokens or chat.max_tokens or settings.default_max_tokens
+        logprobs = n * tokens * (1 + (chat.top_logprobs or 0)) if chat.logprobs and not chat.stream else 0
+        explained = n * tokens if chat.steering and chat.steering.explain == "tokens" else 0
+        return cls(
+            model=chat.model,
+            stream=bool(chat.stream),
+            include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
+            n=n,
+            logprobs=bool(chat.logprobs),
+            kept_bytes=LOGPROB_BYTES * logprobs + EXPLAINED_TOKEN_BYTES * explained,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,11 +66,16 @@ class ConceptIndex:
         self._folder, self._cache = folder, cache
         self._lock = threading.Lock()
         self._file: Path | None = None
-        self._num_concepts = 0
+        self._num_concepts, self._fingerprint = 0, ""
 
     def prepare(self) -> None:
         """Make the index, if no process of this machine has; else the first question does."""
         self._indexed()
+
+    def fingerprint(self) -> str:
+        """Of the artifact: other artifacts' ids mean other concepts."""
+        self._indexed()
+        return self._fingerprint
 
     def labels(self, ids: Iterable[int]) -> dict[int, str]:
         """Id to label; "" for a concept that has none, or of which nothing is said."""
@@ -177,7 +182,8 @@ class ConceptIndex:
     def _indexed(self) -> Path:
         with self._lock:
             if self._file is None or not self._file.exists():  # temporary folders are tidied up
-                self._num_concepts = read_config(self._folder).num_concepts
+                config = read_config(self._folder)
+                self._num_concepts, self._fingerprint = config.num_concepts, config.fingerprint
                 self._file = index_file(self._folder, self._cache or cache_folder())
             return self._file
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from dataclasses import replace
 
+from service.artifacts import MAIN
 from service.concepts.index import ConceptIndex
 from service.errors import ApiError, from_steering_error
 from steering.engines.base import GenerationEnd
@@ -27,11 +28,19 @@ class ConceptNames:
         """None: there is no artifact, and what needs one the engine refuses."""
         self._index = index
 
-    async def by_id(self, asked: RequestedSteering) -> RequestedSteering:
-        """With edits by id. Raises ApiError for an unknown or ambiguous label, and a concept that is named twice."""
+    async def by_id(self, asked: RequestedSteering, artifact: str = MAIN) -> RequestedSteering:
+        """With edits by id. Raises ApiError for an unknown or ambiguous label, a concept that is named twice, and where
+        an artifact answers (`artifact` is its name) whose concepts are not known here."""
         edits = asked.settings.concepts
         if not edits or self._index is None:
             return asked
+        if artifact != MAIN:
+            raise ApiError(
+                "invalid_steering",
+                f"{FIELD}: the candidate {artifact!r} answers now, and only the concepts of the service's own artifact "
+                "are known; leave it out",
+                param=FIELD,
+            )
         find = self._index.find
         try:
             ids = await asyncio.to_thread(lambda: [find(name) for name in edits])
@@ -43,12 +52,14 @@ class ConceptNames:
         return replace(asked, settings=asked.settings.model_copy(update={"concepts": named}))
 
     async def with_labels(self, end: GenerationEnd) -> GenerationEnd:
-        """With the label of every concept that its receipt explains."""
+        """With the label of every concept that its receipt explains, where the artifact is this one."""
         told = [one for one in end.receipt.explanation or () if one is not None]
         if not told or self._index is None:
             return end
         ids = {one.id for explanation in told for one in _all(explanation)}
         try:
+            if end.receipt.artifact != await asyncio.to_thread(self._index.fingerprint):
+                return end
             labels = await asyncio.to_thread(self._index.labels, ids)
         except BadArtifact as error:  # an answer without labels is still an answer
             log.warning("concepts are told without their labels: %s", error.message)

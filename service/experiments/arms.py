@@ -39,13 +39,8 @@ class Arm(Part):
     """Share of the covered units, 0 to 1; those of all arms sum to 1."""
     steering: SteeringRequest = SteeringRequest()
     """Fields that this arm sets; the others are the server's defaults."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_artifact(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "artifact" in values:
-            raise ValueError("artifact: an arm cannot have its own yet: one engine serves one artifact; leave it out")
-        return values
+    artifact: Name | None = None
+    """Candidate whose artifact answers, `main` for the service's own (default: the server's default)."""
 
     @field_validator("name")
     @classmethod
@@ -63,8 +58,10 @@ class Arm(Part):
 class Shadow(Part):
     """A second answer that nobody sees, to some of the requests that were answered."""
 
-    steering: SteeringRequest
+    steering: SteeringRequest = SteeringRequest()
     """How it differs from what was shown: these fields over the server's defaults."""
+    artifact: Name | None = None
+    """As an arm's."""
     share: Share
     """Share of the answered requests, 0 to 1. Under load fewer have one."""
 
@@ -90,13 +87,7 @@ class Experiment(Part):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, values: Any) -> Any:
-        """As a flag or a variable has it."""
-        if not isinstance(values, str):
-            return values
-        try:
-            return json.loads(values)
-        except ValueError:
-            raise ValueError("must be a JSON object") from None
+        return read_json(values)
 
     @model_validator(mode="after")
     def _arms_agree(self) -> Experiment:
@@ -111,6 +102,14 @@ class Experiment(Part):
         return self
 
     @property
+    def artifacts(self) -> dict[str, str]:
+        """Part to the artifact that it names, where it does."""
+        parts = {f"arms: {arm.name}": arm.artifact for arm in self.arms} | {
+            "shadow": self.shadow and self.shadow.artifact
+        }
+        return {part: artifact for part, artifact in parts.items() if artifact is not None}
+
+    @property
     def seed(self) -> str:
         return self.salt or self.name
 
@@ -118,6 +117,16 @@ class Experiment(Part):
     def split(self) -> tuple[tuple[str, float], ...]:
         """What may not change while name and salt stay: it would move units."""
         return tuple((arm.name, arm.weight) for arm in self.arms)
+
+
+def read_json(values: Any) -> Any:
+    """What a flag or a variable has as text. Raises ValueError."""
+    if not isinstance(values, str):
+        return values
+    try:
+        return json.loads(values)
+    except ValueError:
+        raise ValueError("must be a JSON object") from None
 
 
 def over_default(steering: SteeringRequest, default: SteeringRequest, *, arm: str | None) -> RequestedSteering:

@@ -21,7 +21,7 @@ class Exposure(NamedTuple):
     values: dict[str, float]
     """Measure to what this request had of it; a measure that it has nothing to say on is left out."""
     treatment: str
-    """Preset and strength in force, as the receipt says; empty where there is none."""
+    """Preset, strength and artifact in force, as the receipt says; empty where there is none."""
 
 
 class Exposures(NamedTuple):
@@ -37,7 +37,7 @@ class Exposures(NamedTuple):
 
 
 MEASURES: dict[str, Callable[[Line], float | None]] = {
-    "errors": lambda line: float("error_code" in line),
+    "errors": lambda line: float(_is_our_fault(line)),
     "cancellations": lambda line: float(line.get("finish") == "cancelled" or _left_before(line)),
     "empty_answers": lambda line: _share(line.get("empty_choices"), line.get("choices")),
     "completion_tokens": lambda line: _share(line.get("completion_tokens"), line.get("choices")),
@@ -48,7 +48,9 @@ MEASURES: dict[str, Callable[[Line], float | None]] = {
     "mismatch": lambda line: line.get("steering", {}).get("mismatch"),
     "feedback": lambda line: line.get("feedback"),
 }
-"""Rates first. Lengths are per choice, and of whole answers only; `feedback` is the score, where one was given."""
+"""Rates first; errors are the service's and the arm's, not what a client did wrong. Lengths are per choice, and of
+whole answers only; `feedback` is the score, where one was given."""
+FAULTS_OF_AN_ARM = frozenset(("invalid_steering",))
 RATES = frozenset(("errors", "cancellations", "empty_answers"))
 
 
@@ -80,15 +82,27 @@ def read_exposures(lines: Iterable[str]) -> list[Exposures]:
 
 
 def _exposure(line: Line) -> Exposure:
-    experiment, steering = line["experiment"], line.get("steering")
+    experiment = line["experiment"]
     values = {name: value for name, of in MEASURES.items() if (value := of(line)) is not None}
     return Exposure(
         arm=experiment["arm"],
         share=experiment.get("share"),
         unit=experiment.get("unit"),
         values=values,
-        treatment=f"{steering['preset']} {steering['strength']}" if steering else "",
+        treatment=_treatment(line.get("steering")),
     )
+
+
+def _treatment(steering: Line | None) -> str:
+    if not steering:
+        return ""
+    artifact = f" of {steering['artifact'][:12]}" if steering.get("artifact") else ""
+    return f"{steering['preset']} {steering['strength']}{artifact}"
+
+
+def _is_our_fault(line: Line) -> bool:
+    """The log's level says whose an error is. Whoever is in an arm asked for no steering: a wrong one is the arm's."""
+    return "error_code" in line and (line.get("level") != "info" or line["error_code"] in FAULTS_OF_AN_ARM)
 
 
 def _left_before(line: Line) -> bool:

@@ -1,9 +1,10 @@
 """What came of an experiment, from the service's log: `python -m service.experiments.report LOG [LOG ...]`.
 
 Arms have those requests only that the hash of a unit gave them. The sample ratio is red where the arms' sizes cannot be
-chance (p below .001): then something loses requests of one arm, or counts them twice, and no verdict is given. Verdicts
-come from anytime-valid intervals, so looking often is safe; each holds for its own measure, and of nine measures one
-may be wrong by chance sooner than one alone: decide on one of them beforehand.
+chance (p below .001): then something loses requests of one arm, or counts them twice, and no verdict is given; nor
+where one name and salt had two sets of weights, as an ingress that was started anew cannot refuse. Verdicts may be
+looked at as often as one likes, and hold for all measures and arms together (anytime-valid p, adjusted by Holm's
+method); an interval holds for its own measure alone.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 
 from service.experiments.exposures import MEASURES, RATES, Exposure, Exposures, read_exposures
 from service.experiments.statistics import (
+    ALPHA,
     RED_BELOW,
     Difference,
     Interval,
     Sample,
+    adjusted,
     difference,
     mean_by_unit,
     sample_ratio_p,
@@ -29,6 +32,7 @@ from service.experiments.statistics import (
 
 SHADOW_MEASURES = ("same", "greedy", "similarity", "shown_tokens", "shadow_tokens")
 WITHHELD = "withheld: the sample ratio is red"
+REWEIGHTED = "withheld: the weights changed under one name and salt"
 
 
 def report_on(found: Exposures) -> dict[str, Any]:
@@ -42,12 +46,14 @@ def report_on(found: Exposures) -> dict[str, Any]:
     p = sample_ratio_p({arm: len(ids) for arm, ids in units.items()}, shares)
     twice = sum(count > 1 for count in Counter(unit for ids in units.values() for unit in ids).values())
     red = p < RED_BELOW
+    changed = sorted(arm for arm in shares if len({one.share for one in by_arm[arm]}) > 1)
     return {
         "experiment": found.name,
         "salt": found.salt,
         "default": default,
         "sample_ratio": {"p": p, "red": red},
         "units_in_two_arms": twice,
+        "weights_changed": changed,
         "counted_apart": {arm: len(asked) for arm, asked in by_arm.items() if arm not in shares},
         "shadow": _shadow(found),
         "arms": {
@@ -60,20 +66,26 @@ def report_on(found: Exposures) -> dict[str, Any]:
             }
             for arm in shares
         },
-        "differences": {
-            arm: {
-                name: _compared(
-                    difference(
-                        sample_of(by_arm[default], name), sample_of(by_arm[arm], name), comparisons=len(shares) - 1
-                    ),
-                    red,
-                )
-                for name in MEASURES
-            }
-            for arm in shares
-            if arm != default
-        },
+        "differences": _differences(
+            {arm: by_arm[arm] for arm in shares}, default, withheld=WITHHELD if red else REWEIGHTED if changed else None
+        ),
     }
+
+
+def _differences(asked: dict[str, list[Exposure]], default: str, *, withheld: str | None) -> dict[str, Any]:
+    """Of each arm and measure to the default arm."""
+    found = {
+        (arm, name): difference(sample_of(asked.get(default, []), name), sample_of(asked[arm], name))
+        for arm in asked
+        if arm != default
+        for name in MEASURES
+    }
+    known = {key: one.p for key, one in found.items() if one.p is not None}
+    of_all = dict(zip(known, adjusted(list(known.values())), strict=True))
+    told: dict[str, Any] = {arm: {} for arm, _ in found}
+    for (arm, name), one in found.items():
+        told[arm][name] = _compared(one, of_all.get((arm, name)), withheld)
+    return told
 
 
 def _shadow(found: Exposures) -> dict[str, float] | None:
@@ -90,17 +102,18 @@ def sample_of(asked: list[Exposure], measure: str) -> Sample:
     return Sample([one.values[measure] for one in known], [one.unit or "" for one in known])
 
 
-def _compared(found: Difference, red: bool) -> dict[str, Any]:
-    if red:
-        verdict = WITHHELD
-    elif found.anytime.low is None:
+def _compared(found: Difference, p: float | None, withheld: str | None) -> dict[str, Any]:
+    """`p`: adjusted for all that is compared."""
+    if withheld:
+        verdict = withheld
+    elif p is None:
         verdict = "too few units"
-    elif found.shown:
+    elif p <= ALPHA:
         verdict = "higher" if found.anytime.value > 0 else "lower"
     else:
         verdict = "not told apart"
     once, anytime = _written(found.once), _written(found.anytime)
-    return {"units": found.units, "once": once, "anytime": anytime, "verdict": verdict}
+    return {"units": found.units, "once": once, "anytime": anytime, "p": p, "verdict": verdict}
 
 
 def _written(interval: Interval) -> dict[str, float | None]:
@@ -113,7 +126,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"experiment {report['experiment']} (salt {report['salt']}), default arm {report['default']}",
         f"sample ratio: p = {ratio['p']:.3g} {'RED: such sizes are not chance' if ratio['red'] else 'ok'}; "
-        f"units in two arms: {report['units_in_two_arms']}",
+        f"units in two arms: {report['units_in_two_arms']}"
+        + "".join(f"; WEIGHT CHANGED: {arm}" for arm in report["weights_changed"]),
         "counted apart: " + (", ".join(f"{arm} {n}" for arm, n in report["counted_apart"].items()) or "nothing"),
     ]
     if shadow := report["shadow"]:
@@ -126,10 +140,11 @@ def table(report: dict[str, Any]) -> str:
             if found["value"] is not None:
                 lines.append(f"  {name:<22}{_shown(found, name)}")
     for arm, compared in report["differences"].items():
-        lines.append(f"\n{arm} minus {report['default']}, anytime-valid 95 %:")
+        lines.append(f"\n{arm} minus {report['default']}, anytime-valid 95 %, and p of all comparisons together:")
         for name, found in compared.items():
             if found["once"]["value"] is not None:
-                lines.append(f"  {name:<22}{_shown(found['anytime'], name):<34}{found['verdict']}")
+                p = "" if found["p"] is None else f"p {found['p']:.2g}, "
+                lines.append(f"  {name:<22}{_shown(found['anytime'], name):<34}{p}{found['verdict']}")
     return "\n".join(lines)
 
 

@@ -42,10 +42,12 @@ class Difference(NamedTuple):
     """95 %, for all looks together."""
     units: int
     """Of both arms."""
+    p: float | None = None
+    """Anytime-valid: of no true difference, it is ever below P in at most a share P of experiments. None: unknown."""
 
     @property
     def shown(self) -> bool:
-        """Whether the anytime-valid interval leaves out 0."""
+        """Whether the anytime-valid interval leaves out 0: of this measure, looked at alone."""
         low, high = self.anytime.low, self.anytime.high
         return low is not None and high is not None and (low > 0 or high < 0)
 
@@ -82,8 +84,8 @@ def mean_by_unit(sample: Sample, alpha: float = ALPHA) -> Interval:
     return _around(value, _normal(alpha) * math.sqrt(covariance[0][0]) if len(set(sample.units)) > 1 else None)
 
 
-def difference(default: Sample, arm: Sample, *, comparisons: int = 1, alpha: float = ALPHA) -> Difference:
-    """`comparisons`: arms that are held against the default one; they share the chance of a false alarm."""
+def difference(default: Sample, arm: Sample, *, alpha: float = ALPHA) -> Difference:
+    """Of one measure in one arm, as if there were no others: `adjusted` sees to those."""
     units = len(set(default.units) | set(arm.units))
     few = min(len(set(default.units)), len(set(arm.units)))
     if few < 2:
@@ -91,19 +93,43 @@ def difference(default: Sample, arm: Sample, *, comparisons: int = 1, alpha: flo
         return Difference(nothing, nothing, units)
     (base, value), covariance = _clustered([default, arm])
     error = math.sqrt(max(0.0, covariance[0][0] + covariance[1][1] - 2 * covariance[0][1]))
-    level = alpha / comparisons
     rounding = ROUNDING * (abs(base) + abs(value))
-    once = _around(value - base, _normal(level) * error + rounding)
-    wide = anytime_multiple(units, level) * error + rounding if few >= MIN_UNITS else None
-    return Difference(once, _around(value - base, wide), units)
+    once = _around(value - base, _normal(alpha) * error + rounding)
+    if few < MIN_UNITS:
+        return Difference(once, _around(value - base, None), units)
+    anytime = _around(value - base, anytime_multiple(units, alpha) * error + rounding)
+    return Difference(once, anytime, units, anytime_p(max(0.0, abs(value - base) - rounding), error, units))
+
+
+def anytime_p(distance: float, error: float, units: int) -> float:
+    """The smallest alpha, tuned as for ALPHA, whose anytime-valid interval leaves out 0; at most 1."""
+    if distance == 0:
+        return 1.0
+    if error == 0:
+        return 0.0
+    rho2 = _rho2(ALPHA, TUNED_FOR_UNITS)
+    spread = units * rho2 + 1
+    return min(1.0, math.sqrt(spread) * math.exp(-((distance / error) ** 2) * units * rho2 / (2 * spread)))
+
+
+def adjusted(ps: Sequence[float]) -> list[float]:
+    """Holm's, of all comparisons that one looks at: one of them below ALPHA by chance, at any look, in at most ALPHA of
+    experiments, as each p is anytime-valid."""
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(one) for one in multipletests(list(ps), method="holm")[1]] if ps else []  # pyright: ignore[reportOptionalIterable]
 
 
 def anytime_multiple(units: int, alpha: float = ALPHA, tuned_for: int = TUNED_FOR_UNITS) -> float:
     """Standard errors that an interval needs on either side to hold at every number of units at once."""
-    log = -2 * math.log(alpha)
-    rho2 = (log + math.log(log + 1)) / tuned_for
+    rho2 = _rho2(alpha, tuned_for)
     spread = units * rho2 + 1
     return math.sqrt(2 * spread / (units * rho2) * math.log(math.sqrt(spread) / alpha))
+
+
+def _rho2(alpha: float, tuned_for: int) -> float:
+    log = -2 * math.log(alpha)
+    return (log + math.log(log + 1)) / tuned_for
 
 
 def units_for(points: float, rate: float, *, power: float = 0.8, alpha: float = ALPHA) -> int:

@@ -1,4 +1,5 @@
-"""What the routes answer, for the OpenAPI document and for tests: OpenAI's types with our receipt, and our own.
+"""What the routes answer, for the OpenAPI document and for tests: OpenAI's types with our receipt, and our own; and the
+headers that are this service's.
 
 Nothing is built from these at run time; a test holds real answers against them.
 """
@@ -11,6 +12,9 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, ConfigDict
 
+from service.chat.request import STRENGTH_HEADER
+from service.http.chat_route import UNIT, UNIT_HEADER
+from service.http.middleware import ARM_HEADER, ASSIGNMENT_HEADER, REQUEST_ID, REQUEST_ID_HEADER
 from steering.engines.base import Receipt
 
 
@@ -67,6 +71,17 @@ class Live(Answer):
     """Why the last change is not in force, if it is not."""
 
 
+class Beside(Answer):
+    """An artifact that is loaded beside the service's own, or is to be."""
+
+    artifact: str | None = None
+    """Its fingerprint."""
+    system_fingerprint: str | None = None
+    presets: list[str] | None = None
+    refused: str | None = None
+    """Why it cannot answer, if it cannot."""
+
+
 class Version(Answer):
     version: str
     """Of this service."""
@@ -77,8 +92,12 @@ class Version(Answer):
     """Most tokens of prompt and answer together."""
     system_fingerprint: str
     """Changes with whatever can change an answer."""
+    default_artifact: str
+    """Name of the one that answers where no arm says otherwise: `main`, or a candidate."""
     artifact: str | None
-    """Fingerprint of the artifact, where one is loaded."""
+    """Its fingerprint, where one is loaded."""
+    candidates: dict[str, Beside]
+    """Those that an arm, or `default_artifact`, may name."""
     presets: list[str]
     alignment: dict[str, float] | None
     """How far image and text agree in pairs that the artifact was not trained on."""
@@ -102,3 +121,50 @@ class ErrorAnswer(Answer):
     """Every error, also as the last event of a stream that breaks."""
 
     error: ErrorDetail
+
+
+REQUEST_ID_PARAMETER = {
+    "name": REQUEST_ID_HEADER,
+    "in": "header",
+    "description": "Names the request in the service's log; one is made where none is given.",
+    "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
+}
+HEADERS: dict[str, dict[str, Any]] = {
+    REQUEST_ID_HEADER: {"description": "The request's id, taken or made.", "schema": {"type": "string"}},
+    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
+    "WWW-Authenticate": {"description": "How to present a key.", "schema": {"type": "string"}},
+    "ETag": {"description": "Names this content, for `If-None-Match`.", "schema": {"type": "string"}},
+    ARM_HEADER: {
+        "description": "While an experiment runs: the arm whose steering this is, `own` for the caller's.",
+        "schema": {"type": "string"},
+    },
+    ASSIGNMENT_HEADER: {
+        "description": "Why: `unit` by the hash of who asked, `no_unit` the default arm, since nobody was named.",
+        "schema": {"enum": ["unit", "no_unit", "not_covered", "own"]},
+    },
+    "x-should-retry": {
+        "description": "There where sending the request again is no use; OpenAI's clients obey it.",
+        "schema": {"const": "false"},
+    },
+}
+NOT_ALWAYS = ("x-should-retry", ARM_HEADER, ASSIGNMENT_HEADER)
+UNIT_PARAMETER = {
+    "name": UNIT_HEADER,
+    "in": "header",
+    "description": "Who asks, for an experiment: the same unit gets the same arm. Else `user` of the body is the unit.",
+    "schema": {"type": "string", "pattern": f"^{UNIT.pattern}$"},
+    "example": "visitor-17",
+}
+KNOWN_PARAMETER = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "The `ETag` of a copy that one has: if it is still good, the answer is a 304 without a body.",
+    "schema": {"type": "string"},
+}
+STRENGTH_PARAMETER = {
+    "name": STRENGTH_HEADER,
+    "in": "header",
+    "description": "The dial, where the body does not say: 0 is the plain model, 1 the preset.",
+    "schema": {"type": "string", "pattern": r"^(0{1,3}(\.[0-9]{1,9})?|0{0,2}1(\.0{1,9})?|\.[0-9]{1,9})$"},
+    "example": "0.5",
+}

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
@@ -19,31 +20,26 @@ from openai.types import Model
 from starlette.exceptions import HTTPException
 
 from service import VERSION
-from service.callers.access import Access
 from service.callers.keys import load_keys
-from service.callers.ledger import Ledger
-from service.callers.ledger_client import LedgerClient
+from service.callers.ledger import Ledger, RayLedger
 from service.chat.admission import Admission
-from service.chat.request import ALIASES, find_alias
-from service.chat.run import ChatRunner
+from service.chat.request import ALIASES, ChatRunner, find_alias
 from service.chat.shadow import Shadows
 from service.concepts.index import ConceptIndex
 from service.concepts.names import ConceptNames
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
-from service.http.chat_route import ChatAnswer, ChatRoute
+from service.http.chat_route import ChatRoute
 from service.http.feedback_route import FeedbackDesk
-from service.http.observation import RequestObserver
+from service.http.middleware import Middleware
 from service.http.openapi import build_openapi
 from service.http.playground_page import Playground
-from service.http.request_guard import RequestGuard
 from service.http.routes import ROUTES
 from service.images.decoder import ImageDecoder
 from service.images.remote import RemoteImages
 from service.live_settings import LiveSettings
 from service.metrics.meter import Metrics
-from service.metrics.request_record import record_of
-from service.metrics.tracing import Tracing
+from service.metrics.request_record import Tracing, record_of
 from service.model.client import ModelClient
 from service.model.readiness import Readiness
 from service.settings import Settings
@@ -51,6 +47,8 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 OWNER = "vl-sae-steering"
 LOOK_EVERY_S = 1.0
+CANDIDATES_EVERY_S = 5.0
+"""A look asks Serve's controller; a change that names a candidate may wait for one."""
 IMAGE_FETCH_TIMEOUT_S = 5.0
 """For all remote images of a request together."""
 
@@ -60,7 +58,7 @@ def build_api(
     model: ModelClient,
     decoder: ImageDecoder,
     remote: RemoteImages | None = None,
-    ledger: LedgerClient | None = None,
+    ledger: Ledger | RayLedger | None = None,
     live: LiveSettings | None = None,
     proxied: bool = False,
 ) -> FastAPI:
@@ -76,14 +74,12 @@ def build_api(
     drain = Drain(settings.drain_file, settings.drain_timeout_s)
     ledger = Ledger() if ledger is None else ledger
     keys = load_keys(settings, os.environ)
-    access = Access(keys, ledger)
     live = live or LiveSettings(settings)
     runner = ChatRunner(
         model=model,
         decoder=decoder,
         remote=remote or _remote_images(settings),
         names=ConceptNames(ConceptIndex(Path(artifact)) if (artifact := settings.loaded_artifact) else None),
-        access=access,
         ledger=ledger,
         tracing=tracing,
     )
@@ -99,7 +95,7 @@ def build_api(
         live=live,
         chat=ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
-        readiness=Readiness(model),
+        readiness=Readiness(model, lambda: live.current.default_artifact, may_sleep=settings.model_may_sleep),
         pages=Playground(),
         with_keys=keys is not None,
         started=int(time.time()),
@@ -107,9 +103,11 @@ def build_api(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        looking = asyncio.create_task(_keep_looking(handlers))
+        await know_candidates(model, live)
+        looking = [asyncio.create_task(_keep_looking(handlers)), asyncio.create_task(_keep_knowing(model, live))]
         yield
-        looking.cancel()
+        for task in looking:
+            task.cancel()
         shadows.close()
         tracing.close()
 
@@ -117,16 +115,18 @@ def build_api(
         title="VL-SAE steering", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
     )
     api.add_middleware(
-        RequestGuard,
-        access=access,
+        Middleware,
+        metrics=metrics,
+        tracing=tracing,
+        keys=keys,
+        ledger=ledger,
         only_local_names=settings.only_local_names,
         behind_gateway=settings.behind_gateway,
+        proxied=proxied,
     )
-    api.add_middleware(RequestObserver, metrics=metrics, tracing=tracing, proxied=proxied)
-    api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
     for route in ROUTES:
-        api.add_api_route(route.path, getattr(handlers, route.handler), methods=[route.method])
+        api.add_api_route(route.path, attrgetter(route.handler)(handlers), methods=[route.method])
     return api
 
 
@@ -143,9 +143,6 @@ class Handlers:
     """Whether a caller needs one."""
     started: int
     """Seconds since 1970."""
-
-    async def chat_completions(self, request: Request) -> Response:
-        return ChatAnswer(self.chat, request)
 
     async def feedback(self, request: Request) -> Response:
         async with self.chat.drain.request():
@@ -176,7 +173,9 @@ class Handlers:
                 "engine": able.engine,
                 "context_tokens": able.context_tokens,
                 "system_fingerprint": status.system_fingerprint,
+                "default_artifact": self.live.current.default_artifact,
                 "artifact": able.artifact,
+                "candidates": self.live.candidates,
                 "presets": list(able.presets),
                 "alignment": able.alignment,
                 "faithfulness": able.faithfulness,
@@ -213,7 +212,10 @@ class Handlers:
         return Model(id=model_id, created=self.started, object="model", owned_by=OWNER).model_dump()
 
 
-def _remote_images(settings: Settings) -> RemoteImages:
+def _remote_images(settings: Settings) -> RemoteImages | None:
+    """None where there is no host to fetch from."""
+    if not settings.image_hosts.strip(","):
+        return None
     return RemoteImages(settings.image_hosts, timeout_s=IMAGE_FETCH_TIMEOUT_S, max_image_bytes=settings.max_image_bytes)
 
 
@@ -229,10 +231,18 @@ async def _keep_looking(handlers: Handlers) -> None:
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-async def _answer_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    record_of(request.scope).error_code = error.code
-    return error.response()
+async def know_candidates(model: ModelClient, live: LiveSettings) -> None:
+    """One look at what is loaded beside the service's own artifact."""
+    try:
+        live.know(await model.candidates())
+    except Exception:
+        log.exception("which candidates there are cannot be found out")
+
+
+async def _keep_knowing(model: ModelClient, live: LiveSettings) -> None:
+    while True:
+        await asyncio.sleep(CANDIDATES_EVERY_S)
+        await know_candidates(model, live)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

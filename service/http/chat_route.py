@@ -1,9 +1,10 @@
-"""`POST /v1/chat/completions`, from its first byte to its last: admitted, read, run (`chat/run.py`), written."""
+"""`POST /v1/chat/completions`, from its first byte to its last: admitted, read, run (`chat/request.py`), written."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,18 +12,18 @@ from dataclasses import dataclass
 from typing import cast
 
 from fastapi import Request, Response
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.chat.admission import Admission, Share
-from service.chat.request import STRENGTH_HEADER
-from service.chat.run import AnswerShape, ChatRunner
+from service.chat.request import STRENGTH_HEADER, ChatRunner
+from service.chat.schemas import ChatCompletionRequest
 from service.chat.shadow import Shadows
-from service.chat.streaming import AnswerHead, Event, completion_json, error_event, event_stream
+from service.chat.streaming import AnswerHead, AnswerShape, Event, completion_json, error_event, event_stream
 from service.draining import Drain
 from service.errors import ApiError
-from service.http.body import read_json_body
-from service.http.headers import unit_header_of
+from service.http.body import parse_in_time, read_json_body
 from service.live_settings import LiveSettings
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import record_of
@@ -31,6 +32,10 @@ from service.model.replica import AnswerStart
 from service.settings import COPIES_OF_A_BODY
 
 log = logging.getLogger(__name__)
+UNIT_HEADER = "x-experiment-unit"
+UNIT = re.compile(r"[!-~]([ -~]{0,254}[!-~])?")
+WIDE_COPIES = 3
+"""A text with one character from outside the basic plane takes four bytes for each of its characters."""
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no",
 }  # fmt: skip
@@ -46,6 +51,9 @@ class ChatRoute:
     drain: Drain
     metrics: Metrics
     shadows: Shadows
+
+    async def answer(self, request: Request) -> Response:
+        return ChatAnswer(self, request)
 
 
 class ChatAnswer(Response):
@@ -67,7 +75,8 @@ class ChatAnswer(Response):
             try:
                 async with self._route.drain.request():
                     with self._route.admission.place(self._caller.name, places=places):
-                        self._route.shadows.make_way(self._settings)
+                        if self._route.shadows.running:
+                            self._route.shadows.make_way(self._settings)
                         await self._answer_in_time(scope, receive, send)
                 failure = None
             except ApiError as error:
@@ -96,7 +105,9 @@ class ChatAnswer(Response):
         """What a request holds counts until its answer has ended: engines keep pixels as long, and Ray the job."""
         with self._route.admission.memory.share(self._caller.name) as held:
             job, shape = await self._take_in(held)
-            answer_id, shadow = job.request_id, self._route.shadows.plan(job, self._settings, self._record)
+            answer_id, shadow, experiment = job.request_id, None, self._settings.experiment
+            if experiment is not None and experiment.shadow is not None:
+                shadow = self._route.shadows.plan(job, self._settings, self._record)
             answer = self._route.runner.run(job, caller=self._caller, meter=self._meter, record=self._record)
             del job  # its pixels
             try:
@@ -127,8 +138,12 @@ class ChatAnswer(Response):
                 timeout_s=self._settings.body_timeout_s,
                 take=lambda piece_bytes: body_share.take(COPIES_OF_A_BODY * piece_bytes),
             )
-            return await self._route.runner.take_in(
-                body,
+            if not body.isascii() or b"\\u" in body:
+                body_share.take(WIDE_COPIES * len(body))
+            chat = await parse_in_time(body, ChatCompletionRequest)
+            shape = AnswerShape.of(chat, self._settings)
+            job = await self._route.runner.take_in(
+                chat,
                 self._settings,
                 strength_header=self._request.headers.get(STRENGTH_HEADER),
                 unit_header=unit_header,
@@ -138,6 +153,8 @@ class ChatAnswer(Response):
                 body_share=body_share,
                 held=held,
             )
+            held.take(shape.kept_bytes)
+            return job, shape
 
     async def _write(
         self,
@@ -171,3 +188,15 @@ class ChatAnswer(Response):
             await send({"type": "http.response.body", "body": error_event(error)})
         else:
             await error.response()(scope, receive, send)
+
+
+def unit_header_of(headers: Headers) -> str | None:
+    """Raises ApiError for more than one, and for what no identifier needs."""
+    given = headers.getlist(UNIT_HEADER)
+    if len(given) > 1 or not all(UNIT.fullmatch(one) for one in given):
+        raise ApiError(
+            "invalid_header",
+            f"{UNIT_HEADER}: send one of at most 256 printable ASCII characters, or none",
+            param=UNIT_HEADER,
+        )
+    return given[0] if given else None

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.callers.keys import Caller
-from service.callers.ledger_client import LedgerClient
-from service.errors import ApiError, from_validation_error
-from service.http.body import read_json_body
+from service.callers.ledger import Ledger, RayLedger
+from service.errors import ApiError
+from service.http.body import parse, read_json_body
 from service.metrics.meter import Metrics
 
 log = logging.getLogger(__name__)
@@ -33,18 +33,10 @@ class FeedbackRequest(BaseModel):
     """0 is bad, 1 is good."""
 
 
-def parse_feedback(body: bytes) -> FeedbackRequest:
-    """Raises ApiError naming the first field at fault."""
-    try:
-        return FeedbackRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise from_validation_error(error) from None
-
-
 class FeedbackDesk:
     """Takes feedback, once per answer and from its own caller only."""
 
-    def __init__(self, ledger: LedgerClient, metrics: Metrics, *, body_timeout_s: float) -> None:
+    def __init__(self, ledger: Ledger | RayLedger, metrics: Metrics, *, body_timeout_s: float) -> None:
         self._ledger, self._metrics, self._body_timeout_s = ledger, metrics, body_timeout_s
         self._busy: Counter[str] = Counter()
         """By the caller's name."""
@@ -57,7 +49,7 @@ class FeedbackDesk:
         self._busy[caller.name] += 1
         try:
             body = await read_json_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=self._body_timeout_s)
-            given = parse_feedback(body)
+            given = parse(body, FeedbackRequest)
             await self._take(given, caller)
         finally:
             self._busy -= Counter((caller.name,))

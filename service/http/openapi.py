@@ -1,7 +1,7 @@
 """The contract as an OpenAPI document: every route with its statuses, headers, errors and examples. Serves nothing.
 
-Types come from `schemas.py`, `answers.py` and the openai package, limits from the settings, errors from
-`error_guide.py`, routes from `routes.py`: nothing is said twice.
+Types come from `schemas.py`, `answers.py` and the openai package, limits from the settings, errors from `errors.py`,
+routes from `routes.py`: nothing is said twice.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from service.chat.schemas import ChatCompletionRequest
 from service.errors import ERROR_KINDS, ApiError
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
 from service.http.answers import (
+    HEADERS,
+    KNOWN_PARAMETER,
+    NOT_ALWAYS,
+    REQUEST_ID_PARAMETER,
+    STRENGTH_PARAMETER,
+    UNIT_PARAMETER,
     Alive,
     ErrorAnswer,
     FeedbackTaken,
@@ -28,19 +34,8 @@ from service.http.answers import (
     SteeredCompletion,
     Version,
 )
-from service.http.error_guide import GUIDE
 from service.http.feedback_route import FeedbackRequest
-from service.http.headers import (
-    ARM_HEADER,
-    ASSIGNMENT_HEADER,
-    HEADERS,
-    KNOWN_PARAMETER,
-    NOT_ALWAYS,
-    REQUEST_ID_HEADER,
-    REQUEST_ID_PARAMETER,
-    STRENGTH_PARAMETER,
-    UNIT_PARAMETER,
-)
+from service.http.middleware import ARM_HEADER, ASSIGNMENT_HEADER, REQUEST_ID_HEADER
 from service.http.playground_page import MEDIA_TYPES, Playground
 from service.http.routes import ROUTES, Route
 from service.settings import Settings
@@ -135,12 +130,15 @@ def _error_responses(codes: set[str]) -> dict[str, Any]:
     """By status; each code with what it means and an example."""
     responses = {}
     for status in sorted({ERROR_KINDS[code].status for code in codes}):
-        here = [code for code in GUIDE if code in codes and ERROR_KINDS[code].status == status]
-        examples = {code: _error_example(code) for code in here}
+        here = {code: kind for code, kind in ERROR_KINDS.items() if code in codes and kind.status == status}
+        examples = {
+            code: {"summary": kind.when, "value": ApiError(code, f"{kind.when}: {kind.remedy}").body()}
+            for code, kind in here.items()
+        }
         responses[str(status)] = {
-            "description": "\n".join(f"- `{code}`: {GUIDE[code].when}; {GUIDE[code].remedy}" for code in here),
+            "description": "\n".join(f"- `{code}`: {kind.when}; {kind.remedy}" for code, kind in here.items()),
             "headers": _headers(status),
-            "content": {JSON: {"schema": _error_schema(here), "examples": examples}},
+            "content": {JSON: {"schema": _error_schema(list(here)), "examples": examples}},
         }
     return responses
 
@@ -149,10 +147,6 @@ def _error_schema(codes: list[str]) -> dict[str, Any]:
     """An error with one of these codes."""
     code = {"type": "object", "properties": {"error": {"properties": {"code": {"enum": codes}}}}}
     return {"allOf": [_ref(ErrorAnswer), code]}
-
-
-def _error_example(code: str) -> dict[str, Any]:
-    return {"summary": GUIDE[code].when, "value": ApiError(code, f"{GUIDE[code].when}: {GUIDE[code].remedy}").body()}
 
 
 def _headers(status: int, more: tuple[str, ...] = ()) -> dict[str, Any]:

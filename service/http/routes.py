@@ -1,14 +1,10 @@
-"""Every route, in one table: `api.py` serves it, `request_guard.py` finds it and asks for its scope, `openapi.py`
+"""Every route, in one table: `api.py` serves it, `middleware.py` finds it and asks for its scope, `openapi.py`
 describes it. What is not here is not reachable.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-from starlette.routing import Match
-from starlette.routing import Route as ServedRoute
-from starlette.types import Scope
 
 from service.callers import keys
 
@@ -35,7 +31,7 @@ class Route(NamedTuple):
     scope: keys.Scope | None
     """What a key needs; None: public."""
     handler: str
-    """Method of `api.Handlers`."""
+    """Method of `api.Handlers`, or of a part of it."""
     summary: str
     answer: str
     """What a 200 is."""
@@ -44,7 +40,7 @@ class Route(NamedTuple):
 
 
 ROUTES = (
-    Route("POST", "/v1/chat/completions", "chat", "chat_completions", "Ask about images and texts", CHAT_ANSWER, CHAT),
+    Route("POST", "/v1/chat/completions", "chat", "chat.answer", "Ask about images and texts", CHAT_ANSWER, CHAT),
     Route("POST", "/v1/feedback", "chat", "feedback", "Say how good an answer was", "Counted.",
           (*WITH_BODY, "request_not_found")),
     Route("GET", "/v1/models", "chat", "models", "Which models there are", "All of them."),
@@ -61,11 +57,3 @@ ROUTES = (
     Route("GET", "/openapi.json", None, "openapi", "This document", "OpenAPI 3.1."),
 )  # fmt: skip
 BY_PATH = {route.path: route for route in ROUTES}
-
-
-def find_route(scope: Scope) -> Route | None:
-    """The route that a request is for, whatever its method, which is the router's matter."""
-    for served in scope["app"].routes:
-        if isinstance(served, ServedRoute) and served.matches(scope)[0] is not Match.NONE:
-            return BY_PATH.get(served.path)
-    return None

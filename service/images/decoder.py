@@ -1,6 +1,9 @@
-"""Encoded images to RGB pixels, measured and decoded by processes of their own. This side never parses an image.
+"""Images of a request, from URLs to RGB pixels, the cheapest check first. This side never parses an image: processes of
+their own measure and decode (`worker.py`), and one that dies or hangs costs the one request it worked for.
 
-A decoder that dies or hangs costs the one request it worked for. Knows nothing of requests, models or Ray.
+The caller's quota is asked for their number; URLs are judged, base64 decoded, remote images fetched; then all are
+measured by their headers; only when their sums and the quota of pixels allow it is the first pixel decoded. Knows
+nothing of models or Ray.
 """
 
 from __future__ import annotations
@@ -12,13 +15,21 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from service.errors import ApiError
 from service.fair_threads import FairThreads
 from service.images import worker
+from service.images.remote import RemoteImages, RemoteUrl
+from service.settings import Settings
+
+Result = TypeVar("Result")
+AdmitImages = Callable[[int, int], Awaitable[None]]
+"""Called twice per request with images: with their number and no pixels before anything is done for them, with no
+images and all their pixels once these are measured. Raises ApiError where the caller's quota refuses them."""
 
 DATA_URL = re.compile(
     r"data: *image/(?:p?jpe?g|(?:x-)?png|webp|gif) *(?:;[^,;]{0,200}){0,8}; *base64 *,", re.IGNORECASE | re.ASCII
@@ -46,6 +57,71 @@ class RgbImage(NamedTuple):
     """Pixels."""
     rows: bytes
     """`height` rows of `width` RGB triples."""
+
+
+async def take_images(
+    sources: Sequence[tuple[str, str]],
+    *,
+    settings: Settings,
+    decoder: ImageDecoder,
+    remote: RemoteImages | None,
+    admit_images: AdmitImages,
+    take_bytes: Callable[[int], None] = lambda _count: None,
+    caller: str = "",
+) -> tuple[RgbImage, ...]:
+    """Pixels of every (field, URL), in their order. Raises ApiError naming the field at fault.
+
+    `take_bytes` is told of every piece that is fetched, and may raise; `caller` is whose turn it is at the decoder.
+    """
+    if not sources:
+        return ()
+    await admit_images(len(sources), 0)
+    encoded = await collect(sources, settings=settings, remote=remote, take_bytes=take_bytes)
+    limits: dict[str, Any] = {"max_pixels": settings.max_image_pixels, "caller": caller}
+    sizes = await together(decoder.measure(data, field=field, **limits) for field, data in encoded)
+    pixels = sum(sizes)
+    if pixels > settings.max_request_pixels:
+        raise ApiError(
+            "invalid_image",
+            f"messages: the images have {pixels} pixels together; at most {settings.max_request_pixels} are allowed",
+            param="messages",
+        )
+    await admit_images(0, pixels)
+    return tuple(await together(decoder.decode(data, field=field, **limits) for field, data in encoded))
+
+
+async def collect(
+    sources: Sequence[tuple[str, str]],
+    *,
+    settings: Settings,
+    remote: RemoteImages | None,
+    take_bytes: Callable[[int], None],
+) -> list[tuple[str, bytes]]:
+    """(field, encoded image) of every source; every URL is judged before the first is fetched."""
+    found: list[tuple[str, bytes | RemoteUrl]] = []
+    for field, url in sources:
+        if remote is not None and url[:5].lower() != "data:":
+            found.append((field, remote.parse(url, field=field)))
+        else:
+            found.append((field, await decode_data_url(url, field=field, max_bytes=settings.max_image_bytes)))
+    fetched = iter(())
+    if remote is not None:
+        left = settings.max_body_bytes - sum(len(data) for _, data in found if isinstance(data, bytes))
+        wanted = [(field, url) for field, url in found if isinstance(url, RemoteUrl)]
+        fetched = iter(await remote.fetch(wanted, max_bytes=left, take_bytes=take_bytes))
+    return [(field, data if isinstance(data, bytes) else next(fetched)) for field, data in found]
+
+
+async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All at once; of several failures the first in order, so that the same request gets the same answer. What comes
+    after it and has not begun never does."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return [await task for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def decode_data_url(url: str, *, field: str, max_bytes: int) -> bytes:

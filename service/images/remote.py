@@ -15,13 +15,13 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from ipaddress import IPv4Address, IPv6Network, ip_address, ip_network
 from ssl import SSLContext
 from typing import NamedTuple, cast
 
 import httpcore
 
 from service.errors import ApiError
-from service.images.public_addresses import is_public
 
 log = logging.getLogger(__name__)
 PORT = 443
@@ -31,6 +31,14 @@ MAX_CONCURRENT_REQUESTS = 16
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 PATH = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"
 HTTPS_URL = re.compile(rf"https://(?P<host>{LABEL}(?:\.{LABEL})*)(?::443)?(?P<target>/{PATH}(?:\?(?:{PATH}|\?)*)?)")
+NOT_PUBLIC = tuple(map(ip_network, (
+    "168.63.129.16/32",  # a cloud's own services
+    "192.0.0.0/24", "192.88.99.0/24",  # protocol assignments, relays of 6to4
+    "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",  # protocol assignments with Teredo, documentation, 6to4
+)))  # fmt: skip
+"""Beside what Python knows: these lead into an operator's own network, or carry another address inside them."""
+UNICAST_IPV6 = IPv6Network("2000::/3")
+"""All that is assigned to hosts so far: loopback, link-local, unique local, multicast, mapped, NAT64 lie outside."""
 MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif")
 
 Resolver = Callable[[str], Awaitable[Sequence[str]]]
@@ -96,6 +104,17 @@ def tcp_connector() -> httpcore.AsyncNetworkBackend:
     return cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
 
 
+def is_public(address: str) -> bool:
+    """Whether it belongs to a host of the public Internet. False as well for what is no address in its usual form."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return False
+    assigned = isinstance(parsed, IPv4Address) or parsed in UNICAST_IPV6
+    special = parsed.is_multicast or any(parsed in network for network in NOT_PUBLIC)
+    return assigned and parsed.is_global and not special
+
+
 class ByteBudget:
     """What all images of one request may still take together."""
 
@@ -127,11 +146,6 @@ class RemoteImages:
         self._timeout_s, self._max_image_bytes = timeout_s, max_image_bytes
         self._resolve, self._connector, self._given_tls = resolve, connector, tls
         self._fetching = 0
-
-    @property
-    def allowed(self) -> bool:
-        """Whether there is any host to fetch from."""
-        return bool(self._hosts)
 
     @cached_property
     def _backend(self) -> CheckedConnector:

@@ -13,15 +13,9 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
-from service.metrics.request_record import RequestRecord
-
 LOGGER = "service"
 """Parent of every logger of this package: `logging.getLogger(__name__)`."""
-QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))
-"""Asked by machines every few seconds; logged only when refused."""
 ROOT = Path(__file__).parents[2]
-
-requests = logging.getLogger(f"{LOGGER}.requests")
 
 
 def configure(log_file: str | None) -> None:
@@ -32,18 +26,6 @@ def configure(log_file: str | None) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def log_request(record: RequestRecord) -> None:
-    """The one line of a request."""
-    if record.route in QUIET_ROUTES and record.status == 200:
-        return
-    level = logging.INFO
-    if record.error_code == "internal_error":
-        level = logging.ERROR
-    elif record.failed:
-        level = logging.WARNING
-    requests.log(level, "request", extra={"facts": record.facts()})
 
 
 class LineFile(logging.Handler):

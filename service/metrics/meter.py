@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -38,119 +39,93 @@ class Metrics:
         self._folder = metrics_folder()
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
-        self.requests = Counter(
-            "vlsae_requests_total", "Requests a model replica began.", ["arm", "applied", "finish"], registry=registry
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.requests = counter(
+            "vlsae_requests_total", "Requests a model replica began.", ["arm", "applied", "finish", "artifact"]
         )
-        self.assignments = Counter(
+        self.assignments = counter(
             "vlsae_assignments_total",
             "Chat requests while an experiment runs, counted when they fall into an arm, whatever becomes of them.",
             ["arm"],
-            registry=registry,
         )
-        self.responses = Counter(
-            "vlsae_http_responses_total", "HTTP requests answered, of any kind.", ["route", "status"], registry=registry
+        self.responses = counter(
+            "vlsae_http_responses_total", "HTTP requests answered, of any kind.", ["route", "status"]
         )
-        self.rejections = Counter(
-            "vlsae_rejections_total",
-            "Requests answered with an error, by error code.",
-            ["reason", "arm"],
-            registry=registry,
+        self.rejections = counter(
+            "vlsae_rejections_total", "Requests answered with an error, by error code.", ["reason", "arm"]
         )
-        self.in_progress = Gauge(
+        self.in_progress = gauge(
             "vlsae_requests_in_progress",
             "Chat requests being worked on, bodies being read included.",
             multiprocess_mode="livesum",
-            registry=registry,
         )
-        self.waiting = Gauge(
+        self.waiting = gauge(
             "vlsae_requests_waiting",
             "Chat requests that were handed to the model and have no token yet.",
             multiprocess_mode="livesum",
-            registry=registry,
         )
-        self.at_model = Gauge(
+        self.at_model = gauge(
             "vlsae_requests_at_model",
             "Chat requests that were handed to the model and have not ended.",
             multiprocess_mode="livesum",
-            registry=registry,
         )
-        self.ready = Gauge(
+        self.ready = gauge(
             "vlsae_ready",
             "1 where the last look at the model found it making progress, else 0.",
             multiprocess_mode="livemostrecent",
-            registry=registry,
         )
-        self.last_event = Gauge(
+        self.last_event = gauge(
             "vlsae_model_last_event_timestamp_seconds",
             "When a model replica last sent anything, in seconds since 1970; 0 before that.",
             multiprocess_mode="max",
-            registry=registry,
         )
-        self.time_to_first_token = Histogram(
+        self.time_to_first_token = histogram(
             "vlsae_time_to_first_token_seconds",
             "From the request's arrival at the ingress to the first token.",
             ["arm"],
             buckets=LATENCY_BUCKETS_S,
-            registry=registry,
         )
-        self.inter_token_latency = Histogram(
-            "vlsae_inter_token_latency_seconds",
-            "Between two tokens of a choice.",
-            ["arm"],
-            buckets=TOKEN_BUCKETS_S,
-            registry=registry,
+        self.inter_token_latency = histogram(
+            "vlsae_inter_token_latency_seconds", "Between two tokens of a choice.", ["arm"], buckets=TOKEN_BUCKETS_S
         )
-        self.duration = Histogram(
+        self.duration = histogram(
             "vlsae_request_duration_seconds",
             "From the request's arrival at the ingress to the end of its answer, whole or not.",
             ["arm"],
             buckets=LATENCY_BUCKETS_S,
-            registry=registry,
         )
-        self.prompt_tokens = Counter("vlsae_prompt_tokens_total", "Prompt tokens, images included.", registry=registry)
-        self.completion_tokens = Counter(
-            "vlsae_completion_tokens_total", "Generated tokens.", ["arm"], registry=registry
-        )
-        self.images = Counter("vlsae_images_total", "Images decoded.", registry=registry)
-        self.image_pixels = Counter("vlsae_image_pixels_total", "Pixels of decoded images.", registry=registry)
-        self.relative_shift = Histogram(
+        self.prompt_tokens = counter("vlsae_prompt_tokens_total", "Prompt tokens, images included.")
+        self.completion_tokens = counter("vlsae_completion_tokens_total", "Generated tokens.", ["arm"])
+        self.images = counter("vlsae_images_total", "Images decoded.")
+        self.image_pixels = counter("vlsae_image_pixels_total", "Pixels of decoded images.")
+        self.relative_shift = histogram(
             "vlsae_relative_shift_ratio",
             "Mean |delta| / |hidden state| of a steered choice.",
             ["arm"],
             buckets=SHIFT_BUCKETS,
-            registry=registry,
         )
-        self.mismatch = Histogram(
+        self.mismatch = histogram(
             "vlsae_concept_mismatch_ratio",
             "How far a choice's text is from the image at its end, 0 to 1, by the codes before steering and after.",
             ["arm", "code"],
             buckets=MISMATCH_BUCKETS,
-            registry=registry,
         )
-        self.feedback = Histogram(
+        self.feedback = histogram(
             "vlsae_feedback_score_ratio",
             "Scores that clients gave answers, 0 is bad and 1 good; strength is the upper end of a range.",
             ["arm", "preset", "strength", "applied"],
             buckets=SCORE_BUCKETS,
-            registry=registry,
         )
-        self.choices = Counter(
-            "vlsae_choices_total", "Choices of whole answers.", ["applied", "arm"], registry=registry
+        self.choices = counter("vlsae_choices_total", "Choices of whole answers.", ["applied", "arm"])
+        self.empty_answers = counter("vlsae_empty_answers_total", "Choices without any text.", ["applied", "arm"])
+        self.shadow_answers = counter(
+            "vlsae_shadow_answers_total", "Shadows that were to run, by what came of it.", ["outcome"]
         )
-        self.empty_answers = Counter(
-            "vlsae_empty_answers_total", "Choices without any text.", ["applied", "arm"], registry=registry
-        )
-        self.shadow_answers = Counter(
-            "vlsae_shadow_answers_total",
-            "Shadows that were to run, by what came of it.",
-            ["outcome"],
-            registry=registry,
-        )
-        self.shadow_similarity = Histogram(
+        self.shadow_similarity = histogram(
             "vlsae_shadow_similarity_ratio",
             "How far a shadow's answer agrees with the one that was shown: 1 is the same.",
             buckets=SCORE_BUCKETS,
-            registry=registry,
         )
         for outcome in SHADOW_OUTCOMES:
             self.shadow_answers.labels(outcome=outcome)
@@ -284,15 +259,15 @@ class Meter:
         record.prompt_tokens, record.completion_tokens = self._prompt_tokens, self._completion_tokens
         metrics.prompt_tokens.inc(self._prompt_tokens)
         record.inter_token_s = self._gaps_s / self._gaps if self._gaps else None
-        arm = record.arm
+        arm, artifact = record.arm, record.artifact
         metrics.completion_tokens.labels(arm=arm).inc(self._completion_tokens)
         if end is None:
-            metrics.requests.labels(arm=arm, applied="unknown", finish=finish).inc()
+            metrics.requests.labels(arm=arm, applied="unknown", finish=finish, artifact=artifact).inc()
             return
         applied = "true" if end.receipt.applied else "false"
         record.choices = len(end.completion_tokens)
         record.empty_choices = record.choices - len(self._with_text)
-        metrics.requests.labels(arm=arm, applied=applied, finish=finish).inc()
+        metrics.requests.labels(arm=arm, applied=applied, finish=finish, artifact=artifact).inc()
         metrics.choices.labels(applied=applied, arm=arm).inc(record.choices)
         metrics.empty_answers.labels(applied=applied, arm=arm).inc(record.empty_choices)
         if end.receipt.applied:

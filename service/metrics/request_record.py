@@ -1,19 +1,44 @@
-"""What is known of one HTTP request: filled in on its way, read when it has ended. Plain data; no prompt, no picture,
-no key and no header value ever enters it.
+"""What is known of one HTTP request, filled in on its way, and how it is told when it has ended: a line of the log, and
+a span for OpenTelemetry, sent to a collector where one is set. No prompt, no picture, no key and no header value ever
+enters it.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from opentelemetry.trace import INVALID_SPAN, Span
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    NoOpTracer,
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    Tracer,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from service import VERSION
+from service.artifacts import MAIN
 from service.errors import ERROR_KINDS
 from service.experiments.arms import NO_ARM
 from service.experiments.assignment import Assignment
 from steering.engines.base import Receipt
+
+requests = logging.getLogger("service.requests")
+QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))
+"""Asked by machines every few seconds; logged only when refused."""
+SERVICE_NAME = "vl-sae-steering"
+EXPORT_EVERY_MS = 1000
+EXPORT_TIMEOUT_S = 5
+W3C = TraceContextTextMapPropagator()
 
 
 @dataclass(kw_only=True)
@@ -36,6 +61,8 @@ class RequestRecord:
     stream: bool | None = None
     images: int = 0
     image_pixels: int = 0
+    artifact: str = MAIN
+    """The name of the one that was to answer."""
     assignment: Assignment | None = None
     """What the experiment in force meant for it."""
     time_to_first_token_s: float | None = None
@@ -68,6 +95,7 @@ class RequestRecord:
     def facts(self) -> dict[str, object]:
         """What the log says, flat, without what is not known."""
         steering = self.receipt and {
+            "artifact": self.receipt.artifact,
             "applied": self.receipt.applied,
             "reason": self.receipt.reason,
             "preset": self.receipt.preset,
@@ -95,6 +123,7 @@ class RequestRecord:
             "empty_choices": self.empty_choices,
             "images": self.images or None,
             "image_pixels": self.image_pixels or None,
+            "artifact": self.artifact if self.completion_id else None,
             "steering": steering,
             "experiment": self.assignment and assignment_facts(self.assignment),
         }
@@ -121,3 +150,101 @@ def _mean(numbers: list[float]) -> float | None:
 def record_of(scope: Scope) -> RequestRecord:
     """The record of the request that this ASGI scope belongs to."""
     return scope["state"]["record"]
+
+
+def log_request(record: RequestRecord) -> None:
+    """The one line of a request."""
+    if record.route in QUIET_ROUTES and record.status == 200:
+        return
+    level = logging.INFO
+    if record.error_code == "internal_error":
+        level = logging.ERROR
+    elif record.failed:
+        level = logging.WARNING
+    requests.log(level, "request", extra={"facts": record.facts()})
+
+
+class Tracing:
+    """A request is one span, the steps of its work are its children."""
+
+    def __init__(self, endpoint: str | None) -> None:
+        """`endpoint`: a collector's base URL (OTLP over HTTP); None: nothing is traced."""
+        self._provider = _provider(endpoint) if endpoint else None
+        self._tracer: Tracer = self._provider.get_tracer(SERVICE_NAME, VERSION) if self._provider else NoOpTracer()
+
+    @contextmanager
+    def request(self, record: RequestRecord, headers: Headers) -> Iterator[None]:
+        """The whole request, continuing the caller's trace where `traceparent` names one.
+
+        `tracestate` is left out: it is text of the caller's, and would be passed on to the collector.
+        """
+        carrier = {"traceparent": headers["traceparent"]} if "traceparent" in headers else {}
+        record.span = self._tracer.start_span(record.method, W3C.extract(carrier), kind=SpanKind.SERVER)
+        try:
+            yield
+        finally:
+            if record.span.is_recording():
+                _describe(record)
+            record.span.end()
+
+    @contextmanager
+    def step(self, record: RequestRecord, name: str) -> Iterator[None]:
+        """A part of the request's work."""
+        parent = set_span_in_context(record.span)
+        span = self._tracer.start_span(name, parent)
+        try:
+            yield
+        except Exception:  # a client that leaves is none
+            span.set_status(Status(StatusCode.ERROR))
+            raise
+        finally:
+            span.end()
+
+    def close(self) -> None:
+        """Send what is left."""
+        if self._provider:
+            self._provider.shutdown()
+
+
+def _provider(endpoint: str):
+    """OpenTelemetry's SDK is imported only where it is wanted."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_TIMEOUT_S)
+    provider = TracerProvider(resource=Resource.create({"service.name": SERVICE_NAME, "service.version": VERSION}))
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_EVERY_MS))
+    return provider
+
+
+def _describe(record: RequestRecord) -> None:
+    """OpenTelemetry's names where there are any, ours for the rest."""
+    span, receipt, assignment = record.span, record.receipt, record.assignment
+    span.update_name(f"{record.method} {record.route}")
+    attributes = {
+        "http.request.method": record.method,
+        "http.route": record.route,
+        "http.response.status_code": record.status,
+        "error.type": record.error_code,
+        "gen_ai.usage.input_tokens": record.prompt_tokens,
+        "gen_ai.usage.output_tokens": record.completion_tokens,
+        "gen_ai.response.id": record.completion_id,
+        "vlsae.request_id": record.request_id,
+        "vlsae.key": record.key,
+        "vlsae.images": record.images,
+        "vlsae.image_pixels": record.image_pixels,
+        "vlsae.time_to_first_token_s": record.time_to_first_token_s,
+        "vlsae.finish": record.finish,
+        "vlsae.applied": receipt and receipt.applied,
+        "vlsae.preset": receipt and receipt.preset,
+        "vlsae.strength": receipt and receipt.strength,
+        "vlsae.experiment": assignment and assignment.experiment,
+        "vlsae.arm": assignment and assignment.label,
+    }
+    for name, value in attributes.items():
+        if value is not None:
+            span.set_attribute(name, value)
+    if record.failed:
+        span.set_status(Status(StatusCode.ERROR))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from service.artifacts import MAIN
 from service.images.decoder import RgbImage
 from steering.engines.base import Sampling
 from steering.request import RequestedSteering
@@ -36,3 +37,5 @@ class ModelJob:
     steering: RequestedSteering
     tenant: str
     """Jobs of different tenants share no cached prompt."""
+    artifact: str = MAIN
+    """Name of the one that answers: the operator's choice, never a caller's."""

@@ -21,6 +21,7 @@ from service.errors import ApiError, from_steering_error
 from service.fair_threads import FairThreads
 from service.model.job import ModelJob
 from service.settings import Settings, SettingsError
+from steering.artifact_config import ArtifactConfig, read_config
 from steering.engines.base import Capabilities, Engine, GenerationEnd, GenerationRequest, Health, TextDelta
 from steering.errors import SteeringError
 
@@ -54,6 +55,8 @@ class ModelStatus:
     health: Health
     capabilities: Capabilities
     system_fingerprint: str
+    checkpoint: str
+    """Digest of the model without its artifact."""
 
 
 def build_engine(settings: Settings) -> Engine:
@@ -98,7 +101,8 @@ class ModelReplica:
         self._engine = build_engine(settings)
         self._tokenizer: ChatTokenizer | None = None
         self._preparing = FairThreads(PREPARING_THREADS, "prepare")
-        self._fingerprint = ""
+        self._checkpoint = self._fingerprint = ""
+        self._artifact: ArtifactConfig | None = None
 
     async def start(self) -> None:
         """Load everything; raises BadArtifact with what is wrong."""
@@ -114,7 +118,10 @@ class ModelReplica:
                 f"--default-preset: the artifact has no {preset!r}; it has {list(capabilities.presets)}"
             )
         self._tokenizer = ChatTokenizer(AutoProcessor.from_pretrained(self._settings.model))
+        self._checkpoint = checkpoint_digest(self._settings.model)
         self._fingerprint = system_fingerprint(self._settings, capabilities)
+        if capabilities.artifact and self._settings.loaded_artifact:
+            self._artifact = read_config(Path(self._settings.loaded_artifact))
 
     async def generate(self, job: ModelJob) -> AsyncGenerator[AnswerStart | TextDelta | GenerationEnd | ApiError, None]:
         """A refusal is yielded, not raised, and so is a failure: Ray Serve would log what the exception quotes."""
@@ -167,7 +174,12 @@ class ModelReplica:
             health=self._engine.health(),
             capabilities=self._engine.capabilities(),
             system_fingerprint=self._fingerprint,
+            checkpoint=self._checkpoint,
         )
+
+    def artifact_config(self) -> ArtifactConfig | None:
+        """Of the artifact that is loaded, read on the machine that has it."""
+        return self._artifact
 
     def check_health(self) -> None:
         """Asked by Ray Serve; a replica that raises is replaced."""
@@ -204,11 +216,21 @@ def max_tokens_for(asked: int | None, prompt: int, context: int, default: int, *
     return asked
 
 
-def system_fingerprint(settings: Settings, capabilities: Capabilities) -> str:
-    """Changes with the checkpoint, the artifact, the engine and the number format: all that can change an answer."""
+def checkpoint_digest(model: str) -> str:
+    """Of a checkpoint's folder: sha256 (hex) of names, sizes and beginnings of its files."""
+    return _hash_files(model).hexdigest()
+
+
+def _hash_files(model: str):
     digest = hashlib.sha256()
-    for file in sorted(path for path in Path(settings.model).iterdir() if path.is_file()):
+    for file in sorted(path for path in Path(model).iterdir() if path.is_file()):
         with file.open("rb") as content:
             digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(FINGERPRINTED_BYTES))
+    return digest
+
+
+def system_fingerprint(settings: Settings, capabilities: Capabilities) -> str:
+    """Changes with the checkpoint, the artifact, the engine and the number format: all that can change an answer."""
+    digest = _hash_files(settings.model)
     digest.update(f"{capabilities.artifact} {capabilities.engine} {settings.engine.settled().dtype}".encode())
     return "fp_" + digest.hexdigest()[:12]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 FOREIGN_VARIABLES = (
@@ -30,15 +31,19 @@ FOREIGN_VARIABLES = (
 PR_SET_CHILD_SUBREAPER = 36
 END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 """What a service manager or a closing terminal sends to every process of ours; Ray itself sees to Ctrl-C."""
+SHARED_MEMORY = "/dev/shm"
 MAX_FOLDER_LENGTH = 28
 """107 less our folder's name and Ray's /session_DATE_TIME_PID/sockets/plasma_store."""
 
 
 @contextmanager
-def private_ray(*, cpus: int, gpus: int | None = None, object_store_bytes: int = 512 * 1024 * 1024) -> Iterator[None]:
+def private_ray(
+    *, cpus: int, gpus: int | None = None, object_store_bytes: int = 512 * 1024 * 1024, in_memory: bool = False
+) -> Iterator[None]:
     """Ray runs inside the block. Must be entered before anything imports ray: it reads its environment then.
 
-    `cpus` and `gpus`: what Ray may hand out; None: all GPUs it finds.
+    `cpus` and `gpus`: what Ray may hand out; None: all GPUs it finds. `in_memory`: what finds no place in the object
+    store stays in shared memory, too, and never touches a disk; there must be room for `object_store_bytes`.
     """
     prepare_environment()
     adopt_orphans()
@@ -46,6 +51,10 @@ def private_ray(*, cpus: int, gpus: int | None = None, object_store_bytes: int =
     import ray
 
     folder = tempfile.mkdtemp(prefix="vlsae-", dir=short_folder())
+    overflow = tempfile.mkdtemp(prefix="vlsae-", dir=SHARED_MEMORY) if in_memory else folder
+    places: dict[str, Any] = (
+        {"_plasma_directory": SHARED_MEMORY, "object_spilling_directory": overflow} if in_memory else {}
+    )
     try:
         with end_signals_held_back():
             ray.init(
@@ -58,12 +67,14 @@ def private_ray(*, cpus: int, gpus: int | None = None, object_store_bytes: int =
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 _temp_dir=folder,
+                **places,
             )
         yield
     finally:
         ray.shutdown()
         end_descendants(spare=not_ray_s)
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(overflow, ignore_errors=True)
 
 
 def short_folder() -> str:

@@ -60,6 +60,8 @@ class Outcome:
     whole_s: float = 0.0
     text: str = ""
     completion_id: str | None = None
+    fingerprint: str | None = None
+    """The answer's `system_fingerprint`."""
 
 
 @dataclass
@@ -188,6 +190,7 @@ def _take(chunk: dict[str, Any], outcome: Outcome) -> None:
         outcome.ending = chunk["error"]["code"]
         return
     outcome.completion_id = chunk["id"]
+    outcome.fingerprint = chunk.get("system_fingerprint") or outcome.fingerprint
     content = chunk["choices"][0]["delta"].get("content") if chunk["choices"] else None
     if content:
         if outcome.first_token_s is None:

@@ -34,7 +34,8 @@ from running_service import RunningService, running_service
 from steering_overhead import SHAPES
 
 from service.chat.request import merge_steering, sampling_of, turns_of
-from service.chat.run import parse_chat
+from service.chat.schemas import ChatCompletionRequest
+from service.http.body import parse
 from service.images.decoder import RgbImage
 from service.model.job import ModelJob
 from service.model.replica import ModelReplica
@@ -54,7 +55,7 @@ def make_jobs(asked: Asked, settings: Settings) -> list[ModelJob]:
     jobs = []
     pictures = miniature_benchmark(captions=len(asked.bodies), questions=0, seed=0, scene_range="dev").scenes
     for number, (body, scene) in enumerate(zip(asked.bodies, pictures, strict=True)):
-        chat, picture = parse_chat(body), scene.image.convert("RGB")
+        chat, picture = parse(body, ChatCompletionRequest), scene.image.convert("RGB")
         jobs.append(
             ModelJob(
                 request_id=f"job-{number}",

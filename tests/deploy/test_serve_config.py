@@ -12,11 +12,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from service.app import SHUTDOWN_MARGIN_S, Ingress, Model, assemble
 from service.gateway import check_gateway_is_named
+from service.scaling import FULL_SHARE
+from service.settings import MAX_ONGOING_REQUESTS
 from tests.deploy.rendering import CLUSTERS, DEPLOY, Pod, only, pods, ray_cluster, rendered
 from tests.deploy.serving import application, serve_config, settings
 
-BATCH_SHARE = 0.75
-"""Of an engine's batch: more ongoing requests than that, and another replica should come."""
 each_cluster = pytest.mark.parametrize("cluster", CLUSTERS)
 
 
@@ -107,14 +107,25 @@ def test_the_cluster_has_room_for_every_replica(cluster: str):
         assert int(gpus) % engine.tensor_parallel_size == 0, "a replica's GPUs are those of one pod"
 
 
-def test_production_shares_a_model_among_gpus_and_grows_before_its_batch_is_full():
+def test_production_shares_a_model_among_gpus():
     engine = settings("kuberay/production").engine
     assert (engine.name, engine.device) == ("vllm", "cuda")
     assert engine.tensor_parallel_size > 1
-    [model] = [one for one in application("kuberay/production").deployments if one.name == Model.name]
-    scaling: Any = model.autoscaling_config
-    assert scaling["target_ongoing_requests"] == BATCH_SHARE * engine.max_batch_size
-    assert scaling["min_replicas"] >= 1
+
+
+@each_cluster
+def test_a_cluster_grows_before_its_batches_are_full(cluster: str):
+    """What the file leaves out would be Serve's default, not ours: two requests at a replica."""
+    found = settings(cluster)
+    for deployment in application(cluster).deployments:
+        scaling: Any = deployment.autoscaling_config
+        target = scaling["target_ongoing_requests"]
+        if deployment.name == Model.name:
+            assert target == FULL_SHARE * found.engine.max_batch_size
+            assert target < MAX_ONGOING_REQUESTS
+        else:
+            assert target <= FULL_SHARE * found.max_concurrent_requests
+        assert scaling["min_replicas"] >= (1 - found.model_may_sleep)
 
 
 def test_ray_is_asked_for_as_many_gpus_as_share_a_model():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 from PIL import Image
 
+from service.artifacts import MAIN, Candidate
+from service.chat.schemas import ChatCompletionRequest
 from service.errors import ApiError
+from service.http.body import parse
 from service.model.client import Answer
 from service.model.job import ModelJob
+from service.model.presence import Presence
 from service.model.replica import AnswerStart, ModelStatus
 from steering.engines.base import (
     Capabilities,
@@ -52,6 +56,10 @@ def user(*parts: str | dict) -> dict:
 
 def body(*messages: dict, model: str = "tiny", **fields) -> dict:
     return {"model": model, "messages": list(messages) or [user("hello")], **fields}
+
+
+def parse_chat(raw: bytes) -> ChatCompletionRequest:
+    return parse(raw, ChatCompletionRequest)
 
 
 def json_schema(**changes) -> dict:
@@ -107,8 +115,10 @@ class ScriptedModel:
         self.events = events or (delta(0, "a star"), delta(0, "", finish="stop", tokens=0), end(3))
         self.jobs: list[ModelJob] = []
         self.closed = 0
+        self.beside: dict[str, Candidate] = {}
         self.health: Health | ApiError = Health(alive=True, running=0, waiting=0, seconds_since_progress=0.0)
         self.since_event = float("inf")
+        self.where: Presence = Presence.AWAKE
 
     async def generate(self, job: ModelJob) -> AsyncGenerator[Answer, None]:
         self.jobs.append(job)
@@ -121,7 +131,10 @@ class ScriptedModel:
         finally:
             self.closed += 1
 
-    async def status(self) -> ModelStatus:
+    async def candidates(self) -> Mapping[str, Candidate]:
+        return self.beside
+
+    async def status(self, artifact: str = MAIN) -> ModelStatus:
         if isinstance(self.health, ApiError):
             raise self.health
         capabilities = Capabilities(
@@ -129,7 +142,16 @@ class ScriptedModel:
             branches=(1,), response_format=False, artifact="a" * 64, presets=("captions", "off"),
             alignment={"paired_overlap": 0.5}, faithfulness={"text_unexplained": 0.2},
         )  # fmt: skip
-        return ModelStatus(health=self.health, capabilities=capabilities, system_fingerprint="fp_test")
+        return ModelStatus(
+            health=self.health, capabilities=capabilities, system_fingerprint="fp_test", checkpoint="c" * 64
+        )
 
-    def seconds_since_event(self) -> float:
+    async def presence(self) -> Presence:
+        return self.where
+
+    @property
+    def is_working(self) -> bool:
+        return len(self.jobs) > self.closed
+
+    def seconds_since_event(self, artifact: str = MAIN) -> float:
         return self.since_event

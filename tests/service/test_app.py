@@ -38,6 +38,7 @@ def test_a_model_gets_the_gpus_it_computes_with(args: dict, gpus: int) -> None:
         ({"engine": {"branch": 1}}, "branch: there is no such setting; is it engine.branches"),
         ({"device": "cpu"}, "device: is engine.device now"),
         ({"model_replicas": 2}, "model_replicas: is num_replicas under `deployments:`"),
+        ({"max_replicas": 3}, "max_replicas: stands under `autoscaling_config:`"),
         ({"port": 80}, "port: stands under `http_options:`"),
     ],
 )

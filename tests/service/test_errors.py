@@ -9,8 +9,17 @@ import httpx2  # what the client is made of
 import openai
 import pytest
 
-from service.errors import AGAIN_IS_NO_USE, ERROR_KINDS, ApiError, field_path, from_steering_error
+from service.errors import (
+    AGAIN_IS_NO_USE,
+    ERROR_KINDS,
+    LATER,
+    ApiError,
+    field_path,
+    from_steering_error,
+    markdown_table,
+)
 from steering.errors import BadArtifact, EngineUnavailable, InvalidSteering
+from tests.pages import read, sections
 
 
 @pytest.mark.parametrize("code", ERROR_KINDS)
@@ -74,3 +83,13 @@ def test_field_path() -> None:
     assert field_path(("logit_bias", "12", "[key]")) == "logit_bias.12"
     assert field_path(()) is None
     assert len(field_path(("x" * 5000,)) or "") == 200
+
+
+@pytest.mark.parametrize("code", ERROR_KINDS)
+def test_whether_to_wait_is_what_the_header_says(code: str) -> None:
+    headers = ApiError(code, "").headers()
+    assert (ERROR_KINDS[code].retry == LATER) == ("Retry-After" in headers and "x-should-retry" not in headers)
+
+
+def test_the_service_s_page_has_the_table() -> None:
+    assert markdown_table() in sections(read("service/README.md"))["Errors"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 
-from service.chat.run import parse_chat
 from service.example import curl_command, example_body, example_picture
 from service.images.worker import decode
+from tests.service.examples import parse_chat
 
 
 def test_the_picture_is_real() -> None:

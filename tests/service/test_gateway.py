@@ -17,7 +17,7 @@ import trustme
 from service import gateway as module
 from service.gateway import Gateway, GatewayError, check_serve_mode, free_port, settle_gateway
 from service.http.api import build_api
-from service.http.request_guard import GATEWAY_HEADER
+from service.http.middleware import GATEWAY_HEADER
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.settings import LaunchSettings, Settings, SettingsError
 from tests.service.examples import ScriptedModel, body

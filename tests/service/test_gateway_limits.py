@@ -18,7 +18,7 @@ import pytest
 
 from service.errors import ERROR_KINDS, ApiError
 from service.gateway import CONFIGURATION
-from service.http.request_guard import GATEWAY_HEADER
+from service.http.middleware import GATEWAY_HEADER
 from service.settings import Settings
 from tests.service.gateway_checks import CHECKS, PATIENCE_S, SOON_S, ask, connected, head, seen, status_of, until
 from tests.service.gateways import Backend, limits, running_backend, running_gateway, without

@@ -37,7 +37,7 @@ def test_a_change_is_whole() -> None:
     [
         ({"default_strength": 2}, "default_strength: .*less than or equal to 1, but it is 2"),
         ({"max_choices": "many"}, "max_choices: .*integer"),
-        ({"max_choice": 2}, "max_choice: is no setting; what may change live: default_preset"),
+        ({"max_choice": 2}, "max_choice: is no setting; what may change live: default_artifact, default_preset"),
         ({"port": 1}, "port: needs a new start; what may change"),
         ({"engine": "vllm"}, "engine: needs a new start"),
         ({"default_preset": "captoins"}, "default_preset: there is no preset 'captoins'; off, captions"),

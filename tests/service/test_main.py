@@ -81,7 +81,7 @@ def test_the_start_says_what_the_artifact_is_worth(
         (able, ["alignment paired_overlap 0.5, stranger_overlap 0.2", "faithful  image_unexplained 0.1, text_unex"]),
         (replace(able, alignment={}, faithfulness={}), ["alignment not measured", "faithful  not measured"]),
     ):
-        status = ModelStatus(health=health, capabilities=known, system_fingerprint="fp")
+        status = ModelStatus(health=health, capabilities=known, system_fingerprint="fp", checkpoint="c")
         monkeypatch.setattr(command, "model_status", lambda status=status: status)
         command.report(LaunchSettings(), 1.0, keyed=False)
         shown = capsys.readouterr().out
@@ -101,3 +101,13 @@ def test_who_interrupts_the_start_waits_for_nobody(monkeypatch: pytest.MonkeyPat
     with pytest.raises(KeyboardInterrupt):
         command.serve_until_interrupted(LaunchSettings(), None, keyed=False)
     assert "stopping" not in capsys.readouterr().out
+
+
+def test_pixels_that_may_go_to_a_disk_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.ray_for(LaunchSettings(max_memory_bytes=700_000_000), cpus=1)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(command, "fits_into_memory", lambda _bytes: False)
+    command.ray_for(LaunchSettings(), cpus=1)
+    assert "/dev/shm has less than 2560 MiB: pixels may go to the disk" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def endless(server: RunningServer, checkpoint: tuple[Path, Path]) -> dict:
 
 
 def test_a_client_that_leaves_a_stream_frees_the_engine(server: RunningServer, endless: dict) -> None:
-    cancelled = 'vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}'
+    cancelled = 'vlsae_requests_total{applied="unknown",arm="none",artifact="main",finish="cancelled"}'
     before, tokens = server.metric(cancelled), server.metric(COMPLETION_TOKENS)
     with httpx.stream(
         "POST", server.url + "/v1/chat/completions", json={**endless, "stream": True}, timeout=30

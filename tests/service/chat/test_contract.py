@@ -317,7 +317,7 @@ def test_operations_routes(server: RunningServer) -> None:
 
 
 def test_metrics_count(ask, server: RunningServer) -> None:
-    sample = 'vlsae_requests_total{applied="true",arm="none",finish="length"}'
+    sample = 'vlsae_requests_total{applied="true",arm="none",artifact="main",finish="length"}'
     before, tokens = server.metric(sample), server.metric('vlsae_completion_tokens_total{arm="none"}')
     ask(max_tokens=2)
     assert server.metric(sample) == before + 1

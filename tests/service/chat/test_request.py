@@ -8,17 +8,19 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.callers.keys import ANYBODY
-from service.chat.request import check_limits, find_alias, make_job, merge_steering, sampling_of, turns_of
-from service.chat.run import parse_chat
+from service.callers.ledger import Ledger
+from service.chat.admission import MemoryBudget
+from service.chat.request import ChatRunner, check_limits, find_alias, merge_steering, sampling_of, turns_of
 from service.chat.schemas import ChatCompletionRequest
 from service.concepts.names import ConceptNames
 from service.errors import ApiError
 from service.images.decoder import DecoderLimits, ImageDecoder
-from service.images.remote import RemoteImages
+from service.metrics.meter import Meter, Metrics
+from service.metrics.request_record import RequestRecord, Tracing
 from service.settings import Settings
 from steering.engines.base import ResponseFormat
 from steering.request import SteeringRequest
-from tests.service.examples import body, encoded, image_part, json_schema, picture, user
+from tests.service.examples import ScriptedModel, body, encoded, image_part, json_schema, parse_chat, picture, user
 
 SETTINGS = Settings(model="/models/tiny", artifact="/a")
 
@@ -34,22 +36,28 @@ async def decoder() -> AsyncIterator[ImageDecoder]:
     decoder.close()
 
 
-async def admit_all(_count: int, _pixels: int) -> None:
-    """No quota."""
-
-
 async def job_of(decoder: ImageDecoder, content: dict, settings: Settings = SETTINGS):
-    return await make_job(
-        parsed(content),
-        request_id="r",
-        strength_header=None,
-        settings=settings,
+    runner = ChatRunner(
+        model=ScriptedModel(),
         decoder=decoder,
-        remote=RemoteImages(settings.image_hosts, timeout_s=1, max_image_bytes=settings.max_image_bytes),
+        remote=None,
         names=ConceptNames(None),
-        caller=ANYBODY,
-        admit_images=admit_all,
+        ledger=Ledger(),
+        tracing=Tracing(endpoint=None),
     )
+    record, memory = RequestRecord(request_id="r", method="POST"), MemoryBudget(settings.max_memory_bytes)
+    with memory.share("") as body_share, memory.share("") as held:
+        return await runner.take_in(
+            parsed(content),
+            settings,
+            strength_header=None,
+            unit_header=None,
+            caller=ANYBODY,
+            meter=Meter(Metrics(), record),
+            record=record,
+            body_share=body_share,
+            held=held,
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,9 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsStr
 from pydantic import BaseModel
 
 from service.chat import schemas
-from service.chat.run import parse_chat
 from service.chat.schemas import ChatCompletionRequest, SchemaFormat
 from service.errors import ApiError
-from tests.service.examples import body, image_part, json_schema, user
+from tests.service.examples import body, image_part, json_schema, parse_chat, user
 
 
 def refused(content: Any) -> ApiError:

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 import pytest
 
-from service.chat.shadow import MEMORY_SHARE, PLACES, compare
+from service.chat.shadow import PLACES, compare
 from service.errors import ApiError
 from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.live_settings import LiveSettings
+from service.model.object_store import SHADOWS_OF_MEMORY
 from service.settings import BUNDLED_ARTIFACT, BUNDLED_MODEL, EngineSettings, Settings
 from tests.service.examples import ScriptedModel, body, delta, encoded, end, image_part, picture, user
 
@@ -203,7 +204,7 @@ async def test_places_are_few(start: Callable[..., Service]) -> None:
 async def test_memory_is_its_own_and_small(start: Callable[..., Service]) -> None:
     """An image that a caller may send, and a shadow may not hold."""
     side = 512
-    limits = {"max_memory_bytes": 3 * side * side * MEMORY_SHARE - MEMORY_SHARE, "max_body_bytes": 500_000}
+    limits = {"max_memory_bytes": 3 * side * side * SHADOWS_OF_MEMORY - SHADOWS_OF_MEMORY, "max_body_bytes": 500_000}
     service = start(Settings(**{**SETTINGS.model_dump(), **limits, "max_image_pixels": side * side}))
     large = image_part(encoded(picture(size=(side, side))))
     assert (await service.ask(large, "what?")).status_code == 200

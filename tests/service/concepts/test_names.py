@@ -51,7 +51,7 @@ async def test_what_names_no_single_concept_is_refused(index: ConceptIndex, edit
 
 
 async def test_every_concept_of_an_explanation_gets_its_label(index: ConceptIndex) -> None:
-    told = end(2, 2, explanation=[explanation(tokens=2), explanation()])
+    told = end(2, 2, explanation=[explanation(tokens=2), explanation()], artifact=index.fingerprint())
     labelled = (await ConceptNames(index).with_labels(told)).receipt.explanation
     for one in filled(labelled):
         concepts = [*one.image, *one.text, *(concept for token in one.tokens or () for concept in token.text)]
@@ -59,6 +59,13 @@ async def test_every_concept_of_an_explanation_gets_its_label(index: ConceptInde
             index.labels([concept.id])[concept.id] for concept in concepts
         ]
     assert [replace(one, label=None) for one in filled(labelled)[1].image] == list(explanation().image)
+
+
+async def test_another_artifact_s_concepts_are_not_known_by_these_names(index: ConceptIndex) -> None:
+    told = end(2, explanation=[explanation()], artifact="b" * 64)
+    assert await ConceptNames(index).with_labels(told) == told
+    with pytest.raises(ApiError, match="'next' answers"):
+        await ConceptNames(index).by_id(asked(star=REMOVE), "next")
 
 
 async def test_without_an_artifact_nothing_is_named(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def arms(*weights: float, **of_last) -> dict[str, Any]:
         (arms(0.5, 0.5, weight=float("nan")), "arms.1.weight"),
         (arms(0.5, 0.5, name="own"), "arms.1.name: .*means something else"),
         (arms(0.5, 0.5, name="a b"), "arms.1.name: .*pattern"),
-        (arms(0.5, 0.5, artifact="/other"), "artifact: an arm cannot have its own yet"),
+        (arms(0.5, 0.5, artifact="/other"), "arms.1.artifact: .*pattern"),
+        (arms(0.5, 0.5, artifact="next"), "arms: arm1: candidate 'next': no application .*; loaded: main"),
+        ({**GOOD, "shadow": {"artifact": "next", "share": 0.1}}, "shadow: candidate 'next': no application"),
         (arms(0.5, 0.5, steering={"preset": "captoins"}), "arms: arm1: .*preset 'captoins' is unknown; known: "),
         (arms(0.5, 0.5, steering={"strength": 2}), "arms.1.steering.strength: .*less than or equal to 1"),
         (arms(0.5, 0.5, steering={"strenght": 1}), "arms.1.steering.strenght"),
@@ -97,7 +99,7 @@ def test_an_arm_needs_a_mode_that_the_engine_has() -> None:
 def test_without_an_artifact_there_is_no_experiment() -> None:
     live = LiveSettings(BUNDLED.model_copy(update={"steering": "off"}))
     live.change({"experiment": GOOD})
-    assert "experiment: steering is off" in live.describe()["refused"]
+    assert "experiment: arms: control: steering is off" in live.describe()["refused"]
 
 
 def test_what_may_change_under_one_name() -> None:

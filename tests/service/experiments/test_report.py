@@ -14,19 +14,23 @@ from service.experiments import report
 from service.experiments.arms import Experiment
 from service.experiments.assignment import assign
 from service.experiments.exposures import read_exposures
-from service.metrics.logs import JsonLine, requests
-from service.metrics.request_record import RequestRecord
+from service.experiments.statistics import difference
+from service.metrics.logs import JsonLine
+from service.metrics.request_record import RequestRecord, requests
 from tests.service.examples import receipt
 
 ARMS = [{"name": "whole", "weight": 0.5}, {"name": "half", "weight": 0.5, "steering": {"strength": 0.5}}]
 EXPERIMENT = Experiment.model_validate({"name": "strength", "arms": ARMS})
 UNITS = 400
+CLIENTS = ("invalid_value", "invalid_steering")
+"""Errors that the log has as a client's own."""
 
 
 def log_of(
     experiment: Experiment = EXPERIMENT,
     *,
     failing: str | None = None,
+    error: tuple[str, int] = ("engine_unavailable", 503),
     lost: str | None = None,
     seed: int = 0,
     own: int = 0,
@@ -43,7 +47,7 @@ def log_of(
             record = RequestRecord(request_id="r", method="POST", route="/v1/chat/completions", assignment=assignment)
             record.status, record.duration_s, record.completion_id = 200, chance.uniform(0.1, 0.2), f"{number}-{asked}"
             if assignment.label == failing and chance.random() < 0.5:
-                record.error_code, record.status = "engine_unavailable", 503
+                record.error_code, record.status = error
             else:
                 record.choices, record.empty_choices = 1, 0
                 record.completion_tokens = chance.randint(10, 30)
@@ -57,7 +61,8 @@ def log_of(
 
 
 def written(facts: dict[str, object], message: str = "request") -> str:
-    made = requests.makeRecord("service.requests", 20, "file", 1, message, (), None, extra={"facts": facts})
+    level = 20 if "error_code" not in facts or facts["error_code"] in CLIENTS else 30
+    made = requests.makeRecord("service.requests", level, "file", 1, message, (), None, extra={"facts": facts})
     return JsonLine().format(made)
 
 
@@ -73,7 +78,7 @@ def test_two_arms_that_are_alike() -> None:
     assert sum(arm["units"] for arm in found["arms"].values()) == UNITS
     assert found["units_in_two_arms"] == 0
     assert found["counted_apart"] == {"own": 7}
-    assert found["arms"]["half"]["treatments"] == ["captions 0.5"]
+    assert found["arms"]["half"]["treatments"] == ["captions 0.5 of aaaaaaaaaaaa"]
     verdicts = {name: one["verdict"] for name, one in found["differences"]["half"].items()}
     assert set(verdicts.values()) <= {"not told apart", "too few units"}
     assert verdicts["feedback"] == "too few units"
@@ -87,6 +92,35 @@ def test_an_arm_that_fails_is_found() -> None:
     assert found["arms"]["half"]["measures"]["errors"]["value"] == pytest.approx(0.5, abs=0.06)
     assert found["arms"]["whole"]["measures"]["errors"]["value"] == 0
     assert "higher" in report.table(found)
+
+
+def test_what_a_client_does_wrong_is_no_error_of_its_arm() -> None:
+    own = told(log_of(failing="half", error=("invalid_value", 400)))
+    assert own["arms"]["half"]["measures"]["errors"]["value"] == 0
+    of_the_arm = told(log_of(failing="half", error=("invalid_steering", 400)))
+    assert of_the_arm["differences"]["half"]["errors"]["verdict"] == "higher", "nobody in an arm asks for steering"
+
+
+def test_verdicts_are_adjusted_for_all_that_is_compared() -> None:
+    found = told(log_of(failing="half"))["differences"]["half"]
+    ps = {name: one["p"] for name, one in found.items() if one["p"] is not None}
+    assert len(ps) > 4
+    assert all((found[name]["verdict"] in ("higher", "lower")) == (p <= 0.05) for name, p in ps.items())
+    (errors,) = read_exposures(log_of(failing="half"))
+    alone = difference(*(report.sample_of([one for one in errors.requests if one.arm == arm], "duration_s") for arm in
+                         ("whole", "half")))  # fmt: skip
+    assert alone.p is not None
+    assert ps["duration_s"] == 1.0 or ps["duration_s"] > alone.p
+
+
+def test_weights_that_changed_under_one_name_withhold_every_verdict() -> None:
+    """An ingress that was started anew does not know of the earlier ones."""
+    heavier = [{**ARMS[0], "weight": 0.6}, {**ARMS[1], "weight": 0.4}]
+    found = told([*log_of(), *log_of(Experiment.model_validate({"name": "strength", "arms": heavier}), seed=1)])
+    assert found["weights_changed"] == ["half", "whole"]
+    verdicts = {one["verdict"] for one in found["differences"]["half"].values()}
+    assert verdicts in ({report.REWEIGHTED}, {report.WITHHELD})
+    assert "WEIGHT CHANGED" in report.table(found)
 
 
 def test_a_red_ratio_withholds_every_verdict() -> None:

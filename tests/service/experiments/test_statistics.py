@@ -11,7 +11,9 @@ from scipy import stats
 from service.experiments.statistics import (
     MIN_UNITS,
     Sample,
+    adjusted,
     anytime_multiple,
+    anytime_p,
     difference,
     mean_by_unit,
     sample_ratio_p,
@@ -98,6 +100,19 @@ def test_the_multiple_is_the_papers_and_narrows_slowly() -> None:
     assert anytime_multiple(1_000_000) > anytime_multiple(1000)
 
 
+def test_p_says_what_the_interval_says() -> None:
+    for units in (100, 1000, 30_000):
+        multiple = anytime_multiple(units)
+        assert anytime_p(multiple, 1, units) == pytest.approx(0.05)
+        assert anytime_p(1.01 * multiple, 1, units) < 0.05 < anytime_p(0.99 * multiple, 1, units)
+    assert (anytime_p(0, 1, 100), anytime_p(1, 0, 100), anytime_p(0, 0, 100)) == (1, 0, 1)
+
+
+def test_holm_by_hand() -> None:
+    assert adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert adjusted([]) == []
+
+
 @pytest.mark.parametrize(
     ("units", "shares", "red"),
     [
@@ -134,6 +149,28 @@ def test_peeking_raises_no_false_alarm(rate: float) -> None:
     print(f"A/A at {rate}: {anytime}/{REPEATS} false alarms, {once}/{REPEATS} with the interval for one look")
     assert anytime <= 0.05 * REPEATS
     assert once > 0.1 * REPEATS, "the test would see it"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_peeking_at_nine_measures_raises_no_false_alarm() -> None:
+    """Of 100 A/A experiments at 3 looks: any measure told apart, adjusted and each for itself."""
+    generator, of_all, each = np.random.default_rng(9), 0, 0
+    for _ in range(100):
+        values = [[generator.normal(size=UNITS // 2) for _ in range(9)] for _ in range(2)]
+        seen_of_all = seen_each = False
+        for until in range(UNITS // 6, UNITS // 2 + 1, UNITS // 6):
+            ps = [
+                difference(*(sample(one[:until], range(arm * UNITS, arm * UNITS + until)) for arm, one in both)).p
+                for both in (list(enumerate(pair)) for pair in zip(*values, strict=True))
+            ]
+            known = [p for p in ps if p is not None]
+            seen_of_all |= min(adjusted(known)) <= 0.05
+            seen_each |= min(known) <= 0.05
+        of_all, each = of_all + seen_of_all, each + seen_each
+    print(f"A/A of nine measures: {of_all}/100 false alarms, {each}/100 with each for itself")
+    assert of_all <= 0.05 * 100
+    assert each > of_all, "the test would see it"
 
 
 @pytest.mark.slow

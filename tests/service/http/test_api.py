@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from service import VERSION
-from service.chat.load_estimate import LoadEstimate
+from service.chat.admission import LoadEstimate
 from service.errors import ApiError
 from service.http.api import build_api
 from service.http.openapi import build_openapi
@@ -78,7 +78,7 @@ async def test_a_chat(serve) -> None:
     assert job.steering.explicit
     assert answer["id"] == job.request_id
     assert (len(job.images), server.model.closed) == (1, 1)
-    assert await server.metric('vlsae_requests_total{applied="true",arm="none",finish="stop"}') == 1
+    assert await server.metric('vlsae_requests_total{applied="true",arm="none",artifact="main",finish="stop"}') == 1
 
 
 async def test_a_stream(serve) -> None:
@@ -279,7 +279,10 @@ async def test_too_many_at_once_are_refused_and_places_are_given_back(serve) -> 
     assert (await server.chat()).status_code == 200
     assert (await busy[1]).status_code == 200
     assert await server.metric("vlsae_requests_in_progress") == 0
-    assert await server.metric('vlsae_requests_total{applied="unknown",arm="none",finish="cancelled"}') == 1
+    assert (
+        await server.metric('vlsae_requests_total{applied="unknown",arm="none",artifact="main",finish="cancelled"}')
+        == 1
+    )
 
 
 @pytest.mark.parametrize("places", [0, 1])

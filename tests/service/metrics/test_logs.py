@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from service.metrics import logs
-from service.metrics.request_record import RequestRecord
+from service.metrics.request_record import QUIET_ROUTES, RequestRecord, log_request
 from tests.service.examples import receipt
 from tests.service.running_server import REPOSITORY
 
@@ -44,7 +44,7 @@ def test_a_request(file: Path) -> None:
         time_to_first_token_s=0.25, prompt_tokens=20, completion_tokens=3, finish="stop", duration_s=1.5,
         receipt=receipt(),
     )  # fmt: skip
-    logs.log_request(known)
+    log_request(known)
     (line,) = lines(file)
     assert line.pop("time").endswith("+00:00")
     assert line.pop("process") > 1
@@ -52,9 +52,9 @@ def test_a_request(file: Path) -> None:
         "level": "info", "logger": "service.requests", "message": "request", "request_id": "r-1", "key": "alice",
         "completion_id": "chatcmpl-1", "method": "POST", "route": "/v1/chat/completions", "status": 200,
         "duration_s": 1.5, "time_to_first_token_s": 0.25, "stream": True, "finish": "stop", "prompt_tokens": 20,
-        "completion_tokens": 3, "images": 2, "image_pixels": 300,
-        "steering": {"applied": True, "reason": None, "preset": "captions", "strength": 1.0, "arm": None,
-                     "relative_shift": 0.25, "mismatch": 0.5},
+        "completion_tokens": 3, "images": 2, "image_pixels": 300, "artifact": "main",
+        "steering": {"artifact": "a" * 64, "applied": True, "reason": None, "preset": "captions", "strength": 1.0,
+                     "arm": None, "relative_shift": 0.25, "mismatch": 0.5},
     }  # fmt: skip
 
 
@@ -70,15 +70,15 @@ def test_a_request(file: Path) -> None:
     ],
 )
 def test_the_level_says_whose_fault_it_is(file: Path, known: dict, level: str) -> None:
-    logs.log_request(record(**known))
+    log_request(record(**known))
     (line,) = lines(file)
     assert line["level"] == level
 
 
 def test_probes_are_silent_until_they_fail(file: Path) -> None:
-    for route in sorted(logs.QUIET_ROUTES):
-        logs.log_request(record(method="GET", route=route, status=200))
-    logs.log_request(record(method="GET", route="/readyz", status=503))
+    for route in sorted(QUIET_ROUTES):
+        log_request(record(method="GET", route=route, status=200))
+    log_request(record(method="GET", route="/readyz", status=503))
     assert [line["status"] for line in lines(file)] == [503]
 
 
@@ -115,9 +115,9 @@ def test_processes_that_share_a_file_do_not_cut_each_other_s_lines(tmp_path: Pat
 
 
 def test_a_rotated_file_is_left_alone(file: Path) -> None:
-    logs.log_request(record(status=200))
+    log_request(record(status=200))
     file.rename(file.with_suffix(".1"))
-    logs.log_request(record(status=200))
+    log_request(record(status=200))
     assert len(lines(file)) == len(lines(file.with_suffix(".1"))) == 1
 
 

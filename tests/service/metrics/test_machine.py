@@ -74,7 +74,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def test_sums_and_labels(machine: Machine) -> None:
-    assert machine.value("vlsae_requests_total", arm="none", applied="true", finish="stop") == 5
+    assert machine.value("vlsae_requests_total", artifact="main", arm="none", applied="true", finish="stop") == 5
     assert machine.value("vlsae_completion_tokens_total", arm="none") == 15
     assert machine.value("vlsae_time_to_first_token_seconds_count", arm="none") == 5
     assert machine.value("vlsae_time_to_first_token_seconds_bucket", arm="none", le="+Inf") == 5
@@ -128,7 +128,7 @@ def test_the_dead_and_their_successors(machine: Machine) -> None:
     machine.processes[1].kill()
     machine.processes[1].wait()
     assert machine.value("vlsae_requests_in_progress") == 2
-    assert machine.value("vlsae_requests_total", arm="none", applied="true", finish="stop") == 5
+    assert machine.value("vlsae_requests_total", artifact="main", arm="none", applied="true", finish="stop") == 5
     of_the_other = machine.folder / f"gauge_livesum_{machine.processes[0].pid}.db"
     unseen = of_the_other.rename(machine.folder / f"gauge_livesum_{os.getpid()}.db")
     assert machine.value("vlsae_requests_in_progress") is None, "the id of a process that is not ours"

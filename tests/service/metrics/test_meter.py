@@ -13,6 +13,8 @@ from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import RequestRecord
 from tests.service.examples import delta, end
 
+REQUESTS = "vlsae_requests_total"
+
 
 @pytest.fixture
 def metrics() -> Metrics:
@@ -46,7 +48,7 @@ def run(
 
 def test_a_steered_answer(metrics: Metrics) -> None:
     run(metrics, delta(0, "a", tokens=2), delta(0, "b", finish="stop", tokens=3), end(6), ago_s=2)
-    assert value(metrics, "vlsae_requests_total", arm="none", applied="true", finish="stop") == 1
+    assert value(metrics, REQUESTS, artifact="main", arm="none", applied="true", finish="stop") == 1
     assert value(metrics, "vlsae_prompt_tokens_total") == 20
     assert value(metrics, "vlsae_completion_tokens_total", arm="none") == 6
     assert value(metrics, "vlsae_time_to_first_token_seconds_count", arm="none") == 1
@@ -65,7 +67,7 @@ def test_an_answer_in_an_arm_is_counted_there_and_nowhere_else(metrics: Metrics)
     events = delta(0, "a", tokens=2), delta(0, "", finish="stop", tokens=2), delta(1, "", finish="stop", tokens=0)
     record = run(metrics, *events, end(4, 1, arm="bold", relative_shift=[0.5, 0.25]), assignment=BOLD)
     assert value(metrics, "vlsae_assignments_total", arm="bold") == 1
-    assert value(metrics, "vlsae_requests_total", arm="bold", applied="true", finish="stop") == 1
+    assert value(metrics, REQUESTS, artifact="main", arm="bold", applied="true", finish="stop") == 1
     assert value(metrics, "vlsae_completion_tokens_total", arm="bold") == 5
     for name in ("time_to_first_token_seconds", "request_duration_seconds"):
         assert value(metrics, f"vlsae_{name}_count", arm="bold") == 1
@@ -92,9 +94,9 @@ def test_an_arm_that_fails_shows_whether_or_not_the_model_had_it(metrics: Metric
     assert value(metrics, "vlsae_assignments_total", arm="bold") == 2
     assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable", arm="bold") == 1
     assert value(metrics, "vlsae_rejections_total", reason="internal_error", arm="bold") == 0, "there before the first"
-    failed = value(metrics, "vlsae_requests_total", arm="bold", applied="unknown", finish="error")
+    failed = value(metrics, REQUESTS, artifact="main", arm="bold", applied="unknown", finish="error")
     assert failed == (1 if started else None)
-    assert value(metrics, "vlsae_requests_total", arm="bold", applied="unknown", finish="cancelled") == 1
+    assert value(metrics, REQUESTS, artifact="main", arm="bold", applied="unknown", finish="cancelled") == 1
 
 
 def test_empty_answers_are_counted_by_choice(metrics: Metrics) -> None:
@@ -113,12 +115,12 @@ def test_a_refused_request_is_a_rejection_and_no_request(metrics: Metrics) -> No
 def test_one_that_breaks_on_its_way_is_both(metrics: Metrics) -> None:
     run(metrics, delta(0, "a"), failure="engine_unavailable")
     assert value(metrics, "vlsae_rejections_total", reason="engine_unavailable", arm="none") == 1
-    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="error") == 1
+    assert value(metrics, REQUESTS, artifact="main", arm="none", applied="unknown", finish="error") == 1
 
 
 def test_one_whose_client_left(metrics: Metrics) -> None:
     run(metrics, delta(0, "a"), failure="cancelled")
-    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish="cancelled") == 1
+    assert value(metrics, REQUESTS, artifact="main", arm="none", applied="unknown", finish="cancelled") == 1
     (rejections,) = metrics.rejections.collect()
     assert {sample.value for sample in rejections.samples if sample.name.endswith("_total")} == {0}
 
@@ -135,7 +137,7 @@ def test_tokens_of_an_answer_that_never_ended_are_counted(metrics: Metrics, fail
 )
 def test_a_prompt_that_was_computed_for_nothing_is_counted(metrics: Metrics, failure: str, finish: str) -> None:
     run(metrics, failure=failure, started=True)
-    assert value(metrics, "vlsae_requests_total", arm="none", applied="unknown", finish=finish) == 1
+    assert value(metrics, REQUESTS, artifact="main", arm="none", applied="unknown", finish=finish) == 1
     assert value(metrics, "vlsae_prompt_tokens_total") == 20
     assert value(metrics, "vlsae_request_duration_seconds_count", arm="none") == 1
 

@@ -160,6 +160,8 @@ async def test_the_bundled_miniature_is_served_by_default_and_answers_the_exampl
     answer = json.loads(await completion_json(head, played(*events), n=1, logprobs=False))
     shifts = [one["steering"].pop("relative_shift") for one in (answer, expected)]
     assert shifts[0] == pytest.approx(shifts[1], abs=0.01)
+    [got], [shown] = (one["steering"].pop("mismatch") for one in (answer, expected))
+    assert got == pytest.approx(shown, abs=0.01)
     assert answer == expected
 
 

@@ -81,7 +81,9 @@ def test_the_counts_are_what_was_sent_whoever_answers_the_scrape(watched: Watche
     for answer in answers:
         finish = "length" if any(choice["finish_reason"] == "length" for choice in answer["choices"]) else "stop"
         applied = "true" if answer["steering"]["applied"] else "false"
-        expected[f'vlsae_requests_total{{"applied": "{applied}", "arm": "none", "finish": "{finish}"}}'] += 1
+        expected[
+            f'vlsae_requests_total{{"applied": "{applied}", "arm": "none", "artifact": "main", "finish": "{finish}"}}'
+        ] += 1
         expected["vlsae_prompt_tokens_total{}"] += answer["usage"]["prompt_tokens"]
         expected[TOKENS] += answer["usage"]["completion_tokens"]
     for code in refused:

@@ -1,19 +1,22 @@
-"""Ray's surroundings without Ray: the environment it reads, and processes that must not stay."""
+"""Ray's surroundings: the environment it reads, processes that must not stay, and where its objects lie."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from steering.cluster.local_ray import (
     END_SIGNALS,
     REPOSITORY,
+    SHARED_MEMORY,
     descendants,
     end_signals_held_back,
     prepare_environment,
@@ -132,3 +135,40 @@ def test_an_orphan_that_stays_is_killed() -> None:
     )
     assert shown.stdout.strip() == "[]"
     assert time.monotonic() - began < 10
+
+
+OVERFULL = """
+import json, os, sys
+from pathlib import Path
+from steering.cluster.local_ray import SHARED_MEMORY, private_ray
+
+with private_ray(cpus=1, object_store_bytes=100 * 2**20, in_memory=json.loads(sys.argv[1])):
+    import ray
+
+    kept = [ray.put(os.urandom(1000) * 30_000) for _ in range(6)]
+    assert sum(len(ray.get(one)) for one in kept) == 180_000_000
+    session = Path(ray._private.worker._global_node.get_session_dir_path()).parent
+    places = {"disk": session, "memory": Path(SHARED_MEMORY)}
+    found = {
+        name: sum(file.stat().st_size for file in place.glob("**/ray_spilled_objects_*/*"))
+        for name, place in places.items()
+    }
+print(json.dumps({**found, "left": [str(one) for one in places["memory"].glob("vlsae-*")]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_the_object_store_has_no_room_for_stays_in_memory_where_it_has_to(in_memory: bool) -> None:
+    before = {str(one) for one in Path(SHARED_MEMORY).glob("vlsae-*")}
+    done = subprocess.run(
+        [sys.executable, "-c", OVERFULL, json.dumps(in_memory)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["disk"] > 50_000_000) == (not in_memory)
+    assert (found["memory"] > 50_000_000) == in_memory
+    assert set(found["left"]) <= before

@@ -8,9 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.errors import ApiError
-from service.images.decoder import DecoderLimits, ImageDecoder
-from service.images.intake import take_images, together
-from service.images.remote import RemoteImages
+from service.images.decoder import DecoderLimits, ImageDecoder, take_images, together
 from service.settings import Settings
 from tests.service.examples import data_url, encoded, picture
 from tests.service.images.test_decoder import bare_png
@@ -39,10 +37,7 @@ async def take(decoder: ImageDecoder, *urls: str, settings: Settings = SETTINGS,
             raise USED_UP
 
     sources = [(f"url[{index}]", url) for index, url in enumerate(urls)]
-    remote = RemoteImages("", timeout_s=1, max_image_bytes=settings.max_image_bytes)
-    return await take_images(
-        sources, settings=settings, decoder=decoder, remote=remote, admit_images=admit_images
-    ), asked
+    return await take_images(sources, settings=settings, decoder=decoder, remote=None, admit_images=admit_images), asked
 
 
 async def test_the_quota_is_asked_for_the_number_and_then_for_the_pixels(decoder: ImageDecoder) -> None:

@@ -109,9 +109,9 @@ async def test_what_the_log_knows_of_an_answer(clients, told) -> None:
     assert len(facts.pop("request_id")) == 32
     assert facts == {
         "method": "POST", "route": CHAT, "status": 200, "stream": True, "finish": "stop", "prompt_tokens": 20,
-        "completion_tokens": 3, "images": 1, "image_pixels": 48 * 32,
-        "steering": {"applied": True, "reason": None, "preset": "captions", "strength": 1.0, "arm": None,
-                     "relative_shift": 0.25, "mismatch": 0.5},
+        "completion_tokens": 3, "images": 1, "image_pixels": 48 * 32, "artifact": "main",
+        "steering": {"artifact": "a" * 64, "applied": True, "reason": None, "preset": "captions", "strength": 1.0,
+                     "arm": None, "relative_shift": 0.25, "mismatch": 0.5},
         "choices": 1, "empty_choices": 0,
     }  # fmt: skip
 

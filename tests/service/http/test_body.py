@@ -9,11 +9,10 @@ import tracemalloc
 import pytest
 from pydantic import ValidationError
 
-from service.chat.body_structure import MAX_ESCAPES, MAX_TOKENS, check_structure
-from service.chat.run import parse_body, parse_chat
 from service.chat.schemas import ChatCompletionRequest
 from service.errors import ApiError
-from tests.service.examples import body, text_part, user
+from service.http.body import MAX_ESCAPES, MAX_TOKENS, check_structure, parse_in_time
+from tests.service.examples import body, parse_chat, text_part, user
 
 HALF = MAX_TOKENS // 2
 
@@ -93,6 +92,6 @@ async def test_large_bodies_are_read_in_a_thread(
     text_bytes: int, in_loop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = []
-    monkeypatch.setattr("service.chat.run.check_structure", lambda _body: threads.append(threading.current_thread()))
-    await parse_body(json.dumps(body(user("x" * text_bytes))).encode())
+    monkeypatch.setattr("service.http.body.check_structure", lambda _body: threads.append(threading.current_thread()))
+    await parse_in_time(json.dumps(body(user("x" * text_bytes))).encode(), ChatCompletionRequest)
     assert (threads == [threading.current_thread()]) == in_loop

@@ -1,0 +1,250 @@
+"""A fleet of model replicas as discrete events: arrivals, the queue, batches, Serve's autoscaler, cold starts.
+
+A replica decodes all its sequences together: with n of them a step takes `base_s + each_s * n`, and a request takes
+`prefill_steps` steps before its first token and one for each token. Only what is measured of one replica goes in;
+nothing here knows how it was measured, or what serves it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import simpy
+
+DECIDE_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """What one is capable of."""
+
+    base_s: float
+    """Of a decoding step, whatever the batch."""
+    each_s: float
+    """More of it for each sequence."""
+    prefill_steps: float
+    """Work before the first token, in steps."""
+    lengths: tuple[float, ...]
+    """Tokens of answers, each as likely as another."""
+    batch: int
+    """Sequences that share a step; further requests wait at the replica."""
+    holds: int = 128
+    """`max_ongoing_requests`: further requests wait at the ingress."""
+    start_s: float = 0.0
+    """From the decision to the first request."""
+
+    def step_s(self, sequences: int) -> float:
+        return self.base_s + self.each_s * sequences
+
+    @property
+    def capacity(self) -> float:
+        """Answers a second with a full batch."""
+        mean = sum(self.lengths) / len(self.lengths)
+        return self.batch / (self.step_s(self.batch) * (self.prefill_steps + mean))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many there may be, as `autoscaling_config` says it."""
+
+    least: int
+    most: int
+    target: float
+    """`target_ongoing_requests`."""
+    look_back_s: float = 30.0
+    up_delay_s: float = 30.0
+    down_delay_s: float = 600.0
+    queue: int = 64
+    """`max_queued_requests`, of all ingress replicas together: one more is refused."""
+    cores: float = math.inf
+    """Replicas that can compute at the same time at full speed; more share them."""
+
+
+@dataclass
+class Seen:
+    """What became of the requests of a run."""
+
+    first_token_s: list[float] = field(default_factory=list)
+    whole_s: list[float] = field(default_factory=list)
+    refused: int = 0
+    arrived: int = 0
+    replica_s: float = 0.0
+    """Replicas paid for, times seconds."""
+    largest: int = 0
+
+    def quantile(self, values: list[float], share: float) -> float:
+        ordered = sorted(values)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else math.nan
+
+
+@dataclass(order=True)
+class Job:
+    """A request: where in its replica's steps it gets its first token, and where it ends."""
+
+    ends_at: float
+    number: int
+    arrived_s: float = field(compare=False)
+    steps: float = field(compare=False)
+
+
+class Server:
+    """One replica: its sequences advance together, a fraction of a step at a time (processor sharing)."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.kind = fleet, fleet.kind
+        self.active: list[Job] = []
+        self.firsts: list[tuple[float, float]] = []
+        self.waiting: deque[tuple[float, float]] = deque()
+        self.steps, self.at = 0.0, fleet.world.now
+        self.leaving = False
+        self.changed = fleet.world.event()
+        self.process = fleet.world.process(self.work())
+
+    @property
+    def ongoing(self) -> int:
+        return len(self.active) + len(self.waiting)
+
+    def take(self, arrived_s: float, steps: float) -> None:
+        self.waiting.append((arrived_s, steps))
+        self._touch()
+
+    def _touch(self) -> None:
+        if not self.changed.triggered:
+            self.changed.succeed()
+
+    def _pace_s(self) -> float:
+        """Of a step now, slower where replicas share cores."""
+        return self.kind.step_s(len(self.active)) * self.fleet.slowness()
+
+    def _advance(self, pace_s: float) -> None:
+        if self.active:
+            self.steps += (self.fleet.world.now - self.at) / pace_s
+        self.at = self.fleet.world.now
+
+    def work(self) -> Generator[simpy.Event, Any, None]:
+        world = self.fleet.world
+        while not (self.leaving and not self.ongoing):
+            while self.waiting and len(self.active) < self.kind.batch:
+                arrived_s, steps = self.waiting.popleft()
+                job = Job(self.steps + self.kind.prefill_steps + steps, self.fleet.next_number(), arrived_s, steps)
+                heapq.heappush(self.active, job)
+                heapq.heappush(self.firsts, (self.steps + self.kind.prefill_steps + 1, arrived_s))
+            self.changed, pace_s = world.event(), self._pace_s()
+            events: list[simpy.Event] = [self.changed]
+            if self.active:
+                nearest = min(self.active[0].ends_at, self.firsts[0][0] if self.firsts else math.inf)
+                events.append(world.timeout(max(0.0, nearest - self.steps) * pace_s))
+            yield world.any_of(events)
+            self._advance(pace_s)
+            self._finish()
+
+    def _finish(self) -> None:
+        seen, now = self.fleet.seen, self.fleet.world.now
+        while self.firsts and self.firsts[0][0] <= self.steps + 1e-6:
+            seen.first_token_s.append(now - heapq.heappop(self.firsts)[1])
+        while self.active and self.active[0].ends_at <= self.steps + 1e-6:
+            seen.whole_s.append(now - heapq.heappop(self.active).arrived_s)
+            self.fleet.refill(self)
+
+
+class Fleet:
+    """Replicas, the queue before them, and who decides how many there are."""
+
+    def __init__(
+        self, kind: Replica, plan: Plan, *, rate: float, seconds: float, surge: float = 1.0, seed: int = 0
+    ) -> None:
+        """`rate` requests a second arrive at random; after a third of the time, `surge` times as many."""
+        self.kind, self.plan, self.rate, self.surge, self.seconds = kind, plan, rate, surge, seconds
+        self.world, self.seen, self.dice = simpy.Environment(), Seen(), random.Random(seed)
+        self.queue: deque[tuple[float, float]] = deque()
+        self.starting = 0
+        self._number = 0
+        self.servers = [Server(self) for _ in range(plan.least)]
+
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def slowness(self) -> float:
+        if math.isinf(self.plan.cores):
+            return 1.0
+        return max(1.0, sum(bool(one.active) for one in self.servers) / self.plan.cores)
+
+    def run(self) -> Seen:
+        self.world.process(self._arrivals())
+        if self.plan.most > self.plan.least:
+            self.world.process(self._decide())
+        self.world.process(self._count())
+        self.world.run(until=self.seconds)
+        return self.seen
+
+    def _arrivals(self) -> Generator[simpy.Event, Any, None]:
+        while True:
+            rate = self.rate * (self.surge if self.world.now > self.seconds / 3 else 1)
+            yield self.world.timeout(self.dice.expovariate(rate))
+            self.seen.arrived += 1
+            self._place(self.world.now, self.dice.choice(self.kind.lengths))
+
+    def _place(self, arrived_s: float, steps: float) -> None:
+        """At the better of two replicas picked at random, as Serve does."""
+        open_ones = [one for one in self.servers if not one.leaving]
+        picked = [self.dice.choice(open_ones) for _ in range(2)] if open_ones else []
+        best = min(picked, key=lambda one: one.ongoing, default=None)
+        if best is not None and best.ongoing < self.kind.holds:
+            best.take(arrived_s, steps)
+        elif len(self.queue) < self.plan.queue:
+            self.queue.append((arrived_s, steps))
+        else:
+            self.seen.refused += 1
+
+    def refill(self, server: Server) -> None:
+        while self.queue and not server.leaving and server.ongoing < self.kind.holds:
+            server.take(*self.queue.popleft())
+
+    def _count(self) -> Generator[simpy.Event, Any, None]:
+        while True:
+            self.servers = [one for one in self.servers if one.process.is_alive]
+            paid = len(self.servers) + self.starting
+            self.seen.replica_s += paid * DECIDE_EVERY_S
+            self.seen.largest = max(self.seen.largest, paid)
+            yield self.world.timeout(DECIDE_EVERY_S)
+
+    def _decide(self) -> Generator[simpy.Event, Any, None]:
+        """Serve's default policy: the mean of ongoing requests over the target, after the delay of its direction."""
+        loads: deque[float] = deque(maxlen=max(1, int(self.plan.look_back_s / DECIDE_EVERY_S)))
+        since, direction = 0.0, 0
+        while True:
+            yield self.world.timeout(DECIDE_EVERY_S)
+            loads.append(len(self.queue) + sum(one.ongoing for one in self.servers))
+            there = sum(not one.leaving for one in self.servers) + self.starting
+            wanted = math.ceil(sum(loads) / len(loads) / self.plan.target)
+            wanted = min(self.plan.most, max(self.plan.least, wanted))
+            now_to = (wanted > there) - (wanted < there)
+            if now_to != direction:
+                since, direction = self.world.now, now_to
+            delay = self.plan.up_delay_s if direction > 0 else self.plan.down_delay_s
+            if direction and self.world.now - since >= delay:
+                self._change(wanted - there)
+                direction = 0
+
+    def _change(self, difference: int) -> None:
+        for _ in range(difference):
+            self.starting += 1
+            self.world.process(self._start())
+        going = sorted((one for one in self.servers if not one.leaving), key=lambda one: one.ongoing)
+        for server in going[: max(0, -difference)]:
+            server.leaving = True
+            server._touch()
+
+    def _start(self) -> Generator[simpy.Event, Any, None]:
+        yield self.world.timeout(self.kind.start_s)
+        self.starting -= 1
+        server = Server(self)
+        self.servers.append(server)
+        self.refill(server)
