@@ -116,7 +116,7 @@ export class Comparison {
   explain(asked) {
     const explanation = this.steered.result.receipt?.explanation?.[0];
     if (explanation) showConcepts(explanation, { edits: asked.edits, onEdit: this.onEdit, examples: this.able.shows });
-    else withoutConcepts(this.whyUnexplained);
+    else withoutConcepts(this.able.explains ? "There is nothing to tell of concepts in this answer." : this.whyUnexplained);
   }
 
   /** An entry of the history, as it was. */

@@ -23,7 +23,8 @@ from service.http.api import build_api
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.model.client import Answer
 from service.model.job import ModelJob
-from service.settings import Settings
+from service.settings import BUNDLED_ARTIFACT, Settings
+from steering.explanation import ConceptActivity, Explanation, Mismatch
 from tests.service.examples import ScriptedModel, delta, end
 
 CHROMIUM = shutil.which("chromium") or ""
@@ -34,7 +35,21 @@ FLAGS = (
 PATIENCE_MS = 30_000
 expect.set_options(timeout=PATIENCE_MS)
 PLAIN, STEERED = "There is a circle in red, a star in blue.", "There is a circle in red."
-KEY, QUOTA_KEY = "sk-of-the-page", "sk-with-a-quota"
+CIRCLE, DIAMOND, NAMELESS = 7, 12, 4
+"""Concepts of the bundled artifact."""
+MISMATCH = Mismatch(before=0.62, after=0.31)
+EXPLANATION = Explanation(
+    mismatch=MISMATCH,
+    image=(
+        ConceptActivity(id=CIRCLE, image=1.4, text=0.9, steered=1.2),
+        ConceptActivity(id=NAMELESS, image=0.3, text=0.1, steered=0.2),
+    ),
+    text=(
+        ConceptActivity(id=DIAMOND, image=0.05, text=1.2, steered=0.3),
+        ConceptActivity(id=CIRCLE, image=1.4, text=0.9, steered=1.2),
+    ),
+)
+KEY, CHAT_KEY, QUOTA_KEY = "sk-of-the-page", "sk-that-only-chats", "sk-with-a-quota"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +102,8 @@ class PacedModel(ScriptedModel):
     async def generate(self, job: ModelJob) -> AsyncGenerator[Answer, None]:
         steered = job.steering.settings.enabled is not False and job.steering.settings.strength != 0
         words = self.texts[steered].split(" ")
-        last = (delta(0, "", finish="stop", tokens=0), end(len(words), applied=steered))
+        told = {"explanation": [EXPLANATION], "mismatch": [MISMATCH]} if job.steering.settings.explain else {}
+        last = (delta(0, "", finish="stop", tokens=0), end(len(words), applied=steered, **told))
         script = ScriptedModel(*(delta(0, f" {word}") for word in words), *last)
         self.jobs.append(job)
         if self.refusal is not None:
@@ -124,7 +140,8 @@ class PageServer:
 
     def __init__(self, **settings: Any) -> None:
         self.model, self.decoder = PacedModel(), ImageDecoder(workers=1, limits=DecoderLimits())
-        api = build_api(Settings(model="/models/tiny", artifact="/a", **settings), self.model, self.decoder)
+        options = {"model": "/models/tiny", "artifact": str(BUNDLED_ARTIFACT), **settings}
+        api = build_api(Settings(**options), self.model, self.decoder)
         self.lines = Breakable(api)
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
@@ -162,11 +179,12 @@ def front(keyless_front: PageServer) -> Iterator[PageServer]:
 
 @pytest.fixture(scope="module")
 def keyed_front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
-    """Asks for KEY; QUOTA_KEY is good for one request a minute."""
+    """Asks for KEY; CHAT_KEY is not told of concepts, and QUOTA_KEY good for one request a minute."""
     file: Path = tmp_path_factory.mktemp("keys") / "keys.json"
     keys = [
-        {"name": "page", "sha256": hashlib.sha256(KEY.encode()).hexdigest(), "scopes": ["chat"]},
-        {"name": "little", "sha256": hashlib.sha256(QUOTA_KEY.encode()).hexdigest(), "scopes": ["chat"],
+        {"name": "page", "sha256": hashlib.sha256(KEY.encode()).hexdigest(), "scopes": ["chat", "explain"]},
+        {"name": "chat", "sha256": hashlib.sha256(CHAT_KEY.encode()).hexdigest(), "scopes": ["chat"]},
+        {"name": "little", "sha256": hashlib.sha256(QUOTA_KEY.encode()).hexdigest(), "scopes": ["chat", "explain"],
          "quota": {"requests_per_minute": 1}},
     ]  # fmt: skip
     file.write_text(json.dumps({"keys": keys}))

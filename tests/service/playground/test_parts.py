@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from playwright.sync_api import Page, Route, expect
 
 from service.http.playground_page import FOLDER
 from tests.service.examples import encoded, picture
-from tests.service.playground.conftest import CHROMIUM, KEY, STEERED, PageServer
+from tests.service.playground.conftest import CHAT_KEY, CHROMIUM, DIAMOND, KEY, NAMELESS, STEERED, PageServer
 from tests.service.playground.test_asking import ask_to_the_end, words
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")]
@@ -24,116 +23,69 @@ OpenPage = Callable[..., Page]
 SERIOUS = ("serious", "critical")
 
 
-def concept(number: int, label: str, image: float, text: float, steered: float) -> dict[str, Any]:
-    return {"id": number, "label": label, "image": image, "text": text, "steered": steered}
+def opened(open_page: OpenPage, front: PageServer, **options: Any) -> Page:
+    """A page whose service shows concepts, too, as its contract says."""
+    page = open_page("about:blank", **options)
 
-
-MISMATCH = {"before": 0.62, "after": 0.31}
-EXPLANATION = {
-    "mismatch": MISMATCH,
-    "image": [concept(17, "circle, red", 1.4, 0.9, 1.2), concept(120, "", 0.3, 0.1, 0.2)],
-    "text": [concept(33, "star, blue", 0.05, 1.2, 0.3), concept(17, "circle, red", 1.4, 0.9, 1.2)],
-    "tokens": None,
-}
-
-
-class Explained:
-    """The contract of explanations, put into the answers of a service that has none; `bodies`: what was asked."""
-
-    def __init__(self, page: Page, refused: str | None = None) -> None:
-        """`refused`: the field at fault in a 400 to whoever asks for an explanation."""
-        self.bodies: list[dict[str, Any]] = []
-        self.refused = refused
-        page.route("**/openapi.json", self._contract)
-        page.route("**/v1/chat/completions", self._answer)
-        page.route("**/v1/concepts/*", lambda route: route.fulfill(json=self._concept(route)))
-        page.route("**/thumbnails/*", lambda route: route.fulfill(path=FOLDER / "scenes/scene_1.png"))
-
-    def _contract(self, route: Route) -> None:
+    def contract(route: Route) -> None:
         found = route.fetch().json()
-        found["components"]["schemas"]["SteeringRequest"]["properties"]["explain"] = {"type": "boolean"}
         found["paths"]["/v1/concepts"] = {}
         route.fulfill(json=found)
 
-    def _answer(self, route: Route) -> None:
-        body = json.loads(route.request.post_data or "")
-        self.bodies.append(body)
-        steering = dict(body.get("steering", {}))
-        explain = steering.pop("explain", False)
-        steering.pop("concepts", None)
-        if explain and self.refused:
-            error = {
-                "message": f"{self.refused}: not with this artifact",
-                "type": "t",
-                "param": self.refused,
-                "code": "c",
-            }
-            route.fulfill(status=400, json={"error": error})
-            return
-        answer = route.fetch(post_data=json.dumps({**body, "steering": steering}))
-        events = answer.text().split("\n\n")
-        for place, event in enumerate(events):
-            if '"steering"' in event:
-                chunk = json.loads(event.removeprefix("data: "))
-                chunk["steering"] |= {"explanation": [EXPLANATION] if explain else None, "mismatch": [MISMATCH]}
-                events[place] = "data: " + json.dumps(chunk)
-        route.fulfill(status=answer.status, headers=answer.headers, body="\n\n".join(events))
-
-    @staticmethod
-    def _concept(route: Route) -> dict[str, Any]:
+    def concept(route: Route) -> None:
         number = int(route.request.url.rpartition("/")[2])
         images = [{"reference": f"scene {n}", "thumbnail": f"/v1/concepts/{number}/thumbnails/{n}"} for n in range(6)]
-        return {"id": number, "object": "concept", "label": "", "texts": ["a red circle", "a dot"], "images": images}
+        texts = ["a red circle", "a dot", "a third"]
+        route.fulfill(json={"id": number, "object": "concept", "label": "", "texts": texts, "images": images})
 
-    def last(self) -> dict[str, Any]:
-        return self.bodies[-1]["steering"]
-
-
-def opened(
-    open_page: OpenPage, front: PageServer, refused: str | None = None, **options: Any
-) -> tuple[Page, Explained]:
-    page = open_page("about:blank", **options)
-    explained = Explained(page, refused)
+    page.route("**/openapi.json", contract)
+    page.route("**/v1/concepts/*", concept)
+    page.route("**/thumbnails/*", lambda route: route.fulfill(path=FOLDER / "scenes/scene_1.png"))
     page.goto(front.url)
     expect(page.locator("#status")).to_have_text("tiny")
-    return page, explained
+    return page
+
+
+def edits_of(front: PageServer) -> dict[str, tuple[float, float]]:
+    """Concept to factor and what is added, of the last question that was asked."""
+    asked = front.model.jobs[-1].steering.settings.concepts or {}
+    return {number: (edit.factor, edit.add) for number, edit in asked.items()}
 
 
 def test_concepts_are_shown_and_changed(open_page: OpenPage, front: PageServer) -> None:
-    page, explained = opened(open_page, front)
+    page = opened(open_page, front)
     ask_to_the_end(page)
-    assert sorted(body["model"] for body in explained.bodies) == ["tiny", "tiny:off"]
-    assert all(body["steering"]["explain"] is True for body in explained.bodies)
+    assert [job.steering.settings.explain for job in front.model.jobs] == [True, True]
     expect(page.locator("#steered .mismatch")).to_contain_text("0.62 → 0.31")
     picture_bars, text_bars = page.locator("#concepts-lists section").all()
     expect(picture_bars.locator(".concept")).to_have_count(2)
-    expect(picture_bars).to_contain_text("concept 120")
+    expect(picture_bars).to_contain_text(f"concept {NAMELESS}")
     expect(text_bars.locator(".concept").first).to_contain_text("1.20 → 0.30")
-    assert text_bars.locator(".bar.before").first.evaluate("bar => bar.style.getPropertyValue('--share')") == str(
-        1.2 / 1.4
-    )
+    share = text_bars.locator(".bar.before").first.evaluate("bar => bar.style.getPropertyValue('--share')")
+    assert float(share) == pytest.approx(1.2 / 1.4)
 
-    text_bars.get_by_role("button", name="Remove star, blue").click()
-    expect(page.locator(".chip")).to_have_text("without star, blue ×")
+    remove = text_bars.get_by_role("button", name="Remove diamond, red")
+    remove.click()
+    expect(page.locator(".chip")).to_have_text("without diamond, red ×")
     expect(page.locator("#history-list li")).to_have_count(2)
-    assert explained.last()["concepts"] == {"33": {"factor": 0}}
-    assert len(explained.bodies) == 3, "the plain answer stays"
-    expect(text_bars.get_by_role("button", name="Remove star, blue")).to_have_attribute("aria-pressed", "true")
-    expect(text_bars.get_by_role("button", name="Remove star, blue")).to_be_focused()
-    picture_bars.get_by_role("button", name="Boost concept 120").click()
+    assert edits_of(front) == {str(DIAMOND): (0, 0)}
+    assert len(front.model.jobs) == 3, "the plain answer stays"
+    expect(remove).to_have_attribute("aria-pressed", "true")
+    expect(remove).to_be_focused()
+    picture_bars.get_by_role("button", name=f"Boost concept {NAMELESS}").click()
     expect(page.locator("#history-list li")).to_have_count(3)
-    assert explained.last()["concepts"] == {"33": {"factor": 0}, "120": {"add": 2}}
-    assert '"120":{"add":2}' in page.locator("#snippet").inner_text()
-    page.get_by_role("button", name="Take back: star, blue removed").click()
+    assert edits_of(front) == {str(DIAMOND): (0, 0), str(NAMELESS): (1, 2)}
+    assert f'"{NAMELESS}":{{"add":2}}' in page.locator("#snippet").inner_text()
+    page.get_by_role("button", name="Take back: diamond, red removed").click()
     expect(page.locator("#history-list li")).to_have_count(4)
-    assert explained.last()["concepts"] == {"120": {"add": 2}}
+    assert edits_of(front) == {str(NAMELESS): (1, 2)}
 
 
 @pytest.mark.parametrize("how", ["pointer", "keyboard"])
 def test_a_concept_shows_what_it_looks_like(open_page: OpenPage, front: PageServer, how: str) -> None:
-    page, _ = opened(open_page, front)
+    page = opened(open_page, front)
     ask_to_the_end(page)
-    name = page.locator("#concepts-lists").get_by_role("button", name="circle, red", exact=True).first
+    name = page.locator("#concepts-lists").get_by_role("button", name="moon, red, circle", exact=True).first
     if how == "pointer":
         name.hover(position={"x": 5, "y": 5})
     else:
@@ -152,18 +104,29 @@ def test_a_concept_shows_what_it_looks_like(open_page: OpenPage, front: PageServ
     expect(card).to_have_count(0)
 
 
-@pytest.mark.parametrize("refused", [None, "steering.explain"])
-def test_without_explanations_the_answers_come_and_it_is_said_why(
-    open_page: OpenPage, front: PageServer, refused: str | None
+def test_without_an_artifact_there_are_answers_and_no_concepts(open_page: OpenPage) -> None:
+    front = PageServer(allow_anonymous=True, steering="off")
+    try:
+        page = open_page(front.url)
+        ask_to_the_end(page)
+        expect(page.locator("#concepts")).to_contain_text("This service does not tell which concepts it finds.")
+        expect(page.locator(".concept")).to_have_count(0)
+        assert [job.steering.settings.explain for job in front.model.jobs] == [None, None]
+        page.close()
+    finally:
+        front.close()
+
+
+def test_a_key_without_the_scope_gets_the_answers_and_is_told_why_no_concepts(
+    open_page: OpenPage, keyed_front: PageServer
 ) -> None:
-    """A contract that has none, or a service that refuses although its contract has."""
-    page = opened(open_page, front, refused)[0] if refused else open_page(front.url)
+    keyed_front.model.reset()
+    page = open_page(keyed_front.url)
+    page.evaluate("key => sessionStorage.setItem('vlsae-key', key)", CHAT_KEY)
     ask_to_the_end(page)
     expect(words(page, "steered")).to_have_text(STEERED)
-    about = "not with this artifact" if refused else "This service does not tell which concepts it finds."
-    expect(page.locator("#concepts")).to_contain_text(about)
-    expect(page.locator(".concept")).to_have_count(0)
-    assert ("explain" in page.locator("#snippet").inner_text()) is False
+    expect(page.locator("#concepts")).to_contain_text("steering.explain: needs a key with the scope 'explain'")
+    assert "explain" not in page.locator("#snippet").inner_text()
 
 
 def test_a_picture_of_one_s_own(open_page: OpenPage, front: PageServer, tmp_path: Path) -> None:
@@ -265,12 +228,12 @@ def test_axe_finds_nothing_serious(
         serious = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found if one["impact"] in SERIOUS]
         assert serious == [], when
 
-    page, _ = opened(open_page, front, color_scheme=scheme, reduced_motion="reduce")
+    page = opened(open_page, front, color_scheme=scheme, reduced_motion="reduce")
     check(page, "at first")
     ask_to_the_end(page)
     page.locator("#steered summary").click()
     page.locator("#concepts-lists .concept-name").first.hover()
-    page.get_by_role("button", name="Remove star, blue").click()
+    page.get_by_role("button", name="Remove diamond, red").click()
     expect(page.locator("#history-list li")).to_have_count(2)
     check(page, "with everything open")
     page.set_viewport_size({"width": 390, "height": 844})
@@ -283,9 +246,9 @@ def test_axe_finds_nothing_serious(
 
 def test_nothing_is_wider_than_the_screen(open_page: OpenPage, front: PageServer) -> None:
     front.model.texts = {False: "There is a " + "very" * 60, True: STEERED}
-    page, _ = opened(open_page, front)
+    page = opened(open_page, front)
     ask_to_the_end(page)
-    page.get_by_role("button", name="Remove star, blue").click()
+    page.get_by_role("button", name="Remove diamond, red").click()
     expect(page.locator("#history-list li")).to_have_count(2)
     for width in (320, 390, 768, 1280):
         page.set_viewport_size({"width": width, "height": 844})
