@@ -26,6 +26,7 @@ def prepare(checkpoint: Checkpoint, request: GenerationRequest, emit: Emit) -> R
     settings = _resolve(checkpoint, request, has_image=spans.has_image)
     running = RunningRequest(
         request_id=request.request_id,
+        tenant=request.tenant,
         prompt_length=len(tokens),
         spans=spans,
         settings=settings,

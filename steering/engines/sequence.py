@@ -90,6 +90,8 @@ class RunningRequest:
     """What the choices of a request share."""
 
     request_id: str
+    tenant: str = ""
+    """See `GenerationRequest`."""
     prompt_length: int
     spans: TokenSpans
     settings: ResolvedSteering

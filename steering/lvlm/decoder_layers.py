@@ -70,14 +70,23 @@ def embed_prompt(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, image_
     `image_inputs` are those of all rows' images, empty where there are none. Raises BadArtifact where the model makes
     more or fewer features than its processor wrote tokens: every later image would stand in another one's place.
     """
-    embeds_BTD = model.get_input_embeddings()(token_ids_BT)
-    if not image_inputs:
-        return embeds_BTD
-    inputs = {
-        name: value.to(embeds_BTD.dtype) if value.is_floating_point() else value for name, value in image_inputs.items()
-    }
+    features_ND = encode_images(model, image_inputs) if image_inputs else None
+    return embed_with_features(model, token_ids_BT, image_mask_BT, features_ND)
+
+
+def encode_images(model: Any, image_inputs: ImageInputs) -> Tensor:
+    """Features [N, D] of all images, one after the other, as the language model takes them."""
+    dtype = model.get_input_embeddings().weight.dtype
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in image_inputs.items()}
     features = model.get_image_features(**inputs, return_dict=True).pooler_output
-    features_ND = torch.cat(list(features), dim=0).to(embeds_BTD.dtype)
+    return torch.cat(list(features), dim=0).to(dtype)
+
+
+def embed_with_features(model: Any, token_ids_BT: Tensor, image_mask_BT: Tensor, features_ND: Tensor | None) -> Tensor:
+    """As `embed_prompt`, of images that were encoded before; None where there are none."""
+    embeds_BTD = model.get_input_embeddings()(token_ids_BT)
+    if features_ND is None:
+        return embeds_BTD
     tokens = int(image_mask_BT.sum())
     if len(features_ND) != tokens:
         raise BadArtifact(

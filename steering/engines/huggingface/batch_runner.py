@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steering.engines.huggingface.image_features import ImageFeatures
 from steering.engines.huggingface.kv_cache import SlotCache
 from steering.engines.sampling import blend_branches
 from steering.engines.sequence import Sequence
 from steering.intervention import Intervention, Pass, SequenceSteering
-from steering.lvlm.decoder_layers import Decoder, embed_prompt, place_prompt
+from steering.lvlm.decoder_layers import Decoder, embed_with_features, place_prompt
 from steering.lvlm.families import ImageInputs, find_family, join_image_inputs
 from steering.tally import Tally
 
@@ -40,6 +41,7 @@ class BatchRunner:
         self.device = next(model.parameters()).device
         self._front = range(hook_layer + 1)
         self._tail = range(hook_layer + 1, len(decoder.layers))
+        self._images = ImageFeatures(model, self.device)
         self._cache = SlotCache()
         self._base_cache = SlotCache()
         """Tail layers of the base branch, for sequences of two branches."""
@@ -60,7 +62,7 @@ class BatchRunner:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         tokens_BT, image_BT = tokens_BT.to(self.device), image_BT.to(self.device)
         places = self._place_prompts(new, tokens_BT, image_BT, inputs)
-        embeds_BTD = embed_prompt(self.model, tokens_BT, image_BT, inputs)
+        embeds_BTD = embed_with_features(self.model, tokens_BT, image_BT, self._encode_images(new))
         rows = list(range(first_slot, first_slot + len(new)))
         hidden_BTD, base_BTD = self._run_front(new, rows, embeds_BTD, places, image_BT, texts)
         last_B = torch.tensor(lengths, device=self.device) - 1
@@ -74,7 +76,7 @@ class BatchRunner:
         last_B1 = torch.tensor([[len(sequence.tokens) - 1] for sequence in running], device=self.device)
         places = self._place_text(running, last_B1)
         image_B1 = torch.zeros_like(tokens_B1, dtype=torch.bool)
-        embeds_B1D = embed_prompt(self.model, tokens_B1, image_B1, {})
+        embeds_B1D = embed_with_features(self.model, tokens_B1, image_B1, None)
         texts = [range(1 if sequence.request.spans.has_image else 0) for sequence in running]
         hidden_B1D, base_B1D = self._run_front(running, rows, embeds_B1D, places, image_B1, texts)
         last_B = torch.zeros(len(running), dtype=torch.long, device=self.device)
@@ -94,13 +96,22 @@ class BatchRunner:
         """Give back what sequences 0..slots-1 with at most so many tokens do not need, and the latest pass's states."""
         if self.intervention is not None:
             self.intervention.base_BTD = None
+        self._images.clear()
         self._cache.shrink(slots, tokens)
         self._base_cache.shrink(slots, tokens)
 
     def clear(self) -> None:
         """Give the caches' memory back; only when nothing runs."""
+        self._images.clear()
         self._cache.clear()
         self._base_cache.clear()
+
+    def _encode_images(self, new: Rows[Sequence]) -> Tensor | None:
+        """Features [N, D] of all rows' images; those that several rows show are encoded once."""
+        requests = dict.fromkeys(sequence.request for sequence in new if sequence.request.image_inputs)
+        features = {request: self._images.of(request) for request in requests}
+        rows = [features[sequence.request] for sequence in new if sequence.request in features]
+        return torch.cat(rows) if rows else None
 
     def _place_prompts(self, new: Rows[Sequence], tokens_BT: Tensor, image_BT: Tensor, inputs: ImageInputs) -> Places:
         """Places of prompts padded on the right; each sequence keeps what the tokens behind its prompt will need."""
