@@ -63,7 +63,7 @@ class LocalCluster:
     """Nodes on this machine; the first one leads."""
 
     def __init__(self, folder: Path, redis: str | None, password: str) -> None:
-        self._folder, self._redis, self._password = folder, redis, password
+        self.folder, self._redis, self._password = folder, redis, password
         self.port = free_port()
         self.workers: list[Node] = []
         self.head = self.start_head()
@@ -74,7 +74,7 @@ class LocalCluster:
 
     def start_head(self) -> Node:
         """No replica runs there. After a killed one, with Redis, the same cluster goes on."""
-        options = ["--head", f"--port={self.port}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
+        options = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
         options += [f"--ray-client-server-port={free_port()}", "--num-cpus=0"]
         environment = {}
         if self._redis:
@@ -98,7 +98,7 @@ class LocalCluster:
             *options,
         ]
         command += [f"--{name}-port={free_port()}" for name in ("dashboard-agent-listen", "metrics-export")]
-        log = self._folder / f"start-{secrets.token_hex(4)}.log"
+        log = self.folder / f"start-{secrets.token_hex(4)}.log"
         with log.open("w") as sink:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=os.environ | environment, stdout=sink, stderr=sink, start_new_session=True
@@ -159,10 +159,12 @@ class ServeWatch:
     def __init__(self, cluster: LocalCluster) -> None:
         self.samples: list[dict[str, Any]] = []
         """Each: `at` (time.monotonic()), `status` and `message` of the application, `deployments` by name."""
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "serve_watch.py"), cluster.address],
-            cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+        self._log = cluster.folder / f"watch-{secrets.token_hex(4)}.log"
+        command = [sys.executable, str(Path(__file__).parent / "serve_watch.py"), cluster.address]
+        with self._log.open("w") as sink:
+            self._process = subprocess.Popen(
+                command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True
+            )
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -177,14 +179,12 @@ class ServeWatch:
         self._process.stdin.write(json.dumps(config) + "\n")
         self._process.stdin.flush()
 
-    def states(self, deployment: str) -> dict[str, int]:
-        """Replicas by state, at last."""
-        return self.samples[-1]["deployments"].get(deployment, {}).get("states", {}) if self.samples else {}
-
     def wait_for(self, condition: Callable[[dict[str, Any]], bool], seconds: float) -> float:
         """Until the last sample satisfies it; seconds it took."""
         return wait_until(
-            lambda: bool(self.samples) and condition(self.samples[-1]), seconds, lambda: str(self.samples[-1:])[:2000]
+            lambda: bool(self.samples) and condition(self.samples[-1]),
+            seconds,
+            lambda: f"{self.samples[-1:]} {self._log.read_text()[-1000:]}",
         )
 
     def close(self) -> None:

@@ -17,13 +17,23 @@ from ray.serve._private.api import serve_start
 from ray.serve.schema import ServeDeploySchema
 
 LOOK_EVERY_S = 0.5
+DEPLOYS = 5
 
 
 def deploy_what_comes() -> None:
+    """Again where Serve's own waits, for its proxies for instance, were too short for a machine that does much else."""
     for line in sys.stdin:
         config = ServeDeploySchema.model_validate(json.loads(line))
-        client = serve_start(http_options=config.http_options.model_dump(), proxy_location=config.proxy_location)
-        client.deploy_apps(config)
+        for _ in range(DEPLOYS):
+            try:
+                client = serve_start(
+                    http_options=config.http_options.model_dump(), proxy_location=config.proxy_location
+                )
+                client.deploy_apps(config)
+                break
+            except Exception as error:
+                print(f"not deployed: {error!r}", file=sys.stderr, flush=True)
+                time.sleep(LOOK_EVERY_S)
 
 
 def look() -> dict:
