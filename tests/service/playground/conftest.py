@@ -24,6 +24,7 @@ from service.images.decoder import DecoderLimits, ImageDecoder
 from service.model.client import Answer
 from service.model.job import ModelJob
 from service.settings import BUNDLED_ARTIFACT, Settings
+from steering.artifact_config import read_config
 from steering.explanation import ConceptActivity, Explanation, Mismatch
 from tests.service.examples import ScriptedModel, delta, end
 
@@ -37,6 +38,7 @@ expect.set_options(timeout=PATIENCE_MS)
 PLAIN, STEERED = "There is a circle in red, a star in blue.", "There is a circle in red."
 CIRCLE, DIAMOND, NAMELESS = 7, 12, 4
 """Concepts of the bundled artifact."""
+FINGERPRINT = read_config(BUNDLED_ARTIFACT).fingerprint
 MISMATCH = Mismatch(before=0.62, after=0.31)
 EXPLANATION = Explanation(
     mismatch=MISMATCH,
@@ -103,7 +105,7 @@ class PacedModel(ScriptedModel):
         steered = job.steering.settings.enabled is not False and job.steering.settings.strength != 0
         words = self.texts[steered].split(" ")
         told = {"explanation": [EXPLANATION], "mismatch": [MISMATCH]} if job.steering.settings.explain else {}
-        last = (delta(0, "", finish="stop", tokens=0), end(len(words), applied=steered, **told))
+        last = (delta(0, "", finish="stop", tokens=0), end(len(words), applied=steered, artifact=FINGERPRINT, **told))
         script = ScriptedModel(*(delta(0, f" {word}") for word in words), *last)
         self.jobs.append(job)
         if self.refusal is not None:
