@@ -74,6 +74,8 @@ class Reply:
     """Mean of |delta| / |hidden state| over the steered positions."""
     token_ids: tuple[int, ...] = ()
     """Generated tokens without the end-of-sequence token; empty over HTTP."""
+    mismatch: float | None = None
+    """Of image and text at the answer's end, by the codes before steering; None where it was not looked at."""
 
 
 class Respondent(Protocol):
@@ -116,6 +118,9 @@ class InProcess:
                     positions=receipt.positions[0],
                     relative_shift=receipt.relative_shift[0],
                     token_ids=tuple(token_ids),
+                    mismatch=None
+                    if not receipt.mismatch or receipt.mismatch[0] is None
+                    else receipt.mismatch[0].before,
                 )
             text.append(event.text)
             token_ids += event.token_ids
