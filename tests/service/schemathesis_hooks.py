@@ -14,6 +14,7 @@ from tests.service.examples import data_url, encoded, picture
 
 MAX_TOKENS = 4
 """Of an answer whose request says nothing else: what is tested is the contract, not the model's patience."""
+CONVERSATIONS = ("/v1/chat/completions", "/v1/compare")
 GOOD_URLS = [
     data_url(encoded(picture())),
     data_url(encoded(picture("blue"), "JPEG"), "image/jpeg"),
@@ -33,7 +34,7 @@ def map_case(_context: schemathesis.HookContext, case: schemathesis.Case) -> sch
     linked = case.meta.phase.name.value == "stateful"  # its body comes from an answer, whatever the mode says
     if not linked and (broken_body or case.method.lower() != case.operation.method.lower()):
         case.headers.clear()  # they are judged first
-    if case.path == "/v1/chat/completions" and isinstance(case.body, dict):
+    if case.path in CONVERSATIONS and isinstance(case.body, dict):
         case.body = agreeing(case.body)
     return case
 
