@@ -120,6 +120,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[],
 @contextmanager
 def local_cluster(*, cpus: tuple[int, ...], with_redis: bool = False) -> Iterator[LocalCluster]:
     """A head without CPUs and a worker for each number of them; gone at the end, whatever was killed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it still ends its nodes
     prepare_environment()
     os.environ |= SOON
     adopt_orphans()
