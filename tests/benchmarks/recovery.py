@@ -88,7 +88,10 @@ class Run:
         clients.set(self.settings.clients)
         await asyncio.sleep(self.settings.before_seconds)
         struck = now()
-        found = await event()
+        try:
+            found = await event()
+        except RuntimeError as error:  # the events before are worth their rows
+            found = {"not_back": str(error)}
         await asyncio.sleep(self.settings.after_seconds)
         outcomes = await clients.finish()
         later = [one.sent + one.whole_s - struck for one in outcomes if one.sent > struck and one.ending == "complete"]
@@ -199,6 +202,8 @@ def failures(table: list[dict[str, Any]]) -> list[str]:
             found.append(f"{row['event']}: {bad}")
         if row["event"] == "update" and len(row["versions"]) != 2:
             found.append(f"update: answers came from {row['versions']}")
+        if "not_back" in row:
+            found.append(f"{row['event']}: not as before {row['not_back']}")
         if row["next_answer_after_s"] is None:
             found.append(f"{row['event']}: no answer afterwards")
     return found

@@ -57,6 +57,7 @@ def test_what_fails_an_autoscaling_run(change: dict[str, Any], says: list[str]) 
         ("update", {"versions": {"fp_a": 9}}, ["update: answers came from {'fp_a': 9}"]),
         ("worker", {"endings": {"right": 3, "cut (200)": 1}}, []),
         ("head", {"endings": {"right": 3, "wrong": 1}}, ["head: 1 wrong"]),
+        ("worker", {"not_back": "after 300 s: []"}, ["worker: not as before after 300 s: []"]),
         ("head", {"next_answer_after_s": None}, ["head: no answer afterwards"]),
     ],
 )
