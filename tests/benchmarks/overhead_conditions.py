@@ -15,12 +15,15 @@ from random_llava import IMAGE_MARK, LlavaShape, noise, save_random_artifact, sa
 from steering.engines.base import Engine, GenerationRequest, Sampling
 from steering.engines.huggingface.engine import HuggingFaceEngine
 from steering.engines.vllm.engine import VllmEngine
-from steering.request import SteeringRequest, merge_sources
+from steering.request import MAX_EDITS, ConceptEdit, SteeringRequest, merge_sources
 
 OFF = SteeringRequest(enabled=False)
 ONE = SteeringRequest(enabled=True, preset="captions")
 TWO = ONE.model_copy(update={"gamma": 0.6, "plausibility": 0.8})
 """The paper's blend of two branches."""
+EXPLAINED, EXPLAINED_TOKENS = (ONE.model_copy(update={"explain": how}) for how in ("answer", "tokens"))
+OFF_EXPLAINED = OFF.model_copy(update={"explain": "answer"})
+EDITED = ONE.model_copy(update={"concepts": {str(concept): ConceptEdit(add=0.1) for concept in range(MAX_EDITS)}})
 EXACT = TWO.model_copy(update={"mode": "exact"})
 PROMPT = f"USER: {IMAGE_MARK}\nWhat do you see? ASSISTANT:"
 LOOP = "loop"
@@ -33,12 +36,20 @@ BLOCK_TOKENS = 128
 
 
 class Condition(NamedTuple):
+    """What is asked of which engine."""
+
     engine: str
     """'plain': no artifact. 'one', 'two': started for so many branches (Hugging Face: the same engine)."""
     steering: tuple[SteeringRequest, ...]
     """Goes around the batch: two make it half and half."""
 
 
+TOLD = {
+    "off_explained": Condition("one", (OFF_EXPLAINED,)),
+    "explained": Condition("one", (EXPLAINED,)),
+    "explained_tokens": Condition("one", (EXPLAINED_TOKENS,)),
+    "edited": Condition("one", (EDITED,)),
+}
 CONDITIONS = {
     "vllm": {
         "plain": Condition("plain", (OFF,)),
@@ -49,6 +60,7 @@ CONDITIONS = {
         "off_beside_twin": Condition("two", (OFF,)),
         "one_branch_beside_twin": Condition("two", (ONE,)),
         "mixed_two_branches": Condition("two", (TWO, OFF)),
+        **TOLD,
     },
     "huggingface": {
         "plain": Condition("plain", (OFF,)),
@@ -56,12 +68,13 @@ CONDITIONS = {
         "one_branch": Condition("one", (ONE,)),
         "two_branches": Condition("two", (TWO,)),
         "exact": Condition("two", (EXACT,)),
+        **TOLD,
         "two_full_passes": Condition(LOOP, (EXACT,)),
     },
 }
 DEFAULT_CONDITIONS = {
     "vllm": ("plain", "off", "one_branch", "two_branches", "mixed"),
-    "huggingface": tuple(CONDITIONS["huggingface"]),
+    "huggingface": ("plain", "off", "one_branch", "two_branches", "exact", "two_full_passes"),
 }
 
 
