@@ -156,7 +156,8 @@ class Receipt:
     clamped_positions: list[int] = field(default_factory=list)
     """By choice: positions whose delta was shortened to `max_shift`; those out of a prefix cache do not count."""
     mismatch: list[Mismatch | None] | None = None
-    """By choice, at its end; None where nobody looked: the request was neither steered nor explained."""
+    """By choice, at its end; None where nobody looked: the request was neither steered nor explained. On vLLM, where an
+    answer is not explained and a stop string ended it, a few positions later."""
     explanation: list[Explanation | None] | None = None
     """By choice; None where it was not asked for."""
 

@@ -40,7 +40,7 @@ _BOOK = np.dtype(
         ("probe", "?"),
         ("pooled", "?"),  # of a probe: the text's state is known
         ("two", "?"),  # it has a steered branch of its own
-        ("each", "?"),  # each of its tokens is to be explained
+        ("explained", "?"),  # the means at its tokens are kept
     ]
 )
 """What is known of a sequence, by its tally."""
@@ -58,7 +58,7 @@ class SequenceState:
     probe: dict[str, Tensor] = field(default_factory=dict)
     """'probe' only: pooled v and t of the prompt, [D] float32 each."""
     means: dict[int, Tensor] = field(default_factory=dict)
-    """Where each token is explained: position to the text's mean [D] there, on the host once the device is done."""
+    """Of one that is explained: position to the text's mean [D] there, on the host once the device is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Step:
     last_slot_s: np.ndarray
     """Its slot, 0 for a probe."""
     to_keep: list[tuple[SequenceState, int, int]]
-    """Sequences whose tokens are explained one by one, each with its slot and the position of its last token here."""
+    """Sequences that are explained, each with its slot and the position of its last token here."""
     image_complete: list[tuple[SequenceState, int]]
     """Sequences without z_v, with the row that holds their whole v."""
     text_complete: list[tuple[SequenceState, int]]
@@ -201,7 +201,7 @@ class Batch:
         self, tally_s: np.ndarray, last_s: np.ndarray, known: np.ndarray
     ) -> list[tuple[SequenceState, int, int]]:
         """Those of prompts are not: only what tokens of the answer were chosen at."""
-        wanted_s = known["each"] & (last_s >= known["prompt_end"])
+        wanted_s = known["explained"] & (last_s >= known["prompt_end"])
         columns = zip(
             tally_s[wanted_s].tolist(), known["slot"][wanted_s].tolist(), last_s[wanted_s].tolist(), strict=True
         )
@@ -265,7 +265,7 @@ class Batch:
             min_answer_tokens=wire.min_answer_tokens,
         )
         row["reused"], row["probe"], row["two"] = -1, wire.task == "probe", wire.branches == 2
-        row["each"] = wire.explain_tokens
+        row["explained"] = wire.explain is not None
         if wire.task != "steer":
             row["steer_from"] = NEVER
         self._by_id[wire.id] = self._by_tally[state.tally] = state

@@ -30,6 +30,9 @@ from steering.slot_tables import GAMMA, SlotTables, Stream
 if TYPE_CHECKING:
     from steering.kernels.launch import RealignKernels
 
+MAX_AHEAD = 32
+"""Positions behind an answer's end that are computed before its end is known: by a step that was on its way, or until a
+stop string is found. Behind more than these, what is told is of the latest."""
 STEERING_LAYER = "vl_sae_steering"
 """Our key among the engine's layers; by it the operator, the logits processor and the worker find this object."""
 
@@ -52,9 +55,8 @@ class SteeringLayer:
         self.capturing = False
         """The passes to come are captured, or warm up for it: nothing is known of their rows."""
         self._reading: torch.cuda.Stream | None = None
-        self._last_MD = torch.zeros(
-            tables.slots, tables.realignment.hidden_size, dtype=pool.dtype, device=tables.device
-        )
+        hidden_size = tables.realignment.hidden_size
+        self._last_MD = torch.zeros(tables.slots, hidden_size, dtype=pool.dtype, device=tables.device)
         """By slot: the mean at the latest token of a sequence, of the text if that is text."""
         self._step: Step | None = None
         self.blends = True
@@ -232,10 +234,12 @@ class SteeringLayer:
         ]
 
     def _keep_means(self) -> None:
-        """Of the latest step, before another one: the means that tokens of answers were chosen at, where each is to be
-        explained. Does not wait for the device."""
+        """Of the latest step, before another one: the means that tokens of explained answers were chosen at; of those
+        that are explained at their end only, as many as may be computed ahead of it. Does not wait for the device."""
         for state, slot, position in self._step.to_keep if self._step is not None else ():
             state.means[position] = self._last_MD[slot].to("cpu", non_blocking=True, copy=True)
+            if state.wire.explain == "answer":
+                state.means.pop(position - MAX_AHEAD, None)
         if self._step is not None:
             self._step.to_keep.clear()
 
@@ -248,15 +252,13 @@ class SteeringLayer:
         if not known["encoded"] or known["probe"]:
             return None
         slot = int(known["slot"])
-        if state.wire.explain_tokens:
-            if self.tables.device.type == "cuda":
-                torch.cuda.current_stream(self.tables.device).synchronize()
-            positions = range(int(known["prompt_end"]), end + 1)
-            means = [state.means.get(one) if one > known["last_image"] else None for one in positions]
-        else:
-            means = [self._last_MD[slot] if end > known["last_image"] else None]
+        tokens, latest_D = state.wire.explain == "tokens", self._last_MD[slot]
+        if state.means and self.tables.device.type == "cuda":
+            torch.cuda.current_stream(self.tables.device).synchronize()
+        positions = range(int(known["prompt_end"]) if tokens else end, end + 1)
+        means = [state.means.get(one, latest_D) if one > known["last_image"] else None for one in positions]
         with self._aside():
-            return asdict(explain(self.tables, slot, means, state.wire, tokens=state.wire.explain_tokens))
+            return asdict(explain(self.tables, slot, means, state.wire, tokens=tokens))
 
     def _read_tallies(self) -> Tensor:
         """[T, 3] on the host."""

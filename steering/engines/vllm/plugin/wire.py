@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steering.errors import InvalidSteering
-from steering.request import MAX_EDITS, MAX_MIN_ANSWER_TOKENS, Control, Form
+from steering.request import MAX_EDITS, MAX_MIN_ANSWER_TOKENS, Control, Explain, Form
 from steering.settings import Edit, ResolvedSteering
 
 EXTRA_ARG = "vl_sae"
@@ -29,8 +29,8 @@ class WireSteering(BaseModel):
     task: Literal["steer", "observe", "probe"] = "steer"
     """'observe' changes nothing and can be explained; 'probe' changes nothing and keeps the pooled states v and t of
     the prompt, for the canary."""
-    explain_tokens: bool = False
-    """Keep what it takes to explain each token."""
+    explain: Explain | None = None
+    """Keep what it takes to explain the answer at its end, or each token."""
     dial: float = Field(default=0.0, ge=0, le=1)
     """Strength, for explanations; `scale` contains it."""
     form: Form = "difference"
@@ -60,7 +60,7 @@ class WireSteering(BaseModel):
 
 def wire_steering(sequence_id: str, settings: ResolvedSteering) -> WireSteering:
     """The resolved settings of a request that is to be watched: steered, or explained only."""
-    common: dict[str, Any] = {"id": sequence_id, "explain_tokens": settings.explain == "tokens"}
+    common: dict[str, Any] = {"id": sequence_id, "explain": settings.explain}
     if not settings.active:
         return WireSteering(task="observe", **common)
     return WireSteering(
@@ -117,7 +117,7 @@ def cache_salt(
     """
     parts: dict[str, Any] = {"tenant": tenant} if tenant else {}
     if wire is not None:
-        relevant = wire.model_dump(exclude={"id", "gamma", "plausibility", "explain_tokens", "dial"})
+        relevant = wire.model_dump(exclude={"id", "gamma", "plausibility", "explain", "dial"})
         if wire.min_answer_tokens is not None:
             relevant["prompt_length"] = prompt_length
         parts |= {"artifact": fingerprint, "last_image": last_image_index, "branches": wire.branches, **relevant}

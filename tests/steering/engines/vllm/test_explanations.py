@@ -65,6 +65,17 @@ async def test_what_is_told_is_the_reference_engine_s(either_engine, reference, 
             assert_same(answer.end.receipt.explanation[0], expected.end.receipt.explanation[0])
 
 
+async def test_an_answer_that_a_stop_string_ended_is_told_at_its_end(either_engine, reference):
+    asked = {"text": "and now?", "steering": {"explain": True, "strength": 0.3}, "max_tokens": 40}
+    whole = (await ask(reference, **asked)).text()
+    asked |= {"stop": (whole[4:6],), "top_logprobs": VOCABULARY}
+    answer: Any = await ask(either_engine, **asked)
+    expected: Any = await ask(reference, **asked)
+    _, tie = compare(answer, expected)
+    assert not tie
+    assert_same(answer.end.receipt.explanation[0], expected.end.receipt.explanation[0])
+
+
 async def test_neighbours_are_told_of_themselves(engine, reference):
     each = [{"steering": {"explain": how, "strength": 0.1 * n}, "images": (n,), "top_logprobs": VOCABULARY}
             for n, how in enumerate(["tokens", True, None, "tokens"], start=1)]  # fmt: skip
