@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Form = Literal["published", "difference", "union"]
 Mode = Literal["causal", "exact"]
@@ -28,6 +29,13 @@ class ConceptEdit(BaseModel):
     """0 removes the concept where the text has it."""
     add: float = Field(default=0.0, ge=-4, le=4)
     """In units of activation, which lies in 0 to 2; also where the text has none of it."""
+
+
+def _known_explanation(asked: Any) -> Any:
+    """One error for all, since a union would have one for each of its members."""
+    if asked is None or isinstance(asked, bool) or asked in get_args(Explain):
+        return asked
+    raise PydanticCustomError("explain", "must be true, false, 'answer' or 'tokens'")
 
 
 class SteeringRequest(BaseModel):
@@ -71,7 +79,7 @@ class SteeringRequest(BaseModel):
     edited, else no bound."""
     concepts: dict[str, ConceptEdit] | None = Field(default=None, max_length=MAX_EDITS)
     """Edits by the concept's id, not scaled by the dial. (A server takes labels, too.)"""
-    explain: bool | Explain | None = None
+    explain: Annotated[bool | Explain | None, BeforeValidator(_known_explanation)] = None
     """Tell which concepts image and text hold: of the whole answer (true, 'answer') or of each token ('tokens').
     Changes no token."""
     control: Control | None = None
