@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,17 @@ CHECKS = (
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 
 
-def send_generated(url: str, *, examples: int, seed: int, report: Path, key: str | None = None) -> dict[str, Any]:
-    """schemathesis' report on at most `examples` random cases per operation beside the systematic ones."""
+LINKED = ("--phases", "stateful", "--include-path-regex", "^/v1/(chat/completions|feedback)$")
+"""Only what a link of the document leads to, and where it comes from."""
+
+
+def send_generated(
+    url: str, *, examples: int, seed: int, report: Path, key: str | None = None, only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """schemathesis' report on at most `examples` random cases per operation beside the systematic ones; `only`: options
+    that choose among operations and phases."""
     options = ["--max-examples", str(examples), "--seed", str(seed), "--request-timeout", "60", "--continue-on-failure"]
+    options += only
     if key is not None:
         options += ["--header", f"Authorization: Bearer {key}"]
     finished = subprocess.run(
