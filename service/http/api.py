@@ -32,12 +32,12 @@ from service.draining import Drain, shutting_down
 from service.errors import ApiError
 from service.http.chat_route import ChatRoute
 from service.http.compare_route import compare
-from service.http.concepts_route import ConceptsRoute
+from service.http.concepts.route import ConceptsRoute
 from service.http.feedback_route import FeedbackDesk
 from service.http.middleware import Middleware
 from service.http.model_answer import ModelAnswer
 from service.http.openapi import build_openapi
-from service.http.playground_page import Playground
+from service.http.pages.playground import Playground
 from service.http.routes import ROUTES
 from service.images.decoder import ImageDecoder
 from service.images.remote import RemoteImages

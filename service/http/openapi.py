@@ -38,10 +38,10 @@ from service.http.answers import (
     Version,
 )
 from service.http.bodies import EVENTS, JSON, TEXT, Bodies, json_of, ref_to
-from service.http.concepts_contract import ANSWERS, REQUESTS, concept_bodies
+from service.http.concepts.contract import ANSWERS, REQUESTS, concept_bodies
 from service.http.feedback_route import FeedbackRequest
 from service.http.middleware import ARM_HEADER, ASSIGNMENT_HEADER, REQUEST_ID_HEADER
-from service.http.playground_page import MEDIA_TYPES, Playground
+from service.http.pages.playground import MEDIA_TYPES, Playground
 from service.http.routes import ROUTES, Route
 from service.settings import Settings
 

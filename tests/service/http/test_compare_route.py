@@ -11,7 +11,7 @@ import pytest
 
 from service.errors import ApiError
 from service.http.api import build_api
-from service.http.concepts_contract import ComparisonAnswer
+from service.http.concepts.contract import ComparisonAnswer
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.model.client import Answer
 from service.model.job import ModelJob

@@ -13,7 +13,7 @@ import pytest
 
 from service.callers.keys import Key, KeyFile, Quota, Scope
 from service.http.api import build_api
-from service.http.concepts_contract import ConceptAnswer, ConceptPage, FoundConcepts
+from service.http.concepts.contract import ConceptAnswer, ConceptPage, FoundConcepts
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.settings import BUNDLED_ARTIFACT, KEYS_VARIABLE, Settings
 from steering.concepts import read_concepts

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from service.http.playground_page import FOLDER
+from service.http.pages.playground import FOLDER
 from training.miniature.drawing import draw_scene
 from training.miniature.world import Scene, scenes
 

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from service.errors import ApiError
-from service.http.playground_page import FOLDER
+from service.http.pages.playground import FOLDER
 from steering.engines.base import Health
 from tests.service.gateways import running_gateway
 from tests.service.playground.conftest import CHROMIUM, KEY, QUOTA_KEY, STEERED, PageServer

@@ -13,7 +13,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
-from service.http.playground_page import FOLDER
+from service.http.pages.playground import FOLDER
 from tests.service.examples import encoded, picture
 from tests.service.playground.conftest import CHAT_KEY, CHROMIUM, DIAMOND, KEY, NAMELESS, STEERED, PageServer
 from tests.service.playground.test_asking import ask_to_the_end, words

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from service.http.api import build_api
-from service.http.playground_page import FOLDER, HEADERS, MEDIA_TYPES, Playground
+from service.http.pages.playground import FOLDER, HEADERS, MEDIA_TYPES, Playground
 from service.images.decoder import DecoderLimits, ImageDecoder
 from service.settings import Settings
 from tests.service.examples import ScriptedModel

@@ -21,9 +21,9 @@ from service.concepts.build import MAX_ID
 from service.concepts.index import ConceptIndex
 from service.errors import ApiError
 from service.http.chat_route import ChatRoute
-from service.http.concepts_contract import DEFAULT_PAGE, MAX_PAGE, MAX_QUERY, SearchBody, TextSearch
+from service.http.concepts.contract import DEFAULT_PAGE, MAX_PAGE, MAX_QUERY, SearchBody, TextSearch
 from service.http.model_answer import Admitted, ModelAnswer
-from service.http.tagged import ASK_AGAIN, FOR_A_YEAR, tagged
+from service.http.pages.tagged import ASK_AGAIN, FOR_A_YEAR, tagged
 from steering.concepts import Concept
 
 DIGITS = re.compile(f"[0-9]{{1,{len(str(MAX_ID))}}}")

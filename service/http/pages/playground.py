@@ -11,9 +11,9 @@ from pathlib import Path
 from fastapi import Request, Response
 
 from service.errors import ApiError
-from service.http.tagged import tagged
+from service.http.pages.tagged import tagged
 
-FOLDER = Path(__file__).parent.parent / "playground"
+FOLDER = Path(__file__).parents[2] / "playground"
 PAGE = "index.html"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",

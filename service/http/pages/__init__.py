@@ -1,0 +1,1 @@
+"""What is sent as it lies there: files, and answers that a client may have already."""
