@@ -58,7 +58,8 @@ def runs(tiny_llava) -> Iterator[Runs]:
 def test_several_requests_and_choices_share_a_picture(runs: Runs) -> None:
     logits_BV = runs.prefill(runs.request(1, n=3), runs.request(1), runs.request(2))
     assert runs.seen == 2
-    assert all(torch.equal(logits_BV[0], row) for row in logits_BV[1:4])
+    for row_V in logits_BV[1:4]:  # a product may round by where a row lies
+        torch.testing.assert_close(row_V, logits_BV[0], atol=1e-5, rtol=0)
     assert not torch.equal(logits_BV[0], logits_BV[4])
     runs.prefill(runs.request(2))
     assert runs.seen == 2, "while the engine is at work"
