@@ -176,21 +176,10 @@ async def _answer(
     runner: ChatRunner, job: ModelJob, index: int, *, caller: Caller, record: RequestRecord, metrics: Metrics
 ) -> Compared:
     """Counted as a request of its own is; `record` is this answer's alone."""
-    meter, failure = Meter(metrics, record), "cancelled"
-    try:
-        with _naming(index):
-            async with aclosing(runner.run(job, caller=caller, meter=meter, record=record)) as events:
-                answer = await _collect(job.request_id, events)
-        failure = None
-        return answer
-    except ApiError as error:
-        failure = error.code
-        raise
-    except Exception:
-        failure = "internal_error"
-        raise
-    finally:
-        meter.finished(failure)
+    meter = Meter(metrics, record)
+    with meter.settled(), _naming(index):
+        async with aclosing(runner.run(job, caller=caller, meter=meter, record=record)) as events:
+            return await _collect(job.request_id, events)
 
 
 async def _collect(answer_id: str, events: AsyncGenerator[Answer, None]) -> Compared:

@@ -10,7 +10,6 @@ from contextlib import aclosing
 
 from service.callers.keys import Caller
 from service.chat.request import ChatRunner, Shares
-from service.errors import ApiError
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.job import ModelJob, Turn
@@ -36,8 +35,8 @@ async def concepts_in(
     shares: Shares,
 ) -> Sequence[ConceptActivity]:
     """The strongest first. Raises ApiError; `field` is where the URL stood. Counted as a request of one picture."""
-    meter, failure = Meter(metrics, record), "cancelled"
-    try:
+    meter = Meter(metrics, record)
+    with meter.settled():
         images = await runner.decode([(field, url)], settings, caller=caller, meter=meter, record=record, shares=shares)
         job = ModelJob(
             request_id=f"search-{uuid.uuid4().hex}",
@@ -48,17 +47,7 @@ async def concepts_in(
             steering=LOOK_ONLY,
             tenant=caller.name,
         )
-        found = await _ask(runner, job, caller, meter, record)
-        failure = None
-        return found
-    except ApiError as error:
-        failure = error.code
-        raise
-    except Exception:
-        failure = "internal_error"
-        raise
-    finally:
-        meter.finished(failure)
+        return await _ask(runner, job, caller, meter, record)
 
 
 async def _ask(

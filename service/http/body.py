@@ -13,10 +13,13 @@ from typing import TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from service.chat.admission import Share
 from service.errors import ApiError, from_validation_error
-from service.settings import MIB
+from service.settings import COPIES_OF_A_BODY, MIB, Settings
 
 Fields = TypeVar("Fields", bound=BaseModel)
+WIDE_COPIES = 3
+"""A text with one character from outside the basic plane takes four bytes for each of its characters."""
 MAX_TOKENS = 50_000
 """Strings, commas and opening brackets of one body. The longest conversation that is allowed has about 30,000."""
 MAX_ESCAPES = 2_000_000
@@ -52,6 +55,19 @@ def check_size(size: int, max_bytes: int) -> None:
     """Raises ApiError."""
     if size > max_bytes:
         raise ApiError("request_too_large", f"the body may have at most {max_bytes} bytes")
+
+
+async def read_fields(request: Request, settings: Settings, share: Share, fields: type[Fields]) -> Fields:
+    """The body's fields; `share` is told all that is held on the way. Raises ApiError."""
+    body = await read_json_body(
+        request,
+        max_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+        take=lambda piece_bytes: share.take(COPIES_OF_A_BODY * piece_bytes),
+    )
+    if not body.isascii() or b"\\u" in body:
+        share.take(WIDE_COPIES * len(body))
+    return await parse_in_time(body, fields)
 
 
 async def parse_in_time(body: bytes, fields: type[Fields]) -> Fields:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,19 +24,16 @@ from service.chat.steering_sources import STRENGTH_HEADER
 from service.chat.streaming import AnswerHead, AnswerShape, Event, completion_json, error_event, event_stream
 from service.draining import Drain
 from service.errors import ApiError
-from service.http.body import parse_in_time, read_json_body
+from service.http.body import read_fields
 from service.live_settings import LiveSettings
 from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import record_of
 from service.model.job import ModelJob
 from service.model.replica import AnswerStart
-from service.settings import COPIES_OF_A_BODY
 
 log = logging.getLogger(__name__)
 UNIT_HEADER = "x-experiment-unit"
 UNIT = re.compile(r"[!-~]([ -~]{0,254}[!-~])?")
-WIDE_COPIES = 3
-"""A text with one character from outside the basic plane takes four bytes for each of its characters."""
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no",
 }  # fmt: skip
@@ -55,6 +52,18 @@ class ChatRoute:
 
     async def answer(self, request: Request) -> Response:
         return ChatAnswer(self, request)
+
+
+@asynccontextmanager
+async def within(limit_s: float) -> AsyncIterator[None]:
+    """Raises ApiError where what stands in here takes longer."""
+    try:
+        async with asyncio.timeout(limit_s) as clock:
+            yield
+    except TimeoutError:
+        if not clock.expired():
+            raise
+        raise ApiError("request_timeout", f"a request may take {limit_s:g} s; ask for less, or later") from None
 
 
 class ChatAnswer(Response):
@@ -78,7 +87,8 @@ class ChatAnswer(Response):
                     with self._route.admission.place(self._caller.name, places=places):
                         if self._route.shadows.running:
                             self._route.shadows.make_way(self._settings)
-                        await self._answer_in_time(scope, receive, send)
+                        async with within(self._settings.request_timeout_s):
+                            await self._answer(scope, receive, send)
                 failure = None
             except ApiError as error:
                 failure = error.code
@@ -91,16 +101,6 @@ class ChatAnswer(Response):
                 await self._fail(ApiError(failure, "the server failed on this request"), scope, receive, send)
             finally:
                 self._meter.finished(failure)
-
-    async def _answer_in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limit = self._settings.request_timeout_s
-        try:
-            async with asyncio.timeout(limit) as clock:
-                await self._answer(scope, receive, send)
-        except TimeoutError:
-            if not clock.expired():
-                raise
-            raise ApiError("request_timeout", f"a request may take {limit:g} s; ask for less, or later") from None
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What a request holds counts until its answer has ended: engines keep pixels as long, and Ray the job."""
@@ -133,15 +133,7 @@ class ChatAnswer(Response):
         """The body and all that was made of it on the way ends here."""
         unit_header = unit_header_of(self._request.headers)
         with self._route.admission.memory.share(self._caller.name) as body_share:
-            body = await read_json_body(
-                self._request,
-                max_bytes=self._settings.max_body_bytes,
-                timeout_s=self._settings.body_timeout_s,
-                take=lambda piece_bytes: body_share.take(COPIES_OF_A_BODY * piece_bytes),
-            )
-            if not body.isascii() or b"\\u" in body:
-                body_share.take(WIDE_COPIES * len(body))
-            chat = await parse_in_time(body, ChatCompletionRequest)
+            chat = await read_fields(self._request, self._settings, body_share, ChatCompletionRequest)
             shape = AnswerShape.of(chat, self._settings)
             job = await self._route.runner.take_in(
                 chat,

@@ -4,7 +4,6 @@ it ends. What it asks is its work's matter (`compare_route.py`, `concepts_route.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
@@ -15,10 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from service.chat.request import Shares
 from service.errors import ApiError
-from service.http.body import Fields, parse_in_time, read_json_body
-from service.http.chat_route import WIDE_COPIES, ChatRoute
+from service.http.body import Fields, read_fields
+from service.http.chat_route import ChatRoute, within
 from service.metrics.request_record import record_of
-from service.settings import COPIES_OF_A_BODY
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +43,7 @@ class Admitted:
         """The body's fields, and what counts all that is made of them: of what it took, until the block ends. Raises
         ApiError."""
         with self.route.admission.memory.share(self.caller.name) as share:
-            body = await read_json_body(
-                self.request,
-                max_bytes=self.settings.max_body_bytes,
-                timeout_s=self.settings.body_timeout_s,
-                take=lambda piece_bytes: share.take(COPIES_OF_A_BODY * piece_bytes),
-            )
-            if not body.isascii() or b"\\u" in body:
-                share.take(WIDE_COPIES * len(body))
-            parsed = await parse_in_time(body, fields)
-            del body
-            yield parsed, Shares(body=share, held=self._held)
+            yield await read_fields(self.request, self.settings, share, fields), Shares(body=share, held=self._held)
 
 
 Work = Callable[[Admitted], Awaitable[Response]]
@@ -87,16 +75,8 @@ class ModelAnswer(Response):
             async with self._route.drain.request():
                 places.enter_context(self._route.admission.place(caller.name, places=settings.max_concurrent_requests))
                 self._route.shadows.make_way(settings)
-                return await self._in_time(Admitted(self._route, self._request, places), settings.request_timeout_s)
-
-    async def _in_time(self, admitted: Admitted, limit_s: float) -> Response:
-        try:
-            async with asyncio.timeout(limit_s) as clock:
-                return await self._work(admitted)
-        except TimeoutError:
-            if not clock.expired():
-                raise
-            raise ApiError("request_timeout", f"a request may take {limit_s:g} s; ask for less, or later") from None
+                async with within(settings.request_timeout_s):
+                    return await self._work(Admitted(self._route, self._request, places))
 
     def _refusal(self, error: ApiError) -> Response:
         record_of(self._request.scope).error_code = error.code

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from service.errors import ERROR_KINDS
+from service.errors import ERROR_KINDS, ApiError
 from service.experiments.arms import NO_ARM
 from service.experiments.assignment import Assignment
 from service.metrics.machine import FOLDER_VARIABLE, MachineCollector, metrics_folder
@@ -231,6 +233,19 @@ class Meter:
         if self._waits:
             self._waits = False
             self._metrics.waiting.dec()
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """`finished` when the block ends, with what ended it."""
+        failure: str | None = "cancelled"
+        try:
+            yield
+            failure = None
+        except Exception as error:
+            failure = error.code if isinstance(error, ApiError) else "internal_error"
+            raise
+        finally:
+            self.finished(failure)
 
     def finished(self, failure: str | None) -> None:
         """`failure` is None, 'cancelled', or the error code that the client saw."""
