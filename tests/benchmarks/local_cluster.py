@@ -74,6 +74,8 @@ class LocalCluster:
 
     def start_head(self) -> Node:
         """No replica runs there. After a killed one, with Redis, the same cluster goes on."""
+        # `ray start` takes the raylets of the other nodes, which are on this machine, for a head that runs
+        (self.folder / "ray_current_cluster").unlink(missing_ok=True)
         options = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
         options += [f"--ray-client-server-port={free_port()}", "--num-cpus=0"]
         environment = {}
@@ -103,7 +105,10 @@ class LocalCluster:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=os.environ | environment, stdout=sink, stderr=sink, start_new_session=True
             )
-        wait_until(lambda: "Ray runtime started" in log.read_text(), STARTING_S, lambda: log.read_text()[-2000:])
+        started = lambda: "Ray runtime started" in log.read_text()  # noqa: E731
+        wait_until(lambda: started() or process.poll() is not None, STARTING_S, lambda: log.read_text()[-2000:])
+        if not started():
+            raise RuntimeError(f"a node ended as it started: {log.read_text()[-2000:]}")
         return Node(process)
 
 

@@ -43,6 +43,13 @@ RAY_CLUSTER = fields(
     "headGroupSpec",
     rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
     authOptions=fields("mode", mode={"enum": ["disabled", "token"]}),
+    gcsFaultToleranceOptions=fields(
+        "redisAddress",
+        redisAddress={"type": "string", "pattern": r"^(rediss?://)?[a-z0-9.-]+:\d+$"},
+        redisPassword=fields(
+            "valueFrom", valueFrom=fields("secretKeyRef", secretKeyRef=fields("name", "key", name=TEXT, key=TEXT))
+        ),
+    ),
     enableInTreeAutoscaling=BOOLEAN,
     autoscalerOptions=fields(
         version={"enum": ["v1", "v2"]},

@@ -36,7 +36,8 @@ class Pod(NamedTuple):
         return [*self.spec.get("initContainers", ()), *self.spec["containers"]]
 
     def environment(self, container: dict[str, Any]) -> dict[str, str]:
-        return {one["name"]: one["value"] for one in container.get("env", ())}
+        """What is said in the open: not what comes from a Secret."""
+        return {one["name"]: one["value"] for one in container.get("env", ()) if "value" in one}
 
 
 @cache

