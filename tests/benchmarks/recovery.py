@@ -43,6 +43,7 @@ REPLICAS = 2
 TOO_MANY = 20
 NOTICED_S = 20.0
 """By then a cluster knows of a node that has died."""
+PARTS = ("Model", "Ingress", "Ledger", "ProxyActor")
 GOOD = ("right", "tie", "duplicated")
 
 
@@ -108,8 +109,9 @@ class Run:
 
 
 def two_of_each(config: dict[str, Any]) -> dict[str, Any]:
+    """On different nodes: Serve's own spreading may put both on one."""
     for deployment in config["applications"][0]["deployments"]:
-        deployment["num_replicas"] = REPLICAS
+        deployment |= {"num_replicas": REPLICAS, "max_replicas_per_node": 1}
     return config
 
 
@@ -149,8 +151,8 @@ async def too_many(run: Run) -> dict[str, Any]:
 
 
 async def kill_worker(run: Run) -> dict[str, Any]:
-    victim = next(node for node in run.cluster.workers if holds(node, ":Model"))
-    held = [part for part in (":Model", ":Ingress", ":Ledger", "ProxyActor") if holds(victim, part)]
+    victim = next(node for node in run.cluster.workers if holds(node, "Model"))
+    held = {part: number for part in PARTS if (number := holds(victim, part))}
     struck, killed = now(), victim.kill()
     run.cluster.workers.remove(victim)
     await run.watch_anew()
@@ -167,14 +169,13 @@ async def kill_head(run: Run) -> dict[str, Any]:
     return {"killed": killed, "head_started_after_s": round(back, 1), "all_as_before_after_s": took}
 
 
-def holds(node: Node, part: str) -> bool:
+def holds(node: Node, part: str) -> int:
+    """Processes of a node that are such a part of Serve."""
+    found = 0
     for pid in node.pids():
-        try:
-            if part in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
-                return True
-        except OSError:  # it ended while we looked
-            continue
-    return False
+        with suppress(OSError):  # it ended while we looked
+            found += part in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return found
 
 
 async def measure(cluster: LocalCluster, checkpoint: Path, settings: argparse.Namespace) -> list[dict[str, Any]]:
