@@ -151,7 +151,7 @@ def test_every_measured_figure_of_a_page_has_its_command(page: str):
     }
     assert measured or page in ("service/README.md",)
     for title, text in measured.items():
-        assert re.search(r"python -m training\.|python tests/benchmarks/|training/pipeline\.sh", text), title
+        assert re.search(r"python -m\s(training|tests\.benchmarks)\.|training/pipeline\.sh", text), title
 
 
 def test_every_field_of_steering_and_every_setting_of_an_engine_is_explained():

@@ -1,0 +1,206 @@
+"""How many replicas for how many requests? A simulated fleet, held against real ones, and a table from it.
+
+    python -m tests.benchmarks.cluster.sizing --json FILE
+
+First one replica of the bundled miniature is measured through HTTP, with 1, 2, 4 ... clients that each ask again as
+soon as they are answered: a decoding step of n sequences takes `base_s + each_s * n`, and a prompt so many steps. Then
+the same service is run with one, two and three replicas under requests at random times, and the fleet (`fleet.py`) says
+what those runs should give: the error is what is printed. Replicas, HTTP and clients share this machine's cores, so how
+much two replicas do at once (`cores`) is measured, too, as the ratio of their capacities; three are then a prediction.
+
+The table is for a replica of one's own: `--base-s`, `--each-s` and so on replace what is assumed for one (two GPUs,
+LLaVA-1.5-7B) that nobody has measured. `--table-only` makes it without a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from service.scaling import FULL_SHARE
+from tests.benchmarks.cluster.cluster_load import BATCH, Clients
+from tests.benchmarks.cluster.fleet import Fleet, Plan, Replica, Seen
+from tests.benchmarks.serving.open_loop import Asked, Outcome, ask_alone, open_loop, scenes
+from tests.benchmarks.serving.running_service import running_service
+from training.evaluation.manifest import describe_run
+from training.miniature.paths import ARTIFACT, LLAVA
+
+ENGINE = ("--model", str(LLAVA), "--artifact", str(ARTIFACT), "--engine.max-batch-size", str(BATCH))
+CLIENTS = (1, 2, 4)
+SHARES = (0.4, 0.8)
+"""Of the capacity: what arrives in the runs that the fleet predicts."""
+FIGURES = (("first_token_s", 0.5), ("first_token_s", 0.9), ("whole_s", 0.5), ("whole_s", 0.9))
+RATES = (10, 100, 1_000, 10_000)
+HORIZON_S = {10: 900, 100: 600, 1_000: 180, 10_000: 40}
+"""Shorter for more requests: so many seconds hold hundreds of thousands."""
+SURGE = 2.0
+SURGE_S = 1800.0
+
+
+async def closed(port: int, asked: Asked, clients: int, seconds: float) -> list[Outcome]:
+    """Complete answers with so many clients."""
+    asking = Clients(port, asked)
+    asking.set(clients)
+    await asyncio.sleep(seconds)
+    return [one for one in await asking.finish() if one.ending == "complete" and one.first_token_s is not None]
+
+
+def fitted(by_clients: dict[int, list[Outcome]], lengths: tuple[float, ...]) -> Replica:
+    """A line through the time of a step, over how many shared it; the prompt in steps, on average."""
+    tokens = statistics.mean(lengths)
+    steps, prompts = {}, []
+    for number, outcomes in by_clients.items():
+        first = statistics.mean(one.first_token_s or 0.0 for one in outcomes)
+        steps[number] = (statistics.mean(one.whole_s for one in outcomes) - first) / (tokens - 1)
+        prompts.append(first / steps[number] - 1)
+    slope, intercept = statistics.linear_regression(list(steps), list(steps.values()))
+    return Replica(
+        base_s=max(intercept, 1e-4),
+        each_s=max(slope, 0.0),
+        prefill_steps=max(0.0, statistics.mean(prompts)),
+        lengths=lengths,
+        batch=BATCH,
+    )
+
+
+async def one_replica(port: int, asked: Asked, seconds: float) -> Replica:
+    by_clients = {number: await closed(port, asked, number, seconds) for number in CLIENTS}
+    return fitted(by_clients, tuple(float(len(solo.tokens)) for solo in asked.solos))
+
+
+async def capacity(port: int, asked: Asked, replicas: int, seconds: float) -> float:
+    return len(await closed(port, asked, 3 * BATCH * replicas, seconds)) / seconds
+
+
+def figures(seen: Seen) -> dict[str, float]:
+    return {
+        f"{name}_p{share * 100:.0f}": round(seen.quantile(getattr(seen, name), share), 3) for name, share in FIGURES
+    }
+
+
+async def real(port: int, asked: Asked, rate: float, seconds: float) -> dict[str, float]:
+    outcomes, _unsent = await open_loop(port, asked, rate=rate, seconds=seconds, seed=1)
+    seen = Seen(refused=sum(one.status == 503 for one in outcomes), arrived=len(outcomes))
+    for one in outcomes:
+        if one.ending == "complete" and one.first_token_s is not None:
+            seen.first_token_s.append(one.first_token_s)
+            seen.whole_s.append(one.whole_s)
+    return figures(seen) | {"answered": len(seen.whole_s), "refused": seen.refused}
+
+
+def fixed(replicas: int, kind: Replica, **more: Any) -> Plan:
+    return Plan(least=replicas, most=replicas, target=FULL_SHARE * kind.batch, **more)
+
+
+def validate(asked: Asked, settings: argparse.Namespace) -> tuple[Replica, float, list[dict[str, Any]]]:
+    """The measured replica, how many compute at once here, and a row for each real run with its prediction."""
+    kind, cores, capacities, table = None, 1.0, {}, []
+    for replicas in (1, 2, 3):
+        with running_service(*ENGINE, "--model-replicas", str(replicas)) as service:
+            if not asked.solos:
+                asyncio.run(ask_alone(service.port, asked))
+            kind = kind or asyncio.run(one_replica(service.port, asked, settings.seconds / 2))
+            if replicas <= 2:
+                capacities[replicas] = asyncio.run(capacity(service.port, asked, replicas, settings.seconds / 2))
+                cores = max(1.0, min(2.0, capacities[replicas] / capacities[1]))
+            for share in SHARES:
+                rate = share * capacities[1] * min(replicas, cores)
+                found = asyncio.run(real(service.port, asked, rate, settings.seconds))
+                plan = fixed(replicas, kind, cores=cores)
+                said = figures(Fleet(kind, plan, rate=rate, seconds=3_000, seed=2).run())
+                errors = {name: round(said[name] / found[name] - 1, 3) for name in said if found[name]}
+                table.append(
+                    {"replicas": replicas, "rate": round(rate, 2), "real": found, "said": said, "error": errors}
+                )
+                print(json.dumps(table[-1]), flush=True)
+    assert kind is not None
+    return kind, cores, table
+
+
+def sized(kind: Replica, rate: float, settings: argparse.Namespace) -> dict[str, Any]:
+    """Enough replicas to be three quarters full, what they give, and what twice the requests do to them at once."""
+    replicas = math.ceil(rate / (FULL_SHARE * kind.capacity))
+    seconds = HORIZON_S.get(int(rate), 300)
+    calm = Fleet(kind, fixed(replicas, kind, queue=64 * replicas), rate=rate, seconds=seconds).run()
+    row = {
+        "rate": rate,
+        "replicas": replicas,
+        **figures(calm),
+        "first_token_s_p99": round(calm.quantile(calm.first_token_s, 0.99), 3),
+        "refused": calm.refused / max(1, calm.arrived),
+        "cost_per_million": round(replicas / rate / 3600 * 1e6 * settings.price, 1),
+    }
+    if rate <= settings.largest_surge:
+        plan = Plan(
+            least=replicas, most=3 * replicas, target=FULL_SHARE * kind.batch, queue=64 * replicas, up_delay_s=30.0
+        )
+        surge = Fleet(kind, plan, rate=rate, seconds=SURGE_S, surge=SURGE).run()
+        row |= {
+            "surge_refused": round(surge.refused / max(1, surge.arrived), 4),
+            "surge_first_token_s_p99": round(surge.quantile(surge.first_token_s, 0.99), 1),
+            "surge_replicas": surge.largest,
+        }
+    return row
+
+
+def assumed(settings: argparse.Namespace) -> Replica:
+    mean = settings.mean_tokens
+    return Replica(
+        base_s=settings.base_s,
+        each_s=settings.each_s,
+        prefill_steps=settings.prefill_steps,
+        lengths=tuple(mean * share for share in (0.2, 0.5, 0.8, 1.0, 1.2, 1.5, 1.8)),
+        batch=settings.batch,
+        start_s=settings.start_s,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where the report goes")
+    parser.add_argument("--table-only", action="store_true", help="no run: only the table of the assumed replica")
+    parser.add_argument("--seconds", type=float, default=30, help="duration of each real run")
+    parser.add_argument("--items", type=int, default=20, help="scenes that are asked about")
+    parser.add_argument("--tokens", type=int, default=40, help="largest number of tokens of an answer")
+    parser.add_argument("--base-s", type=float, default=0.012, help="assumed: a decoding step, in seconds")
+    parser.add_argument("--each-s", type=float, default=0.0002, help="assumed: more of it for each sequence")
+    parser.add_argument("--prefill-steps", type=float, default=8, help="assumed: a prompt and its picture, in steps")
+    parser.add_argument("--mean-tokens", type=float, default=100, help="assumed: mean length of an answer")
+    parser.add_argument("--batch", type=int, default=32, help="engine.max_batch_size")
+    parser.add_argument("--start-s", type=float, default=180, help="assumed: a machine, and the model loaded on it")
+    parser.add_argument("--price", type=float, default=1.0, help="of a replica for an hour; the table's unit of cost")
+    parser.add_argument("--largest-surge", type=float, default=100, help="up to this rate the surge is simulated, too")
+    return parser
+
+
+def main() -> None:
+    settings = parser().parse_args()
+    table: list[dict[str, Any]] = []
+    for rate in RATES:
+        table.append(sized(assumed(settings), rate, settings))
+        print(json.dumps(table[-1]), flush=True)
+    report: dict[str, Any] = {"ratios": {}, "spread": {}, "table": table, "validation": []}
+    if not settings.table_only:
+        asked = scenes(LLAVA.name, settings.items, settings.tokens)
+        kind, cores, report["validation"] = validate(asked, settings)
+        report["measured"] = {**vars(kind), "cores": cores, "capacity": kind.capacity}
+        for name, share in FIGURES:
+            figure = f"{name}_p{share * 100:.0f}"
+            errors = [abs(row["error"][figure]) for row in report["validation"]]
+            report["ratios"][f"error_{figure}"] = round(statistics.median(errors), 3)
+            report["spread"][f"error_{figure}"] = [min(errors), max(errors)]
+    report["manifest"] = describe_run({name: str(value) for name, value in vars(settings).items()})
+    report["manifest"]["cpus"] = os.cpu_count()
+    print(json.dumps({"ratios": report["ratios"], "spread": report["spread"]}))
+    if settings.json:
+        settings.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
