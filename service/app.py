@@ -39,6 +39,8 @@ LEDGER_CHECK_PERIOD_S = 1
 MODEL_STARTS = 3
 """So often a model replica is started before a rollout counts as failed: a GPU may fail once, a damaged artifact always
 does, and `python -m service` does not wait for the other times."""
+LEDGER_CPUS = 0.001
+"""With none it could be put on a cluster's head, which has none, and be lost with it."""
 LEDGER_REQUESTS = 10_000
 """May wait for it, of all ingress replicas together."""
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -136,7 +138,7 @@ def assemble(
         "max_queued_requests": settings.max_concurrent_requests,  # in Serve's proxy, while a replica is being replaced
     }
     ledger = SharedLedger.options(
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": LEDGER_CPUS},
         max_ongoing_requests=LEDGER_REQUESTS,
         health_check_period_s=LEDGER_CHECK_PERIOD_S,
     )

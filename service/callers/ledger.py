@@ -26,6 +26,8 @@ ROUNDING_S = 1e-6
 """Times are sums of floats: who comes back when told must not be early by a rounding error."""
 TIMEOUT_S = 2.0
 """For an answer of the process that holds it."""
+LOST_TIMEOUT_S = 0.25
+"""The same after it has not answered: while it is gone, requests do not wait for it one by one."""
 MAX_ANSWERS = 100_000
 """They take about 64 MB."""
 ANSWER_LIFETIME_S = 3600.0
@@ -114,7 +116,7 @@ class RayLedger:
     """A Ledger behind a Serve handle. Its methods raise ApiError where it does not answer."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+        self._handle, self._timeout_s = handle, TIMEOUT_S
 
     async def charge(self, caller: str, charges: tuple[Charge, ...]) -> float:
         return await self._call("charge", caller, charges)
@@ -127,9 +129,12 @@ class RayLedger:
 
     async def _call(self, method: str, *arguments: object) -> Any:
         try:
-            return await asyncio.wait_for(getattr(self._handle, method).remote(*arguments), TIMEOUT_S)
+            answer = await asyncio.wait_for(getattr(self._handle, method).remote(*arguments), self._timeout_s)
         except (TimeoutError, RayError, RayServeException):
+            self._timeout_s = LOST_TIMEOUT_S
             raise ApiError("engine_unavailable", "the ledger of quotas does not answer; try again later") from None
+        self._timeout_s = TIMEOUT_S
+        return answer
 
 
 async def charge(ledger: Ledger | RayLedger, caller: Caller, **amounts: int) -> None:

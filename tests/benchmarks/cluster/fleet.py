@@ -11,86 +11,24 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import simpy
 
+from tests.benchmarks.cluster.plan import Plan, Replica, Request, Seen
+
 DECIDE_EVERY_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replica:
-    """What one is capable of."""
-
-    base_s: float
-    """Of a decoding step, whatever the batch."""
-    each_s: float
-    """More of it for each sequence."""
-    prefill_steps: float
-    """Work before the first token, in steps."""
-    lengths: tuple[float, ...]
-    """Tokens of answers, each as likely as another."""
-    batch: int
-    """Sequences that share a step; further requests wait at the replica."""
-    holds: int = 128
-    """`max_ongoing_requests`: further requests wait at the ingress."""
-    start_s: float = 0.0
-    """From the decision to the first request."""
-
-    def step_s(self, sequences: int) -> float:
-        return self.base_s + self.each_s * sequences
-
-    @property
-    def capacity(self) -> float:
-        """Answers a second with a full batch."""
-        mean = sum(self.lengths) / len(self.lengths)
-        return self.batch / (self.step_s(self.batch) * (self.prefill_steps + mean))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How many there may be, as `autoscaling_config` says it."""
-
-    least: int
-    most: int
-    target: float
-    """`target_ongoing_requests`."""
-    look_back_s: float = 30.0
-    up_delay_s: float = 30.0
-    down_delay_s: float = 600.0
-    queue: int = 64
-    """`max_queued_requests`, of all ingress replicas together: one more is refused."""
-    cores: float = math.inf
-    """Replicas that can compute at the same time at full speed; more share them."""
-
-
-@dataclass
-class Seen:
-    """What became of the requests of a run."""
-
-    first_token_s: list[float] = field(default_factory=list)
-    whole_s: list[float] = field(default_factory=list)
-    refused: int = 0
-    arrived: int = 0
-    replica_s: float = 0.0
-    """Replicas paid for, times seconds."""
-    largest: int = 0
-
-    def quantile(self, values: list[float], share: float) -> float:
-        ordered = sorted(values)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else math.nan
 
 
 @dataclass(order=True)
 class Job:
-    """A request: where in its replica's steps it gets its first token, and where it ends."""
+    """A request that is being answered: where in its replica's steps it ends."""
 
     ends_at: float
     number: int
-    arrived_s: float = field(compare=False)
-    steps: float = field(compare=False)
+    request: Request = field(compare=False)
 
 
 class Server:
@@ -100,7 +38,7 @@ class Server:
         self.fleet, self.kind = fleet, fleet.kind
         self.active: list[Job] = []
         self.firsts: list[tuple[float, float]] = []
-        self.waiting: deque[tuple[float, float]] = deque()
+        self.waiting: deque[Request] = deque()
         self.steps, self.at = 0.0, fleet.world.now
         self.leaving = False
         self.changed = fleet.world.event()
@@ -110,8 +48,24 @@ class Server:
     def ongoing(self) -> int:
         return len(self.active) + len(self.waiting)
 
-    def take(self, arrived_s: float, steps: float) -> None:
-        self.waiting.append((arrived_s, steps))
+    @property
+    def requests(self) -> Iterator[Request]:
+        yield from self.waiting
+        yield from (job.request for job in self.active)
+
+    def _cached(self) -> float:
+        return sum(self._size(job.request) for job in self.active)
+
+    def _size(self, request: Request) -> float:
+        return request.pictures * self.kind.picture_tokens + request.steps
+
+    def _fits(self, request: Request) -> bool:
+        if len(self.active) >= self.kind.batch:
+            return False
+        return math.isinf(self.kind.cache_tokens) or self._cached() + self._size(request) <= self.kind.cache_tokens
+
+    def take(self, request: Request) -> None:
+        self.waiting.append(request)
         self._touch()
 
     def _touch(self) -> None:
@@ -130,11 +84,11 @@ class Server:
     def work(self) -> Generator[simpy.Event, Any, None]:
         world = self.fleet.world
         while not (self.leaving and not self.ongoing):
-            while self.waiting and len(self.active) < self.kind.batch:
-                arrived_s, steps = self.waiting.popleft()
-                job = Job(self.steps + self.kind.prefill_steps + steps, self.fleet.next_number(), arrived_s, steps)
-                heapq.heappush(self.active, job)
-                heapq.heappush(self.firsts, (self.steps + self.kind.prefill_steps + 1, arrived_s))
+            while self.waiting and self._fits(self.waiting[0]):
+                request = self.waiting.popleft()
+                decoded_at = self.steps + self.kind.prefill_steps * request.pictures
+                heapq.heappush(self.active, Job(decoded_at + request.steps, self.fleet.next_number(), request))
+                heapq.heappush(self.firsts, (decoded_at + 1, request.arrived_s))
             self.changed, pace_s = world.event(), self._pace_s()
             events: list[simpy.Event] = [self.changed]
             if self.active:
@@ -149,7 +103,7 @@ class Server:
         while self.firsts and self.firsts[0][0] <= self.steps + 1e-6:
             seen.first_token_s.append(now - heapq.heappop(self.firsts)[1])
         while self.active and self.active[0].ends_at <= self.steps + 1e-6:
-            seen.whole_s.append(now - heapq.heappop(self.active).arrived_s)
+            seen.whole_s.append(now - heapq.heappop(self.active).request.arrived_s)
             self.fleet.refill(self)
 
 
@@ -157,15 +111,36 @@ class Fleet:
     """Replicas, the queue before them, and who decides how many there are."""
 
     def __init__(
-        self, kind: Replica, plan: Plan, *, rate: float, seconds: float, surge: float = 1.0, seed: int = 0
+        self,
+        kind: Replica,
+        plan: Plan,
+        *,
+        rate: float,
+        seconds: float,
+        surge: float = 1.0,
+        later_pictures: tuple[int, ...] | None = None,
+        seed: int = 0,
     ) -> None:
-        """`rate` requests a second arrive at random; after a third of the time, `surge` times as many."""
+        """`rate` requests a second arrive at random; after a third of the time, `surge` times as many, with as many
+        pictures as before or others.
+        """
+        self.later_pictures = later_pictures or kind.pictures
         self.kind, self.plan, self.rate, self.surge, self.seconds = kind, plan, rate, surge, seconds
         self.world, self.seen, self.dice = simpy.Environment(), Seen(), random.Random(seed)
-        self.queue: deque[tuple[float, float]] = deque()
+        self.queue: deque[Request] = deque()
         self.starting = 0
         self._number = 0
         self.servers = [Server(self) for _ in range(plan.least)]
+
+    @property
+    def ongoing(self) -> int:
+        return len(self.queue) + sum(one.ongoing for one in self.servers)
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Of all requests that are there, whether they have a place in a cache or wait for one."""
+        pictures = sum(one.pictures for server in self.servers for one in server.requests)
+        return self.kind.picture_tokens * (pictures + sum(one.pictures for one in self.queue))
 
     def next_number(self) -> int:
         self._number += 1
@@ -186,26 +161,27 @@ class Fleet:
 
     def _arrivals(self) -> Generator[simpy.Event, Any, None]:
         while True:
-            rate = self.rate * (self.surge if self.world.now > self.seconds / 3 else 1)
-            yield self.world.timeout(self.dice.expovariate(rate))
+            later = self.world.now > self.seconds / 3
+            yield self.world.timeout(self.dice.expovariate(self.rate * (self.surge if later else 1)))
             self.seen.arrived += 1
-            self._place(self.world.now, self.dice.choice(self.kind.lengths))
+            steps, kinds = self.dice.choice(self.kind.lengths), self.later_pictures if later else self.kind.pictures
+            self._place(Request(self.world.now, steps, kinds[0] if len(kinds) == 1 else self.dice.choice(kinds)))
 
-    def _place(self, arrived_s: float, steps: float) -> None:
+    def _place(self, request: Request) -> None:
         """At the better of two replicas picked at random, as Serve does."""
         open_ones = [one for one in self.servers if not one.leaving]
         picked = [self.dice.choice(open_ones) for _ in range(2)] if open_ones else []
         best = min(picked, key=lambda one: one.ongoing, default=None)
         if best is not None and best.ongoing < self.kind.holds:
-            best.take(arrived_s, steps)
+            best.take(request)
         elif len(self.queue) < self.plan.queue:
-            self.queue.append((arrived_s, steps))
+            self.queue.append(request)
         else:
             self.seen.refused += 1
 
     def refill(self, server: Server) -> None:
         while self.queue and not server.leaving and server.ongoing < self.kind.holds:
-            server.take(*self.queue.popleft())
+            server.take(self.queue.popleft())
 
     def _count(self) -> Generator[simpy.Event, Any, None]:
         while True:
@@ -216,12 +192,12 @@ class Fleet:
             yield self.world.timeout(DECIDE_EVERY_S)
 
     def _decide(self) -> Generator[simpy.Event, Any, None]:
-        """Serve's default policy: the mean of ongoing requests over the target, after the delay of its direction."""
+        """Serve's default policy: the mean load over the target, after the delay of its direction."""
         loads: deque[float] = deque(maxlen=max(1, int(self.plan.look_back_s / DECIDE_EVERY_S)))
         since, direction = 0.0, 0
         while True:
             yield self.world.timeout(DECIDE_EVERY_S)
-            loads.append(len(self.queue) + sum(one.ongoing for one in self.servers))
+            loads.append(self.plan.load(self))
             there = sum(not one.leaving for one in self.servers) + self.starting
             wanted = math.ceil(sum(loads) / len(loads) / self.plan.target)
             wanted = min(self.plan.most, max(self.plan.least, wanted))

@@ -34,9 +34,12 @@ SOON = {
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_raylet_start_wait_time_s": "600",
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3600",
     "OMP_NUM_THREADS": "1",
 }
-"""The autoscaler hears of the load each second, not every ten: a run takes minutes."""
+"""The autoscaler hears of the load each second, not every ten: a run takes minutes. A proxy that has nothing to do is
+not ended: all share one port, and no client could avoid it, as a balancer does that asks whether it is ready.
+"""
 STARTING_S = 600.0
 
 

@@ -42,7 +42,7 @@ REPLICAS = 2
 TOO_MANY = 20
 NOTICED_S = 20.0
 """By then a cluster knows of a node that has died."""
-PARTS = ("Model", "Ingress", "Ledger", "ProxyActor")
+PARTS = ("Model", "Ingress", "Ledger", "ProxyActor", "ServeController")
 GOOD = ("right", "tie", "duplicated")
 
 
@@ -151,7 +151,7 @@ async def too_many(run: Run) -> dict[str, Any]:
 
 async def kill_worker(run: Run) -> dict[str, Any]:
     victim = next(node for node in run.cluster.workers if holds(node, "Model"))
-    held = {part: number for part in PARTS if (number := holds(victim, part))}
+    held = parts_of(victim)
     struck, killed = now(), victim.kill()
     run.cluster.workers.remove(victim)
     await run.watch_anew()
@@ -159,13 +159,18 @@ async def kill_worker(run: Run) -> dict[str, Any]:
 
 
 async def kill_head(run: Run) -> dict[str, Any]:
+    held = parts_of(run.cluster.head)
     struck, killed = now(), run.cluster.head.kill()
     await asyncio.sleep(run.settings.away_seconds)
     await asyncio.to_thread(run.cluster.start_head)
     back = now() - struck
     await run.watch_anew()
     took = round(await run.wait_until_all_run() - struck, 1)
-    return {"killed": killed, "head_started_after_s": round(back, 1), "all_as_before_after_s": took}
+    return {"killed": killed, "held": held, "head_started_after_s": round(back, 1), "all_as_before_after_s": took}
+
+
+def parts_of(node: Node) -> dict[str, int]:
+    return {part: number for part in PARTS if (number := holds(node, part))}
 
 
 def holds(node: Node, part: str) -> int:

@@ -25,7 +25,8 @@ from typing import Any
 
 from service.scaling import FULL_SHARE
 from tests.benchmarks.cluster.cluster_load import BATCH, Clients
-from tests.benchmarks.cluster.fleet import Fleet, Plan, Replica, Seen
+from tests.benchmarks.cluster.fleet import Fleet
+from tests.benchmarks.cluster.plan import Plan, Replica, Seen
 from tests.benchmarks.serving.open_loop import Asked, Outcome, ask_alone, open_loop, scenes
 from tests.benchmarks.serving.running_service import running_service
 from training.evaluation.manifest import describe_run

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from tests.benchmarks.cluster.fleet import Fleet, Plan, Replica
+from tests.benchmarks.cluster.fleet import Fleet
+from tests.benchmarks.cluster.plan import Plan, Replica
 
 ALONE = Replica(base_s=0.01, each_s=0.0, prefill_steps=0.0, lengths=(10.0,), batch=1, holds=10**9)
 """A request takes a tenth of a second, and nobody shares."""
@@ -63,3 +64,21 @@ def test_replicas_that_share_a_core_are_no_faster_together() -> None:
     seen = Fleet(ALONE, plan, rate=2 * ALONE.capacity, seconds=1_000).run()
     assert len(seen.whole_s) / 1_000 == pytest.approx(ALONE.capacity, rel=0.05)
     assert not math.isnan(seen.quantile(seen.whole_s, 0.99))
+
+
+def test_what_does_not_fit_into_the_cache_waits_and_a_signal_may_count_it() -> None:
+    kind = Replica(
+        base_s=0.02, each_s=0.0, prefill_steps=0.0, lengths=(10.0,), batch=4, picture_tokens=90.0, cache_tokens=200.0
+    )
+    full = Fleet(kind, one(kind, queue=50), rate=3 * kind.capacity, seconds=1_000).run()
+    assert len(full.whole_s) / 1_000 == pytest.approx(kind.capacity / 2, rel=0.02), "two at a time, not four"
+    crowd = Fleet(kind, one(kind), rate=3 * kind.capacity, seconds=10)
+    crowd.run()
+    assert crowd.prompt_tokens == 90.0 * crowd.ongoing
+
+
+def test_larger_requests_take_longer_before_their_first_token() -> None:
+    kind = Replica(base_s=0.02, each_s=0.0, prefill_steps=3.0, lengths=(10.0,), batch=4)
+    turned = Fleet(kind, one(kind), rate=0.01, seconds=3_000, later_pictures=(4,)).run()
+    assert min(turned.first_token_s) == pytest.approx(4 * 0.02)
+    assert max(turned.first_token_s) == pytest.approx(13 * 0.02)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
+from contextlib import nullcontext
+from typing import Any, cast
 
 import pytest
 
-from service.callers.ledger import ANSWER_LIFETIME_S, AnswerLabels, Charge, Ledger
+from service.callers.ledger import (
+    ANSWER_LIFETIME_S,
+    LOST_TIMEOUT_S,
+    TIMEOUT_S,
+    AnswerLabels,
+    Charge,
+    Ledger,
+    RayLedger,
+)
+from service.errors import ApiError
 
 LABELS = AnswerLabels(arm="none", preset="captions", strength="1", applied="true")
 
@@ -98,3 +110,34 @@ async def test_answers_are_forgotten_after_an_hour_and_when_there_are_too_many(l
     assert await ledger.claim_answer("c", "alice") is None
     await ledger.record_answer("e", "alice", LABELS)
     assert list(ledger._answers) == ["e"], "what is too old is gone"
+
+
+class Handle:
+    """Like a Serve handle, whose process answers at once or is gone."""
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.charge = self
+
+    async def remote(self, *_arguments: object) -> float:
+        if self.gone:
+            await asyncio.Event().wait()
+        return 0.0
+
+
+async def test_while_it_is_lost_only_the_first_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    wait_for = asyncio.wait_for
+
+    async def in_no_time(answer: Any, timeout_s: float) -> Any:
+        waits.append(timeout_s)
+        return await wait_for(answer, 0.01)
+
+    monkeypatch.setattr(asyncio, "wait_for", in_no_time)
+    handle = Handle()
+    ledger = RayLedger(cast(Any, handle))
+    for gone in (False, True, True, True, False, False):
+        handle.gone = gone
+        with pytest.raises(ApiError, match="does not answer") if gone else nullcontext():
+            await ledger.charge("alice", ())
+    assert waits == [TIMEOUT_S, TIMEOUT_S, LOST_TIMEOUT_S, LOST_TIMEOUT_S, LOST_TIMEOUT_S, TIMEOUT_S]
