@@ -69,7 +69,7 @@ def test_what_is_applied_is_there(words: list[str]):
 
 
 @pytest.mark.parametrize("words", [words for words in of("kubectl ") if "create" in words], ids=" ".join)
-def test_a_secret_that_is_made_has_the_files_that_pods_mount(words: list[str], tmp_path: Path):
+def test_a_secret_that_is_made_has_what_pods_take_from_it(words: list[str], tmp_path: Path):
     """By kubectl itself, which needs no cluster to say what it would make."""
     certificate = trustme.CA().issue_cert("vl-sae.example")
     (tmp_path / "tls.crt").write_bytes(certificate.cert_chain_pems[0].bytes())
@@ -85,6 +85,13 @@ def test_a_secret_that_is_made_has_the_files_that_pods_mount(words: list[str], t
         for pod in pods(objects)
         for volume in pod.spec.get("volumes", ())
         if volume.get("secret", {}).get("secretName") == made["metadata"]["name"]
+    ]
+    wanted += [
+        {source["key"]}
+        for pod in pods(objects)
+        for container in pod.containers
+        for variable in container.get("env", ())
+        if (source := variable.get("valueFrom", {}).get("secretKeyRef", {})).get("name") == made["metadata"]["name"]
     ]
     assert wanted
     assert all(keys == set(made["data"]) for keys in wanted)
