@@ -2,13 +2,13 @@
 
     python -m tests.benchmarks.serving.load --json FILE
 
-The bundled miniature on the Hugging Face engine, captions of 40 tokens at most. The capacity is what 32 clients get who
-ask again and again for `--capacity-seconds`; then requests arrive at random times that do not depend on the answers.
-Each row: what was offered and what became of it, time to first token and to the last, both from when the request was
-due to leave, how late this client was itself, and the memory of all the service's processes (proportional set size).
-Client and service share the machine. The exit status is 1 where an answer was lost, wrong or duplicated, or a request
-was not sent or left too late for its times to mean anything. Each load runs once: it needs a minute in which memory
-could grow, so the spread is of windows within it and not of rounds.
+The bundled miniature on the Hugging Face engine, behind its gateway; captions of 40 tokens at most. The capacity is
+what 32 clients get who ask again and again for `--capacity-seconds`; then requests arrive at random times that do not
+depend on the answers. Each row: what was offered and what became of it, time to first token and to the last, both from
+when the request was due to leave, how late this client was itself, and the memory of all the service's processes
+(proportional set size). Client and service share the machine. The exit status is 1 where an answer was lost, wrong or
+duplicated, or a request was not sent or left too late for its times to mean anything. Each load runs once: it needs a
+minute in which memory could grow, so the spread is of windows within it and not of rounds.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--items", type=int, default=150, help="scenes that are asked about")
     parser.add_argument("--tokens", type=int, default=40, help="largest number of tokens of an answer")
     settings = parser.parse_args()
-    with running_service("--model", str(LLAVA), "--artifact", str(ARTIFACT)) as service:
+    with running_service("--model", str(LLAVA), "--artifact", str(ARTIFACT), "--gateway", "on") as service:
         report = asyncio.run(measure(service, settings))
     for name, value in report["ratios"].items():
         print(f"{name}: {value} {report['spread'].get(name, '')}")
