@@ -39,8 +39,10 @@ LEDGER_CHECK_PERIOD_S = 1
 MODEL_STARTS = 3
 """So often a model replica is started before a rollout counts as failed: a GPU may fail once, a damaged artifact always
 does, and `python -m service` does not wait for the other times."""
-LEDGER_CPUS = 0.001
-"""With none it could be put on a cluster's head, which has none, and be lost with it."""
+INGRESS_CPUS, LEDGER_CPUS = 0.99, 0.01
+"""Together one: wherever an ingress replica is, there is room for the ledger. With none it could be put on a cluster's
+head, which has none, and be lost with it.
+"""
 LEDGER_REQUESTS = 10_000
 """May wait for it, of all ingress replicas together."""
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -132,7 +134,7 @@ def assemble(
     engine = settings.engine.settled()
     settings = settings.model_copy(update={"engine": engine})
     ingresses = {
-        "ray_actor_options": {"num_cpus": 1},
+        "ray_actor_options": {"num_cpus": INGRESS_CPUS},
         # Above our own limit, so that it is our 503 a client sees, and health and metrics always get through.
         "max_ongoing_requests": settings.max_concurrent_requests + 64,
         "max_queued_requests": settings.max_concurrent_requests,  # in Serve's proxy, while a replica is being replaced

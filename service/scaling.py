@@ -37,9 +37,9 @@ def most_ingresses(settings: LaunchSettings) -> int:
 
 
 def most_cpus(settings: LaunchSettings) -> int:
-    """Room for every replica there may ever be, as Ray counts it, and for the ledger."""
+    """Room for every replica there may ever be, as Ray counts it."""
     models = most_models(settings) + len(settings.candidates)
-    return most_ingresses(settings) + models * settings.engine.cpu_threads + 1
+    return most_ingresses(settings) + models * settings.engine.cpu_threads
 
 
 def ingress_options(settings: LaunchSettings) -> dict[str, Any]:

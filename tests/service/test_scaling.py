@@ -22,7 +22,7 @@ def test_without_a_word_the_number_of_replicas_is_fixed() -> None:
     check_scaling(settings)
     assert model_options(settings) == {"num_replicas": 2}
     assert ingress_options(settings) == {"num_replicas": 3}
-    assert most_cpus(settings) == 5 + 1
+    assert most_cpus(settings) == 5
 
 
 def test_a_model_grows_at_three_quarters_of_its_batch_and_there_is_room() -> None:
@@ -32,7 +32,7 @@ def test_a_model_grows_at_three_quarters_of_its_batch_and_there_is_room() -> Non
     assert (model["min_replicas"], model["initial_replicas"], model["max_replicas"]) == (1, 1, 3)
     assert model["target_ongoing_requests"] == 12
     assert ingress_options(settings)["autoscaling_config"]["max_replicas"] == 3
-    assert most_cpus(settings) == 3 + 3 * 2 + 1
+    assert most_cpus(settings) == 3 + 3 * 2
 
 
 def test_one_that_may_go_to_zero_starts_all_the_same() -> None:

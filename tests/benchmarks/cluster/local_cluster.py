@@ -88,12 +88,13 @@ class LocalCluster:
         self.head = self._start(options, environment)
         return self.head
 
-    def add_worker(self, cpus: int) -> Node:
-        node = self._start([f"--address={self.address}", f"--num-cpus={cpus}"], {})
+    def add_worker(self, cpus: int, *, without: Path | None = None) -> Node:
+        """`without`: a folder that is empty for this node, and for it alone."""
+        node = self._start([f"--address={self.address}", f"--num-cpus={cpus}"], {}, without)
         self.workers.append(node)
         return node
 
-    def _start(self, options: list[str], environment: dict[str, str]) -> Node:
+    def _start(self, options: list[str], environment: dict[str, str], without: Path | None = None) -> Node:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={ADDRESS}"]
         command += [
             f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -103,6 +104,9 @@ class LocalCluster:
             *options,
         ]
         command += [f"--{name}-port={free_port()}" for name in ("dashboard-agent-listen", "metrics-export")]
+        if without:
+            hide = 'mount -t tmpfs none "$0" && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", hide, str(without), *command]
         log = self.folder / f"start-{secrets.token_hex(4)}.log"
         with log.open("w") as sink:
             process = subprocess.Popen(

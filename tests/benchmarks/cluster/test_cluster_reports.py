@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.cluster import autoscaling, recovery
+from tests.benchmarks.cluster import autoscaling, mistakes, recovery
 
 
 def sample(at: float, **states: int) -> dict[str, Any]:
@@ -64,3 +64,24 @@ def test_what_fails_an_autoscaling_run(change: dict[str, Any], says: list[str]) 
 def test_what_fails_a_recovery(event: str, change: dict[str, Any], says: list[str]) -> None:
     row = {"event": event, "endings": {"right": 4}, "versions": {"fp_a": 2, "fp_b": 2}, "next_answer_after_s": 1.0}
     assert recovery.failures([row | change]) == says
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, []),
+        ({"endings": {"right": 3, "overloaded (503)": 1}}, ["gpu: {'overloaded (503)': 1}"]),
+        ({"named": False, "words": "x"}, ["gpu: not named in x"]),
+    ],
+)
+def test_what_fails_a_mistake(change: dict[str, Any], says: list[str]) -> None:
+    row = {"event": "gpu", "endings": {"right": 4}, "named": True}
+    assert mistakes.failures([row | change]) == says
+
+
+def test_what_serve_tells_of_a_mistake() -> None:
+    deployed = {"status": "RUNNING", "message": "", "deployments": {"Model": {"status": "HEALTHY", "message": ""}}}
+    assert mistakes.told(deployed) == ""
+    waiting = {"Model": {"status": "UPDATING", "message": "Resources required for each replica: {}"}}
+    assert "Resources" in mistakes.told(deployed | {"deployments": waiting})
+    assert "no such file" in mistakes.told(deployed | {"status": "DEPLOY_FAILED", "message": "no such file"})
