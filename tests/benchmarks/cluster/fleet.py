@@ -101,9 +101,9 @@ class Server:
     def _finish(self) -> None:
         seen, now = self.fleet.seen, self.fleet.world.now
         while self.firsts and self.firsts[0][0] <= self.steps + 1e-6:
-            seen.first_token_s.append(now - heapq.heappop(self.firsts)[1])
+            seen.first_token_s.append(now - heapq.heappop(self.firsts)[1] + self.kind.outside_s)
         while self.active and self.active[0].ends_at <= self.steps + 1e-6:
-            seen.whole_s.append(now - heapq.heappop(self.active).request.arrived_s)
+            seen.whole_s.append(now - heapq.heappop(self.active).request.arrived_s + self.kind.outside_s)
             self.fleet.refill(self)
 
 

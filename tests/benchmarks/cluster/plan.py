@@ -27,6 +27,8 @@ class Replica:
     """Sequences that share a step; further requests wait at the replica."""
     holds: int = 128
     """`max_ongoing_requests`: further requests wait at the ingress."""
+    outside_s: float = 0.0
+    """Of HTTP, pictures and the way there: before the first token, and no place in a batch."""
     start_s: float = 0.0
     """From the decision to the first request."""
     pictures: tuple[int, ...] = (1,)

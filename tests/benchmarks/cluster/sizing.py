@@ -2,14 +2,16 @@
 
     python -m tests.benchmarks.cluster.sizing --json FILE
 
-First one replica of the bundled miniature is measured through HTTP, with 1, 2, 4 ... clients that each ask again as
-soon as they are answered: a decoding step of n sequences takes `base_s + each_s * n`, and a prompt so many steps. Then
-the same service is run with one, two and three replicas under requests at random times, and the fleet (`fleet.py`) says
-what those runs should give: the error is what is printed. Replicas, HTTP and clients share this machine's cores, so how
-much two replicas do at once (`cores`) is measured, too, as the ratio of their capacities; three are then a prediction.
+First one replica of the bundled miniature is measured through HTTP, with 1, 2 and 4 clients that each ask again as soon
+as they are answered: a decoding step of n sequences takes `base_s + each_s * n`. With three times as many as a batch
+holds, the batch is always full: what the answers' own steps do not explain of that capacity are the prompts, and what
+those do not explain of a lonely client's first token is outside the batch. Then the same service is run with one, two
+and three replicas under requests at random times, and the fleet (`fleet.py`) says what those runs should give: the
+error is what is printed. Replicas, HTTP and clients share this machine's cores, so how much two replicas do at once
+(`cores`) is measured, too, as the ratio of their capacities; three are then a prediction.
 
 The table is for a replica of one's own: `--base-s`, `--each-s` and so on replace what is assumed for one (two GPUs,
-LLaVA-1.5-7B) that nobody has measured. `--table-only` makes it without a run.
+LLaVA-1.5-7B) that nobody has measured. `--only table` makes it without a run, `--only runs` leaves it out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import math
 import os
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +55,23 @@ async def closed(port: int, asked: Asked, clients: int, seconds: float) -> list[
     return [one for one in await asking.finish() if one.ending == "complete" and one.first_token_s is not None]
 
 
-def fitted(by_clients: dict[int, list[Outcome]], lengths: tuple[float, ...]) -> Replica:
-    """A line through the time of a step, over how many shared it; the prompt in steps, on average."""
+def fitted(by_clients: dict[int, list[Outcome]], most: float, lengths: tuple[float, ...]) -> Replica:
+    """A line through the time of a step, over how many shared it; the rest from `most` answers a second."""
     tokens = statistics.mean(lengths)
-    steps, prompts = {}, []
+    firsts, steps = {}, {}
     for number, outcomes in by_clients.items():
-        first = statistics.mean(one.first_token_s or 0.0 for one in outcomes)
-        steps[number] = (statistics.mean(one.whole_s for one in outcomes) - first) / (tokens - 1)
-        prompts.append(first / steps[number] - 1)
+        firsts[number] = statistics.mean(one.first_token_s or 0.0 for one in outcomes)
+        steps[number] = (statistics.mean(one.whole_s for one in outcomes) - firsts[number]) / (tokens - 1)
     slope, intercept = statistics.linear_regression(list(steps), list(steps.values()))
-    return Replica(
-        base_s=max(intercept, 1e-4),
-        each_s=max(slope, 0.0),
-        prefill_steps=max(0.0, statistics.mean(prompts)),
-        lengths=lengths,
-        batch=BATCH,
-    )
+    kind = Replica(base_s=max(intercept, 1e-4), each_s=max(slope, 0.0), prefill_steps=0.0, lengths=lengths, batch=BATCH)
+    prefill = max(0.0, BATCH / (most * kind.step_s(BATCH)) - tokens)
+    outside = max(0.0, firsts[1] - (prefill + 1) * kind.step_s(1))
+    return replace(kind, prefill_steps=prefill, outside_s=outside)
 
 
-async def one_replica(port: int, asked: Asked, seconds: float) -> Replica:
+async def one_replica(port: int, asked: Asked, most: float, seconds: float) -> Replica:
     by_clients = {number: await closed(port, asked, number, seconds) for number in CLIENTS}
-    return fitted(by_clients, tuple(float(len(solo.tokens)) for solo in asked.solos))
+    return fitted(by_clients, most, tuple(float(len(solo.tokens)) for solo in asked.solos))
 
 
 async def capacity(port: int, asked: Asked, replicas: int, seconds: float) -> float:
@@ -106,10 +105,10 @@ def validate(asked: Asked, settings: argparse.Namespace) -> tuple[Replica, float
         with running_service(*ENGINE, "--model-replicas", str(replicas)) as service:
             if not asked.solos:
                 asyncio.run(ask_alone(service.port, asked))
-            kind = kind or asyncio.run(one_replica(service.port, asked, settings.seconds / 2))
             if replicas <= 2:
-                capacities[replicas] = asyncio.run(capacity(service.port, asked, replicas, settings.seconds / 2))
+                capacities[replicas] = asyncio.run(capacity(service.port, asked, replicas, settings.seconds))
                 cores = max(1.0, min(2.0, capacities[replicas] / capacities[1]))
+            kind = kind or asyncio.run(one_replica(service.port, asked, capacities[1], settings.seconds / 2))
             for share in SHARES:
                 rate = share * capacities[1] * min(replicas, cores)
                 found = asyncio.run(real(service.port, asked, rate, settings.seconds))
@@ -165,7 +164,7 @@ def assumed(settings: argparse.Namespace) -> Replica:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the report goes")
-    parser.add_argument("--table-only", action="store_true", help="no run: only the table of the assumed replica")
+    parser.add_argument("--only", choices=["table", "runs"], help="half of it")
     parser.add_argument("--seconds", type=float, default=30, help="duration of each real run")
     parser.add_argument("--items", type=int, default=20, help="scenes that are asked about")
     parser.add_argument("--tokens", type=int, default=40, help="largest number of tokens of an answer")
@@ -183,11 +182,11 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     settings = parser().parse_args()
     table: list[dict[str, Any]] = []
-    for rate in RATES:
+    for rate in RATES if settings.only != "runs" else ():
         table.append(sized(assumed(settings), rate, settings))
         print(json.dumps(table[-1]), flush=True)
     report: dict[str, Any] = {"ratios": {}, "spread": {}, "table": table, "validation": []}
-    if not settings.table_only:
+    if settings.only != "table":
         asked = scenes(LLAVA.name, settings.items, settings.tokens)
         kind, cores, report["validation"] = validate(asked, settings)
         report["measured"] = {**vars(kind), "cores": cores, "capacity": kind.capacity}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +25,13 @@ def test_one_replica_without_batches_waits_as_the_formula_says(share: float) -> 
     seen = Fleet(ALONE, one(ALONE), rate=share * ALONE.capacity, seconds=6_000).run()
     wait = sum(seen.whole_s) / len(seen.whole_s) - 0.1
     assert wait == pytest.approx(share * 0.1 / (2 * (1 - share)), rel=0.15)
+
+
+def test_what_is_outside_a_replica_delays_everybody_and_takes_no_place() -> None:
+    kind = replace(ALONE, outside_s=7.0)
+    near, far = (Fleet(one_of, one(one_of), rate=5.0, seconds=600).run() for one_of in (ALONE, kind))
+    assert [round(later - 7, 6) for later in far.whole_s] == [round(sooner, 6) for sooner in near.whole_s]
+    assert far.first_token_s[0] == pytest.approx(near.first_token_s[0] + 7)
 
 
 def test_random_lengths_wait_longer() -> None:

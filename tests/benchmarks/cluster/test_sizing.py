@@ -17,7 +17,7 @@ PAGE = (ROOT / "deploy/scaling.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    monkeypatch.setattr(sys, "argv", ["sizing.py", "--table-only", "--largest-surge", "10"])
+    monkeypatch.setattr(sys, "argv", ["sizing.py", "--only", "table", "--largest-surge", "10"])
     return sizing.parser().parse_args()
 
 
@@ -55,19 +55,22 @@ def test_its_assumptions_are_the_script_s(settings: argparse.Namespace) -> None:
 
 
 def test_a_replica_is_fitted_from_what_clients_saw() -> None:
-    """Exact times give exact numbers: steps of 20 ms and 5 ms a sequence, a prompt of 3 steps, answers of 11 tokens."""
+    """Exact times give exact numbers: steps of 20 ms and 5 ms a sequence, a prompt of 3 steps, .1 s of HTTP."""
 
     def outcome(clients: int) -> Outcome:
         step = 0.02 + 0.005 * clients
-        return Outcome(item=0, sent=0.0, ending="complete", first_token_s=4 * step, whole_s=14 * step)
+        return Outcome(item=0, sent=0.0, ending="complete", first_token_s=0.1 + 4 * step, whole_s=0.1 + 14 * step)
 
-    kind = sizing.fitted({number: [outcome(number)] * 3 for number in (1, 2, 4)}, (11.0, 11.0))
+    most = sizing.BATCH / ((0.02 + 0.005 * sizing.BATCH) * (3 + 11))
+    kind = sizing.fitted({number: [outcome(number)] * 3 for number in (1, 2, 4)}, most, (11.0, 11.0))
     assert (kind.base_s, kind.each_s, kind.prefill_steps) == pytest.approx((0.02, 0.005, 3.0))
+    assert (kind.outside_s, kind.capacity) == pytest.approx((0.1, most))
 
 
 def test_every_command_of_the_page_is_a_script_with_these_options() -> None:
     told = re.findall(r"`python -m (tests\.benchmarks\.[\w.]+)([^`]*)`", " ".join(PAGE.split()))
     assert len(told) >= 3
     for script, options in told:
-        code = (ROOT / script.replace(".", "/")).with_suffix(".py").read_text()
+        path = (ROOT / script.replace(".", "/")).with_suffix(".py")
+        code = path.read_text() + (path.parent / "events.py").read_text() * ("events import" in path.read_text())
         assert [each for each in re.findall(r"--[a-z-]+", options) if f'"{each}"' not in code] == []
