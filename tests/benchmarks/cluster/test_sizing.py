@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.cluster import sizing
+from tests.benchmarks.cluster import events, sizing
 from tests.benchmarks.serving.open_loop import Outcome
 from tests.pages import ROOT
 
@@ -71,6 +72,7 @@ def test_every_command_of_the_page_is_a_script_with_these_options() -> None:
     told = re.findall(r"`python -m (tests\.benchmarks\.[\w.]+)([^`]*)`", " ".join(PAGE.split()))
     assert len(told) >= 3
     for script, options in told:
-        path = (ROOT / script.replace(".", "/")).with_suffix(".py")
-        code = path.read_text() + (path.parent / "events.py").read_text() * ("events import" in path.read_text())
+        code = (ROOT / script.replace(".", "/")).with_suffix(".py").read_text()
+        if "cluster.events import" in code:
+            code += Path(events.__file__).read_text()
         assert [each for each in re.findall(r"--[a-z-]+", options) if f'"{each}"' not in code] == []
