@@ -1,4 +1,5 @@
-"""Run the test suites, two at a time, each with its budget; fail if a test failed or an unexpected one skipped.
+"""Run `make lint` and the test suites, two at a time, each with its budget; fail if one failed, or if a test that is
+not listed was skipped.
 
     python .ci/run_suites.py            everything
     python .ci/run_suites.py --quick    what starts no server, no vLLM and no browser, and takes seconds
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
+LINT = "lint"
 BUDGETS_S = {
     "tests/service": 900,
     "tests/training": 600,
@@ -25,6 +27,7 @@ BUDGETS_S = {
     "tests/steering/engines/vllm": 440,
     "tests/steering": 240,
     "tests/deploy": 240,
+    LINT: 120,
     "tests/benchmarks": 60,
     "tests/test_repository.py": 30,
     "tests/test_deploy.py": 30,
@@ -34,6 +37,7 @@ QUICK = (
     "tests/service",
     "tests/training",
     "tests/steering",
+    LINT,
     "tests/deploy",
     "tests/test_repository.py",
     "tests/test_deploy.py",
@@ -49,12 +53,13 @@ def run_suite(suite: str, only: str = "") -> tuple[bool, float, list[ElementTree
     report = REPORTS / f"{Path(suite).stem}.xml"
     report.unlink(missing_ok=True)
     apart = [f"--ignore={other}" for other in BUDGETS_S if Path(suite) in Path(other).parents]
+    pytest = [sys.executable, "-m", "pytest", suite, *apart, "-q", "-m", only, "--color=no", f"--junit-xml={report}"]
     started = time.monotonic()
     print(f"== {suite} begins", flush=True)
     log = report.with_suffix(".log")  # a file, not a pipe: a process that outlived its test could keep a pipe open
     with log.open("w") as sink:
         finished = subprocess.run(
-            [sys.executable, "-m", "pytest", suite, *apart, "-q", "-m", only, "--color=no", f"--junit-xml={report}"],
+            ["make", "--no-print-directory", LINT] if suite == LINT else pytest,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -75,7 +80,7 @@ def main() -> int:
     with ThreadPoolExecutor(AT_A_TIME) as lanes:
         results = list(lanes.map(lambda suite: run_suite(suite, QUICK_TESTS if quick else ""), suites))
     for (suite, budget_s), (good, seconds, cases) in zip(suites.items(), results, strict=True):
-        all_good &= good and bool(cases)
+        all_good &= good and (bool(cases) or suite == LINT)
         for case in cases:
             if case.find("skipped") is not None:
                 skipped.add(f"{case.get('classname')}::{case.get('name')}")

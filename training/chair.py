@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class CaptionCounts:
 
 
 COUNT_NAMES = tuple(field.name for field in fields(CaptionCounts))
+_values = attrgetter(*COUNT_NAMES)
 
 
 def count_caption(caption: str, mentions: Sequence[str], truth: AbstractSet[str]) -> CaptionCounts:
@@ -68,7 +70,7 @@ def count_caption(caption: str, mentions: Sequence[str], truth: AbstractSet[str]
 
 def counts_matrix(counts: Sequence[CaptionCounts]) -> np.ndarray:
     """One row per caption, one column per count: what `chair_metrics` and the bootstrap take."""
-    return np.array([astuple(row) for row in counts], dtype=np.float64).reshape(len(counts), len(COUNT_NAMES))
+    return np.array([_values(row) for row in counts], dtype=np.float64).reshape(len(counts), len(COUNT_NAMES))
 
 
 def chair_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:

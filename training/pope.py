@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import permutations
+from operator import attrgetter
 from random import Random
 from typing import Literal
 
@@ -92,6 +93,7 @@ class AnswerCounts:
 
 
 COUNT_NAMES = tuple(field.name for field in fields(AnswerCounts))
+_values = attrgetter(*COUNT_NAMES)
 
 
 def count_answer(answer: bool | None, truth: bool) -> AnswerCounts:
@@ -110,7 +112,7 @@ def counts_matrix(counts: Sequence[AnswerCounts], scenes: Sequence[int], *, numb
     """[scenes, counts]: answers summed by the scene they are about, since a bootstrap draws whole scenes."""
     matrix = np.zeros((number_of_scenes, len(COUNT_NAMES)))
     for row, scene in zip(counts, scenes, strict=True):
-        matrix[scene] += astuple(row)
+        matrix[scene] += _values(row)
     return matrix
 
 

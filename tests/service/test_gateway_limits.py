@@ -24,6 +24,7 @@ from tests.service.gateway_checks import CHECKS, PATIENCE_S, SOON_S, ask, connec
 from tests.service.gateways import Backend, limits, running_backend, running_gateway, without
 
 SHORT: dict[str, Any] = {"HEAD_TIMEOUT": "300ms", "IDLE_TIMEOUT": "300ms", "LOOKUP_TIMEOUT": "300ms"}
+WAITED_FOR = ("idle-time", "idle-body", "head-time", "lookup-time", "body-size", "chunked-body-size")
 PLAIN_CODES = {404: "engine_unavailable", 408: "request_timeout", 429: "overloaded", 503: "overloaded",
                500: "engine_unavailable"}  # fmt: skip
 """Serve's own status to the code that clients see."""
@@ -41,7 +42,9 @@ async def gateway(backend: Backend) -> AsyncIterator[int]:
         yield port
 
 
-@pytest.mark.parametrize("limit", CHECKS)
+@pytest.mark.parametrize(
+    "limit", [pytest.param(limit, marks=pytest.mark.slow) if limit in WAITED_FOR else limit for limit in CHECKS]
+)
 async def test_a_limit_is_in_force_and_without_its_lines_it_is_not(
     backend: Backend, tmp_path: Path, limit: str
 ) -> None:
@@ -110,6 +113,7 @@ async def test_a_request_has_one_id_from_here_on_and_says_whence_it_comes(gatewa
             assert [value for name, value in there if name == GATEWAY_HEADER] == ["on"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/silent", "/paused"])
 @pytest.mark.parametrize("besides", [b"", head("/b", method="GET")], ids=["", "and asks again"])
 async def test_who_waits_may_and_who_hangs_up_is_missed(

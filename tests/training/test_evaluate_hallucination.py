@@ -162,6 +162,7 @@ async def test_a_server_default_that_is_off_is_called_nothing(capsys):
     assert "exactly as plain" in sentence(report, "steered: questions score")
 
 
+@pytest.mark.slow
 async def test_a_sampled_evaluation_is_repeatable_and_says_so(tiny_llava: Path, tiny_artifact: Path):
     async def captions(**changed: Any) -> list[str]:
         settings = EvaluationSettings(
@@ -178,6 +179,7 @@ async def test_a_sampled_evaluation_is_repeatable_and_says_so(tiny_llava: Path, 
     assert await captions(sampling_seed=1) == await captions(sampling_seed=2) != first
 
 
+@pytest.mark.slow
 async def test_where_every_preset_is_off_an_evaluation_runs_all_the_same(
     tiny_artifact: Path, tiny_llava: Path, tmp_path: Path
 ):

@@ -163,6 +163,7 @@ async def test_an_artifact_of_llava_steers_it(made: Made) -> None:
     assert await steered_shift(made) > 0
 
 
+@pytest.mark.slow
 async def test_an_artifact_of_the_other_families_steers_them(made_of_family: Made) -> None:
     check_it_is_whole(made_of_family)
     assert await steered_shift(made_of_family) > 0

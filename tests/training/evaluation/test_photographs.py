@@ -22,6 +22,7 @@ def settings(**changed: Any) -> EvaluationSettings:
 
 
 @needs_miniature
+@pytest.mark.slow
 async def test_the_miniature_answers_pope_files_as_it_answers_its_own_world(tmp_path: Path):
     """The same scenes and questions, once drawn in memory and once from files as POPE's, give the same answers."""
     world = miniature_benchmark(captions=0, questions=12, seed=8)

@@ -29,7 +29,13 @@ from training.miniature.world import SEED_RANGES
 from training.tune_presets import choose
 
 QUICK = SearchSettings(
-    search_captions=60, search_questions=60, final_captions=200, final_questions=200, refined=1, finalists=2
+    alphas=(1.0, 2.0, 4.0),
+    search_captions=60,
+    search_questions=60,
+    final_captions=200,
+    final_questions=200,
+    refined=1,
+    finalists=2,
 )
 
 

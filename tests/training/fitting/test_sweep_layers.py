@@ -21,6 +21,7 @@ def sweep(store: Path, output: Path, sparse: str = SPARSE) -> SweepSettings:
     return SweepSettings(representations=store, output=output, device="cpu", auxiliary=AUXILIARY, sparse=sparse)
 
 
+@pytest.mark.slow
 def test_every_layer_is_trained_measured_and_drawn_and_a_second_sweep_trains_nothing(make_store, tmp_path):
     store = make_store(tmp_path / "store", names=("layer_1", "layer_3"))
     told: list[str] = []

@@ -246,7 +246,14 @@ def half_is_gone(file):
     return check
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "sae_d"}, {"resample_dead": True, "num_concepts": 256}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"kind": "sae_d"}, marks=pytest.mark.slow),
+        pytest.param({"resample_dead": True, "num_concepts": 256}, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_goes_on(store, auxiliary, tmp_path, options):
     whole = train_sparse(store, tmp_path / "whole", auxiliary, **options)
 
