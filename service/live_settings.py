@@ -207,8 +207,7 @@ def _check_experiment(settings: Settings, experiment: Experiment, candidates: Ma
 
 
 def _check_part(steering: SteeringRequest, settings: Settings, able: Able) -> None:
-    default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
-    asked = over_default(steering, default, arm=None)
+    asked = over_default(steering, settings.default_steering, arm=None)
     done = resolve(asked, presets=able.config.presets, default_preset=able.config.default_preset, has_image=True)
     if done.active and done.branches > able.branches:
         raise InvalidSteering("gamma and plausibility need two branches, and this engine was started with one")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from service.artifacts import MAIN
 from service.experiments.arms import Experiment, Name, read_json
+from steering.request import SteeringRequest
 
 KEYS_VARIABLE = "VLSAE_KEYS"
 """Not a setting, since settings are shown and passed around: `keys.py` reads it."""
@@ -200,6 +201,11 @@ class Settings(Group):
     def max_request_pixels(self) -> int:
         """All images of a request together."""
         return IMAGES_AT_LIMIT * self.max_image_pixels
+
+    @property
+    def default_steering(self) -> SteeringRequest:
+        """Of requests that say nothing."""
+        return SteeringRequest(preset=self.default_preset, strength=self.default_strength)
 
     @property
     def model_name(self) -> str:

@@ -30,12 +30,12 @@ from service.concepts.index import ConceptIndex
 from service.concepts.names import ConceptNames
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
-from service.http.chat_route import ChatRoute
+from service.http.chat_route import chat
 from service.http.compare_route import compare
 from service.http.concepts.route import ConceptsRoute
 from service.http.feedback_route import FeedbackDesk
 from service.http.middleware import Middleware
-from service.http.model_answer import ModelAnswer
+from service.http.model_answer import ModelAnswer, ModelRequests
 from service.http.openapi import build_openapi
 from service.http.pages.playground import Playground
 from service.http.routes import ROUTES
@@ -96,11 +96,11 @@ def build_api(
         running=lambda: admission.running,
         ending=lambda: drain.begun,
     )
-    chat = ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows)
+    shared = ModelRequests(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows)
     handlers = Handlers(
         live=live,
-        chat=chat,
-        concepts=ConceptsRoute(chat, index),
+        shared=shared,
+        concepts=ConceptsRoute(shared, index),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
         readiness=Readiness(model, lambda: live.current.default_artifact, may_sleep=settings.model_may_sleep),
         pages=Playground(),
@@ -143,7 +143,7 @@ class Handlers:
     """What each route does, by the name that it has in ROUTES."""
 
     live: LiveSettings
-    chat: ChatRoute
+    shared: ModelRequests
     concepts: ConceptsRoute
     desk: FeedbackDesk
     readiness: Readiness
@@ -153,11 +153,14 @@ class Handlers:
     started: int
     """Seconds since 1970."""
 
+    async def chat(self, request: Request) -> Response:
+        return ModelAnswer(self.shared, request, chat)
+
     async def compare(self, request: Request) -> Response:
-        return ModelAnswer(self.chat, request, compare)
+        return ModelAnswer(self.shared, request, compare)
 
     async def feedback(self, request: Request) -> Response:
-        async with self.chat.drain.request():
+        async with self.shared.drain.request():
             return await self.desk.answer(request)
 
     async def models(self) -> Response:
@@ -202,20 +205,20 @@ class Handlers:
     async def metrics(self) -> Response:
         with suppress(ApiError):
             await self.look()
-        text = await asyncio.to_thread(self.chat.metrics.exposition)
+        text = await asyncio.to_thread(self.shared.metrics.exposition)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def look(self) -> dict:
         """What /readyz says; raises ApiError where it is not ready. The gauge says the same."""
         is_ready = False
         try:
-            if self.chat.drain.begun:
+            if self.shared.drain.begun:
                 raise shutting_down()
             answer = await self.readiness.check()
             is_ready = True
             return answer
         finally:
-            self.chat.metrics.ready.set(is_ready)
+            self.shared.metrics.ready.set(is_ready)
 
     def _model(self, model_id: str) -> dict:
         return Model(id=model_id, created=self.started, object="model", owned_by=OWNER).model_dump()

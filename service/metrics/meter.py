@@ -179,6 +179,10 @@ class Meter:
         self._completion_tokens = 0
         self._gaps, self._gaps_s = 0, 0.0
 
+    def of(self, record: RequestRecord) -> Meter:
+        """One for an answer of its own beside this one's."""
+        return Meter(self._metrics, record)
+
     def assigned(self, assignment: Assignment) -> None:
         """From here on all that is counted of it is its arm's."""
         self._record.assignment = assignment
