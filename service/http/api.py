@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from openai.types import Model
 from starlette.exceptions import HTTPException
 
-from service import VERSION
+from service import APPLICATION, VERSION
 from service.callers.keys import load_keys
 from service.callers.ledger import Ledger, RayLedger
 from service.chat.admission import Admission
@@ -49,7 +49,6 @@ from service.model.readiness import Readiness
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
-OWNER = "vl-sae-steering"
 LOOK_EVERY_S = 1.0
 CANDIDATES_EVERY_S = 5.0
 """A look asks Serve's controller; a change that names a candidate may wait for one."""
@@ -110,7 +109,7 @@ def build_api(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        await know_candidates(model, live)
+        await _know_candidates(model, live)
         aside = (_keep_looking(handlers), _keep_knowing(model, live), _prepare(index))
         working = [asyncio.create_task(one) for one in aside]
         yield
@@ -128,8 +127,7 @@ def build_api(
         tracing=tracing,
         keys=keys,
         ledger=ledger,
-        only_local_names=settings.only_local_names,
-        behind_gateway=settings.behind_gateway,
+        settings=settings,
         proxied=proxied,
     )
     api.add_exception_handler(HTTPException, _answer_http_error)
@@ -221,7 +219,7 @@ class Handlers:
             self.shared.metrics.ready.set(is_ready)
 
     def _model(self, model_id: str) -> dict:
-        return Model(id=model_id, created=self.started, object="model", owned_by=OWNER).model_dump()
+        return Model(id=model_id, created=self.started, object="model", owned_by=APPLICATION).model_dump()
 
 
 def _remote_images(settings: Settings) -> RemoteImages | None:
@@ -235,15 +233,14 @@ async def _keep_looking(handlers: Handlers) -> None:
     """The gauge is true though nobody asks: a scrape may go to `metrics/machine.py`, a probe to Serve."""
     while True:
         try:
-            await handlers.look()
-        except ApiError:
-            pass  # not ready, as the gauge says
+            with suppress(ApiError):  # not ready, as the gauge says
+                await handlers.look()
         except Exception:
             log.exception("whether the model is ready cannot be found out")
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-async def know_candidates(model: ModelClient, live: LiveSettings) -> None:
+async def _know_candidates(model: ModelClient, live: LiveSettings) -> None:
     """One look at what is loaded beside the service's own artifact."""
     try:
         live.know(await model.candidates())
@@ -254,7 +251,7 @@ async def know_candidates(model: ModelClient, live: LiveSettings) -> None:
 async def _keep_knowing(model: ModelClient, live: LiveSettings) -> None:
     while True:
         await asyncio.sleep(CANDIDATES_EVERY_S)
-        await know_candidates(model, live)
+        await _know_candidates(model, live)
 
 
 async def _prepare(index: ConceptIndex | None) -> None:

@@ -9,17 +9,16 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
 
-from starlette.datastructures import Headers
-
 from service.chat.schemas import ChatCompletionRequest
 from service.chat.streaming import AnswerHead, AnswerShape, Event, completion_json, event_stream
-from service.errors import ApiError
+from service.http.middleware import only
 from service.http.model_answer import Admitted
 from service.model.job import ModelJob
 from service.model.replica import AnswerStart
 
 UNIT_HEADER = "x-experiment-unit"
 UNIT = re.compile(r"[!-~]([ -~]{0,254}[!-~])?")
+UNITS = (UNIT_HEADER, UNIT, "256 printable ASCII characters")
 
 
 async def chat(asked: Admitted) -> None:
@@ -43,7 +42,7 @@ async def chat(asked: Admitted) -> None:
 
 async def _take_in(asked: Admitted) -> tuple[ModelJob, AnswerShape]:
     """The body and all that was made of it on the way ends here."""
-    context = replace(asked.context, unit_header=unit_header_of(asked.request.headers))
+    context = replace(asked.context, unit_header=only(asked.request.headers, *UNITS))
     async with asked.body(ChatCompletionRequest) as request:
         shape = AnswerShape.of(request, context.settings)
         job = await asked.shared.runner.take_in(request, context)
@@ -58,15 +57,3 @@ async def _write(asked: Admitted, shape: AnswerShape, head: AnswerHead, events: 
         await asked.reply.stream(event_stream(head, events, **options))
     else:
         await asked.reply.whole(await completion_json(head, events, n=shape.n, logprobs=shape.logprobs))
-
-
-def unit_header_of(headers: Headers) -> str | None:
-    """Raises ApiError for more than one, and for what no identifier needs."""
-    given = headers.getlist(UNIT_HEADER)
-    if len(given) > 1 or not all(UNIT.fullmatch(one) for one in given):
-        raise ApiError(
-            "invalid_header",
-            f"{UNIT_HEADER}: send one of at most 256 printable ASCII characters, or none",
-            param=UNIT_HEADER,
-        )
-    return given[0] if given else None
