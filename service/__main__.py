@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -19,8 +18,9 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
+from service import APPLICATION
 from service.callers.keys import load_keys, without_keys_on_loopback
-from service.command_line import parse_settings
+from service.command_line import check_drain_file, check_installation, check_port, parse_settings
 from service.draining import drain
 from service.errors import explained
 from service.example import curl_command
@@ -29,7 +29,7 @@ from service.metrics.machine import FOLDER_VARIABLE
 from service.model.object_store import fits_into_memory, needed_bytes
 from service.model.replica import ModelStatus
 from service.scaling import check_scaling, ingress_options, model_options, most_cpus, most_ingresses
-from service.settings import MIB, LaunchSettings, SettingsError, check_installation
+from service.settings import MIB, LaunchSettings, SettingsError
 from steering.cluster.local_ray import SHARED_MEMORY, private_ray, short_folder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -101,25 +101,6 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def check_port(host: str, port: int) -> None:
-    """Nothing is started for a port that somebody has."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise SettingsError(
-                f"--port: cannot listen on {host}:{port} ({error.strerror}); stop what uses it or choose another one "
-                "(make serve PORT=...)"
-            ) from None
-
-
-def check_drain_file(settings: LaunchSettings) -> None:
-    """One that is there already would keep the service from ever being ready."""
-    if settings.drain_file is not None and Path(settings.drain_file).exists():
-        raise SettingsError(f"--drain-file: {settings.drain_file} exists from an earlier drain; remove it first")
-
-
 def own_url(settings: LaunchSettings) -> str:
     """Where this machine reaches the service."""
     host = settings.host
@@ -186,7 +167,7 @@ def deploy(settings: LaunchSettings) -> None:
     """Ray Serve with the application; returns before it runs."""
     from ray import serve
 
-    from service.app import APPLICATION, SHUTDOWN_MARGIN_S, assemble, assemble_candidate
+    from service.app import SHUTDOWN_MARGIN_S, assemble, assemble_candidate
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     timeout_s = settings.request_timeout_s + SHUTDOWN_MARGIN_S
@@ -209,8 +190,6 @@ def stop_gracefully(settings: LaunchSettings) -> None:
     """Running requests finish or are told that they cannot. Another signal ends the waiting."""
     from ray import serve
 
-    from service.app import APPLICATION
-
     assert settings.drain_file is not None
     say("stopping: running requests may finish (once more, and they may not) ...")
     try:
@@ -232,8 +211,6 @@ def stop_gracefully(settings: LaunchSettings) -> None:
 def wait_until_ready(settings: LaunchSettings, began: float) -> None:
     """Progress lines until `/readyz` is 200."""
     from ray import serve
-
-    from service.app import APPLICATION
 
     say("loading the model ...")
     reported = time.monotonic()
@@ -276,8 +253,6 @@ def report(settings: LaunchSettings, seconds: float, *, keyed: bool) -> None:
 def model_status() -> ModelStatus:
     """Asked past HTTP, where a key may be needed."""
     from ray import serve
-
-    from service.app import APPLICATION
 
     return serve.get_deployment_handle("Model", APPLICATION).status.remote().result(timeout_s=STATUS_TIMEOUT_S)
 

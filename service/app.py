@@ -17,6 +17,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from service import APPLICATION as APPLICATION
 from service.callers.keys import check_keys_are_named
 from service.callers.ledger import Ledger, RayLedger
 from service.gateway import check_gateway_is_named, check_serve_mode
@@ -30,7 +31,6 @@ from service.model.object_store import warn_of_small_store
 from service.model.replica import ModelReplica
 from service.settings import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS, Settings, SettingsError
 
-APPLICATION = "vl-sae-steering"
 HEALTH_CHECK_PERIOD_S = 2
 """A replica that was killed is noticed, and replaced, at the next check."""
 HEALTH_CHECK_TIMEOUT_S = 30

@@ -192,14 +192,6 @@ def field_path(location: tuple[int | str, ...]) -> str | None:
     return path[:200] or None
 
 
-def markdown_table() -> str:
-    """The README's table of errors, by status."""
-    rows = ["| status | `code` | when | what to do | again? |", "|---|---|---|---|---|"]
-    for code, kind in sorted(ERROR_KINDS.items(), key=lambda item: item[1].status):
-        rows.append(f"| {kind.status} | `{code}` | {kind.when} | {kind.remedy} | {kind.retry} |")
-    return "\n".join(rows)
-
-
 def explained(messages: str) -> str | None:
     """What an operator needs of a replica's last words: our own message, where it was one of EXPLAINED."""
     last = max(EXPLAINED, key=messages.rfind)

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.artifacts import MAIN, Able, Candidate
-from service.experiments.arms import Arm, Experiment, Shadow, over_default
+from service.experiments.arms import Experiment, over_default
 from service.settings import LaunchSettings, Settings, SettingsError
 from service.watched_file import WatchedFile
 from steering.artifact_config import read_config
@@ -94,7 +94,7 @@ class LiveSettings:
             self.change(self._asked)
         named = {self._current.default_artifact}
         if self._current.experiment is not None:
-            named |= set(self._current.experiment.artifacts.values())
+            named |= {part.artifact or MAIN for part in self._current.experiment.parts.values()}
         if not all(isinstance(self._candidates.get(name), Able) for name in named - {MAIN}):
             self._take_back()
 
@@ -195,10 +195,7 @@ def check_steering(settings: Settings, start: Settings, candidates: Mapping[str,
 
 
 def _check_experiment(settings: Settings, experiment: Experiment, candidates: Mapping[str, Candidate]) -> None:
-    parts: dict[str, Arm | Shadow] = {f"arms: {arm.name}": arm for arm in experiment.arms}
-    if experiment.shadow is not None:
-        parts["shadow"] = experiment.shadow
-    for name, part in parts.items():
+    for name, part in experiment.parts.items():
         try:
             able = _able(settings, part.artifact or settings.default_artifact, f"experiment: {name}", candidates)
             _check_part(part.steering, settings, able)
@@ -207,8 +204,7 @@ def _check_experiment(settings: Settings, experiment: Experiment, candidates: Ma
 
 
 def _check_part(steering: SteeringRequest, settings: Settings, able: Able) -> None:
-    default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
-    asked = over_default(steering, default, arm=None)
+    asked = over_default(steering, settings.default_steering, arm=None)
     done = resolve(asked, presets=able.config.presets, default_preset=able.config.default_preset, has_image=True)
     if done.active and done.branches > able.branches:
         raise InvalidSteering("gamma and plausibility need two branches, and this engine was started with one")

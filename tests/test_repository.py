@@ -31,6 +31,7 @@ from training.alignment import FAITHFULNESS, alignment_gate
 
 BUNDLE = ROOT / "training/miniature/bundle"
 each_page = pytest.mark.parametrize("page", PAGES)
+each_text = pytest.mark.parametrize("page", [*PAGES, "service/limits.md"])
 COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:make|python -m|python|pytest|serve deploy|pip install|kubectl|docker build) "
     r"|training/pipeline\.sh "
@@ -71,7 +72,7 @@ def test_a_page_opens_with_whom_it_is_for_and_what_is_in_it(page: str):
     assert others - set(re.findall(r"\]\(([^)#]+)", read(page))) == set()
 
 
-@each_page
+@each_text
 def test_no_line_of_a_page_is_long_and_the_front_page_is_short(page: str):
     lines = read(page).splitlines()
     assert [line for line in lines if len(line) > MAX_LINE and not line.startswith("|")] == []
@@ -95,7 +96,7 @@ def test_every_make_target_and_variable_of_a_page_exists(page: str):
     assert {name for _, options in used for name in re.findall(r"([A-Z_]+)=", options)} - variables == set()
 
 
-@each_page
+@each_text
 def test_every_module_named_on_a_page_exists(page: str):
     dotted = re.findall(r"(?<![\w./:-])(?:training|service|tests)(?:\.[a-z_]+)+", read(page).replace("README.md", ""))
     named = [name for name in dotted if not name.endswith((".py", ".sh", ".yaml"))]
@@ -107,7 +108,7 @@ def test_every_module_named_on_a_page_exists(page: str):
             assert hasattr(importlib.import_module(module), attribute), name
 
 
-@each_page
+@each_text
 def test_every_option_on_a_page_is_one_that_some_command_takes(page: str):
     ours = [command for command in commands(read(page)) if not command.startswith(("kubectl ", "docker "))]
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", "\n".join(ours)))
@@ -119,7 +120,7 @@ def test_every_option_on_a_page_is_one_that_some_command_takes(page: str):
     assert used - fields - literal - {"--noconftest", "--target"} == set()
 
 
-@each_page
+@each_text
 def test_every_command_of_a_page_is_of_a_kind_that_is_checked(page: str):
     """Examples in a language of their own are run elsewhere."""
     blocks = code_blocks(read(page))
@@ -130,7 +131,7 @@ def test_every_command_of_a_page_is_of_a_kind_that_is_checked(page: str):
     assert languages == run.get(page, [])
 
 
-@each_page
+@each_text
 def test_every_path_and_link_of_a_page_leads_somewhere(page: str):
     text, folder = read(page), (ROOT / page).parent
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text):

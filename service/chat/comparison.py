@@ -18,14 +18,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from service.callers.keys import Caller
 from service.chat.differences import differences, spell
-from service.chat.request import ChatRunner, Shares, image_parts
+from service.chat.request import ChatRunner, RequestContext, image_parts
 from service.chat.schemas import ChatCompletionRequest
 from service.chat.streaming import EXPLAINED_TOKEN_BYTES, LOGPROB_BYTES
 from service.chat.strict_model import Neutral
 from service.errors import ApiError
-from service.metrics.meter import Meter, Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.client import Answer
 from service.model.job import ModelJob
@@ -80,34 +78,17 @@ class Comparison:
 
 
 async def take_in_comparison(
-    runner: ChatRunner,
-    asked: CompareRequest,
-    settings: Settings,
-    *,
-    strength_header: str | None,
-    caller: Caller,
-    record: RequestRecord,
-    metrics: Metrics,
-    take_places: Callable[[int], None],
-    shares: Shares,
+    runner: ChatRunner, asked: CompareRequest, context: RequestContext, *, take_places: Callable[[int], None]
 ) -> Comparison:
     """Every setting is checked before the first picture is decoded. Raises ApiError; what is wrong with one setting is
     said of `settings[i]`. It takes part in no experiment: who sees several answers is in no arm. `take_places` is told
     how many answers there are beside the first."""
-    jobs = await _plan(runner, asked, settings, strength_header, caller)
+    jobs = await _plan(runner, asked, context)
     take_places(len(jobs) - 1)
-    shares.held.take(sum(_kept_bytes(job, settings) for job in jobs))
-    images = await runner.decode(
-        image_parts(asked),
-        settings,
-        copies=len(jobs),
-        caller=caller,
-        meter=Meter(metrics, record),
-        record=record,
-        shares=shares,
-    )
+    context.held.take(sum(_kept_bytes(job, context.settings) for job in jobs))
+    images = await runner.decode(image_parts(asked), context, copies=len(jobs))
     comparison_id = f"compare-{uuid.uuid4().hex}"
-    record.completion_id, record.stream = comparison_id, False
+    context.record.completion_id, context.record.stream = comparison_id, False
     return Comparison(id=comparison_id, model=asked.model, jobs=tuple(replace(job, images=images) for job in jobs))
 
 
@@ -117,23 +98,17 @@ def _kept_bytes(job: ModelJob, settings: Settings) -> int:
     return (LOGPROB_BYTES + explained) * (job.max_tokens or settings.default_max_tokens)
 
 
-async def _plan(
-    runner: ChatRunner, asked: CompareRequest, settings: Settings, strength_header: str | None, caller: Caller
-) -> list[ModelJob]:
+async def _plan(runner: ChatRunner, asked: CompareRequest, context: RequestContext) -> list[ModelJob]:
     """By setting, without pixels. Tokens' texts come with their logprobs."""
+    settings = context.settings
     if len(asked.settings) > settings.max_choices:
         message = f"settings: at most {settings.max_choices} are allowed"
         raise ApiError("invalid_value", message, param="settings")
+    outside = replace(context, settings=settings.model_copy(update={"experiment": None}))
     jobs = []
     for index, steering in enumerate(asked.settings):
         with _naming(index):
-            job = await runner.plan(
-                asked.model_copy(update={"steering": steering}),
-                settings.model_copy(update={"experiment": None}),
-                strength_header=strength_header,
-                unit_header=None,
-                caller=caller,
-            )
+            job = await runner.plan(asked.model_copy(update={"steering": steering}), outside)
         jobs.append(replace(job, sampling=replace(job.sampling, top_logprobs=0)))
     return jobs
 
@@ -153,32 +128,27 @@ def _naming(index: int) -> Iterator[None]:
         raise ApiError(error.code, message, param=renamed, retry_after_s=error.retry_after_s) from None
 
 
-async def run_comparison(
-    runner: ChatRunner, comparison: Comparison, *, caller: Caller, record: RequestRecord, metrics: Metrics
-) -> bytes:
+async def run_comparison(runner: ChatRunner, comparison: Comparison, context: RequestContext) -> bytes:
     """The whole answer as JSON. Raises ApiError; whatever ends one setting ends all."""
-    records = [replace(record, artifact=job.artifact) for job in comparison.jobs]
-    work = zip(comparison.jobs, records, strict=True)
+    records = [replace(context.record, artifact=job.artifact) for job in comparison.jobs]
+    each = [replace(context, record=record, meter=context.meter.of(record)) for record in records]
     try:
         async with asyncio.TaskGroup() as group:
             running = [
-                group.create_task(_answer(runner, job, index, caller=caller, record=own, metrics=metrics))
-                for index, (job, own) in enumerate(work)
+                group.create_task(_answer(runner, job, index, own))
+                for index, (job, own) in enumerate(zip(comparison.jobs, each, strict=True))
             ]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     answers = [task.result() for task in running]
-    _sum_up(record, answers, records)
+    _sum_up(context.record, answers, records)
     return await asyncio.to_thread(comparison_json, comparison, answers)
 
 
-async def _answer(
-    runner: ChatRunner, job: ModelJob, index: int, *, caller: Caller, record: RequestRecord, metrics: Metrics
-) -> Compared:
-    """Counted as a request of its own is; `record` is this answer's alone."""
-    meter = Meter(metrics, record)
-    with meter.settled(), _naming(index):
-        async with aclosing(runner.run(job, caller=caller, meter=meter, record=record)) as events:
+async def _answer(runner: ChatRunner, job: ModelJob, index: int, own: RequestContext) -> Compared:
+    """Counted as a request of its own is; the context is this answer's alone."""
+    with own.meter.settled(), _naming(index):
+        async with aclosing(runner.run(job, own)) as events:
             return await _collect(job.request_id, events)
 
 

@@ -32,6 +32,11 @@ def differences(first: Sequence[int], other: Sequence[int]) -> list[bool]:
     return differs
 
 
+def similarity(one: Sequence[int], other: Sequence[int]) -> float:
+    """2 M / T, where M of the T tokens of both stand in both, in order: 1 is the same."""
+    return 2 * differences(one, other).count(False) / (len(one) + len(other)) if one or other else 1.0
+
+
 def _common(one: Sequence[int], two: Sequence[int]) -> list[int]:
     """Places in `two` of a longest common subsequence. (difflib takes the cube of the length for an answer that repeats
     itself, and this the square for any.)"""

@@ -8,12 +8,8 @@ import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
 
-from service.callers.keys import Caller
-from service.chat.request import ChatRunner, Shares
-from service.metrics.meter import Meter, Metrics
-from service.metrics.request_record import RequestRecord
+from service.chat.request import ChatRunner, RequestContext
 from service.model.job import ModelJob, Turn
-from service.settings import Settings
 from steering.engines.base import GenerationEnd, Sampling
 from steering.explanation import ConceptActivity
 from steering.request import RequestedSteering, SteeringRequest
@@ -24,36 +20,19 @@ LOOK_ONLY = RequestedSteering(settings=SteeringRequest(enabled=False, explain="a
 
 
 async def concepts_in(
-    runner: ChatRunner,
-    url: str,
-    settings: Settings,
-    *,
-    field: str,
-    caller: Caller,
-    record: RequestRecord,
-    metrics: Metrics,
-    shares: Shares,
+    runner: ChatRunner, url: str, context: RequestContext, *, field: str
 ) -> Sequence[ConceptActivity]:
     """The strongest first. Raises ApiError; `field` is where the URL stood. Counted as a request of one picture."""
-    meter = Meter(metrics, record)
-    with meter.settled():
-        images = await runner.decode([(field, url)], settings, caller=caller, meter=meter, record=record, shares=shares)
-        job = ModelJob(
-            request_id=f"search-{uuid.uuid4().hex}",
-            turns=(Turn("user", (None, QUESTION)),),
-            images=images,
-            max_tokens=1,
-            sampling=Sampling(max_tokens=1, temperature=0),
-            steering=LOOK_ONLY,
-            tenant=caller.name,
-        )
-        return await _ask(runner, job, caller, meter, record)
-
-
-async def _ask(
-    runner: ChatRunner, job: ModelJob, caller: Caller, meter: Meter, record: RequestRecord
-) -> Sequence[ConceptActivity]:
-    async with aclosing(runner.run(job, caller=caller, meter=meter, record=record)) as events:
+    job = ModelJob(
+        request_id=f"search-{uuid.uuid4().hex}",
+        turns=(Turn("user", (None, QUESTION)),),
+        images=await runner.decode([(field, url)], context),
+        max_tokens=1,
+        sampling=Sampling(max_tokens=1, temperature=0),
+        steering=LOOK_ONLY,
+        tenant=context.caller.name,
+    )
+    async with aclosing(runner.run(job, context)) as events:
         async for event in events:
             if isinstance(event, GenerationEnd):
                 (told,) = event.receipt.explanation or (None,)

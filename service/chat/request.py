@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from service.callers.keys import Caller
 from service.callers.ledger import AnswerLabels, Ledger, RayLedger, charge
@@ -19,7 +18,6 @@ from service.chat.schemas import AssistantMessage, ChatCompletionRequest, ImageP
 from service.chat.steering_sources import artifact_of, assignment_of, check_scopes, find_alias, merge_steering
 from service.concepts.names import ConceptNames
 from service.errors import ApiError
-from service.experiments.assignment import Assignment
 from service.images.decoder import ImageDecoder, RgbImage, take_images
 from service.images.remote import RemoteImages
 from service.metrics.meter import Meter
@@ -35,13 +33,20 @@ MAX_TEXT_BYTES = MIB
 """All texts of a conversation together, in UTF-8; for most models the context is the tighter limit."""
 
 
-class Shares(NamedTuple):
-    """Of the memory that all requests have."""
+@dataclass(frozen=True, kw_only=True)
+class RequestContext:
+    """One request as all who work on it see it: whose it is, what is in force for it, what it holds, how it is told."""
 
+    settings: Settings
+    caller: Caller
+    record: RequestRecord
+    meter: Meter
     body: Share
-    """What the body takes, and what is fetched for it, until a job is made of it."""
+    """Of all requests' memory: what the body takes, and what is fetched for it, until a job is made of it."""
     held: Share
     """What stays until the answer has ended."""
+    strength_header: str | None = None
+    unit_header: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,50 +61,22 @@ class ChatRunner:
     ledger: Ledger | RayLedger
     tracing: Tracing
 
-    async def take_in(
-        self,
-        chat: ChatCompletionRequest,
-        settings: Settings,
-        *,
-        strength_header: str | None,
-        unit_header: str | None,
-        caller: Caller,
-        meter: Meter,
-        record: RequestRecord,
-        body_share: Share,
-        held: Share,
-    ) -> ModelJob:
-        """What was asked, checked. `body_share` is told what is fetched on the way, `held` what stays."""
-        job = await self.plan(
-            chat,
-            settings,
-            strength_header=strength_header,
-            unit_header=unit_header,
-            caller=caller,
-            assigned=meter.assigned,
-        )
-        sources, shares = image_parts(chat), Shares(body=body_share, held=held)
-        images = await self.decode(sources, settings, caller=caller, meter=meter, record=record, shares=shares)
+    async def take_in(self, chat: ChatCompletionRequest, context: RequestContext) -> ModelJob:
+        """What was asked, checked. Raises ApiError."""
+        job = await self.plan(chat, context)
+        images = await self.decode(image_parts(chat), context)
+        record = context.record
         record.completion_id, record.stream, record.artifact = job.request_id, bool(chat.stream), job.artifact
         return replace(job, images=images)
 
-    async def plan(
-        self,
-        chat: ChatCompletionRequest,
-        settings: Settings,
-        *,
-        strength_header: str | None,
-        unit_header: str | None,
-        caller: Caller,
-        assigned: Callable[[Assignment], None] = lambda _assignment: None,
-    ) -> ModelJob:
-        """A job without its pixels: all that can be checked without them. `assigned` is told what an experiment means
-        for it."""
+    async def plan(self, chat: ChatCompletionRequest, context: RequestContext) -> ModelJob:
+        """A job without its pixels: all that can be checked without them. Raises ApiError."""
+        settings, caller, strength = context.settings, context.caller, context.strength_header
         alias = find_alias(chat.model, settings.model_name)
-        assignment = assignment_of(chat, strength_header, alias, unit_header, settings, caller)
+        assignment = assignment_of(chat, strength, alias, context.unit_header, settings, caller)
         if assignment is not None:
-            assigned(assignment)
-        steering = merge_steering(chat.steering, strength_header, alias, settings, assignment)
+            context.meter.assigned(assignment)
+        steering = merge_steering(chat.steering, strength, alias, settings, assignment)
         artifact = artifact_of(settings, assignment)
         if steering.settings.concepts:
             steering = await self.names.by_id(steering, artifact)
@@ -118,72 +95,63 @@ class ChatRunner:
         )
 
     async def decode(
-        self,
-        sources: Sequence[tuple[str, str]],
-        settings: Settings,
-        *,
-        copies: int = 1,
-        caller: Caller,
-        meter: Meter,
-        record: RequestRecord,
-        shares: Shares,
+        self, sources: Sequence[tuple[str, str]], context: RequestContext, *, copies: int = 1
     ) -> tuple[RgbImage, ...]:
         """Pixels of every (field, URL), charged and counted once; `copies` of them travel to the model."""
 
         async def admit_images(count: int, total_pixels: int) -> None:
             held_bytes = copies * BYTES_PER_PIXEL * total_pixels
-            if copies > 1 and held_bytes > settings.max_memory_bytes // 2:  # never will there be room
+            if copies > 1 and held_bytes > context.settings.max_memory_bytes // 2:  # never will there be room
                 message = (
                     f"messages: {total_pixels} pixels are too many for {copies} answers; send less, or ask for fewer"
                 )
                 raise ApiError("request_too_large", message, param="messages")
-            shares.held.take(held_bytes)
-            await charge(self.ledger, caller, images=count, pixels=total_pixels)
+            context.held.take(held_bytes)
+            await charge(self.ledger, context.caller, images=count, pixels=total_pixels)
 
-        with self.tracing.step(record, "images"):
+        with self.tracing.step(context.record, "images"):
             images = await take_images(
                 sources,
-                settings=settings,
+                settings=context.settings,
                 decoder=self.decoder,
                 remote=self.remote,
                 admit_images=admit_images,
-                take_bytes=shares.body.take,
-                caller=caller.name,
+                take_bytes=context.body.take,
+                caller=context.caller.name,
             )
         for image in images:
-            meter.count_image(image.width * image.height)
+            context.meter.count_image(image.width * image.height)
         return images
 
-    async def run(
-        self, job: ModelJob, *, caller: Caller, meter: Meter, record: RequestRecord
-    ) -> AsyncGenerator[Answer, None]:
+    async def run(self, job: ModelJob, context: RequestContext) -> AsyncGenerator[Answer, None]:
         """AnswerStart, then the engine's events, measured; before the end is told, feedback on it can be given.
 
         Raises ApiError. Closing it cancels the generation.
         """
-        answer_id, answer = job.request_id, self.model.generate(job)
+        answer_id, answer, meter = job.request_id, self.model.generate(job), context.meter
         del job  # once the model has the pixels, they are not held here, too
         meter.submitted()
         async with aclosing(answer):
-            with self.tracing.step(record, "queue"):
+            with self.tracing.step(context.record, "queue"):
                 start = await anext(answer)
             assert isinstance(start, AnswerStart)
             meter.started(start.prompt_tokens)
             yield start
-            with self.tracing.step(record, "generation"):
+            with self.tracing.step(context.record, "generation"):
                 async for event in answer:
                     assert not isinstance(event, AnswerStart)
                     meter.observe(event)
                     if isinstance(event, GenerationEnd):
                         if event.receipt.explanation:
                             event = await self.names.with_labels(event)
-                        await self._remember(answer_id, caller, event, record.arm)
+                        await self._remember(answer_id, event, context)
                     yield event
 
-    async def _remember(self, answer_id: str, caller: Caller, end: GenerationEnd, arm: str) -> None:
+    async def _remember(self, answer_id: str, end: GenerationEnd, context: RequestContext) -> None:
         """An answer on which no feedback can be given is still an answer."""
         try:
-            await self.ledger.record_answer(answer_id, caller.name, AnswerLabels.of(end.receipt, arm))
+            labels = AnswerLabels.of(end.receipt, context.record.arm)
+            await self.ledger.record_answer(answer_id, context.caller.name, labels)
         except ApiError as error:
             log.warning("feedback on an answer will not be accepted: %s", error.message)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from service.chat.json_schema import canonical_json_schema
-from service.chat.strict_model import Neutral, Strict, inconsistent, uncallable
+from service.chat.strict_model import Neutral, Strict, by, inconsistent, uncallable
 from steering.request import SteeringRequest
 
 MAX_TOP_LOGPROBS = 20
@@ -56,34 +56,19 @@ class ImagePart(Strict):
     prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
-def _part_tag(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    tags = {"text": "<text>", "image_url": "<image>", "refusal": "<refusal>"}
-    return tags.get(kind) if isinstance(kind, str) else None
-
-
-def _content_tag(content: Any) -> str:
-    return "<parts>" if isinstance(content, list) else "<text>"
-
-
-def _unknown_part(supported: str) -> Discriminator:
-    return Discriminator(
-        _part_tag,
-        custom_error_type="unsupported_type",
-        custom_error_message=f"must be {supported}",
-    )
-
-
+PARTS = {"text": "<text>", "image_url": "<image>", "refusal": "<refusal>"}
+STRING_OR_PARTS = Discriminator(lambda content: "<parts>" if isinstance(content, list) else "<text>")
 UserPart = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")], _unknown_part("'text' or 'image_url'")
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")],
+    by("type", PARTS, "'text' or 'image_url'"),
 ]
 UserContent = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[UserPart], Field(min_length=1, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_tag),
+    STRING_OR_PARTS,
 ]
 TextContent = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_tag),
+    STRING_OR_PARTS,
 ]
 
 
@@ -112,11 +97,12 @@ class RefusalPart(Strict):
 
 
 AnswerPart = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], _unknown_part("'text' or 'refusal'")
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
+    by("type", PARTS, "'text' or 'refusal'"),
 ]
 AnswerContent = Annotated[
     Annotated[str | None, Tag("<text>")] | Annotated[list[AnswerPart], Field(fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_tag),
+    STRING_OR_PARTS,
 ]
 
 
@@ -137,20 +123,14 @@ class AssistantMessage(Strict):
     """What LiteLLM notes on an answer and sends back with it. Accepted and not used."""
 
 
-def _message_tag(message: Any) -> str | None:
-    role = message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
-    tags = {"system": "<system>", "developer": "<system>", "user": "<user>", "assistant": "<assistant>"}
-    return tags.get(role) if isinstance(role, str) else None
-
-
 Message = Annotated[
     Annotated[InstructionMessage, Tag("<system>")]
     | Annotated[UserMessage, Tag("<user>")]
     | Annotated[AssistantMessage, Tag("<assistant>")],
-    Discriminator(
-        _message_tag,
-        custom_error_type="unsupported_role",
-        custom_error_message="must be 'system', 'developer', 'user' or 'assistant'",
+    by(
+        "role",
+        {"system": "<system>", "developer": "<system>", "user": "<user>", "assistant": "<assistant>"},
+        "'system', 'developer', 'user' or 'assistant'",
     ),
 ]
 
@@ -185,20 +165,14 @@ class SchemaFormat(Strict):
     json_schema: NamedSchema
 
 
-def _format_tag(asked: Any) -> str | None:
-    kind = asked.get("type") if isinstance(asked, dict) else getattr(asked, "type", None)
-    tags = {"text": "<text>", "json_object": "<object>", "json_schema": "<schema>"}
-    return tags.get(kind) if isinstance(kind, str) else None
-
-
 ResponseFormat = Annotated[
     Annotated[TextFormat, Tag("<text>")]
     | Annotated[ObjectFormat, Tag("<object>")]
     | Annotated[SchemaFormat, Tag("<schema>")],
-    Discriminator(
-        _format_tag,
-        custom_error_type="unsupported_type",
-        custom_error_message="must be 'text', 'json_object' or 'json_schema'",
+    by(
+        "type",
+        {"text": "<text>", "json_object": "<object>", "json_schema": "<schema>"},
+        "'text', 'json_object' or 'json_schema'",
     ),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]

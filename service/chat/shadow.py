@@ -12,13 +12,15 @@ import random
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from difflib import SequenceMatcher
 from typing import NamedTuple
 
 from service.chat.admission import MemoryBudget, Overloaded, Share
+from service.chat.differences import similarity
+from service.chat.request import RequestContext
+from service.chat.streaming import Event
 from service.errors import ApiError
 from service.experiments.arms import over_default
 from service.metrics.meter import Metrics
@@ -28,17 +30,13 @@ from service.model.job import ModelJob
 from service.model.object_store import SHADOWS_OF_MEMORY
 from service.settings import BYTES_PER_PIXEL, Settings
 from steering.engines.base import GenerationEnd, TextDelta
-from steering.request import SteeringRequest
 
 log = logging.getLogger(__name__)
 PLACES = 2
 """Shadows at a time, from their requests' beginning on."""
 QUIET_SHARE = 8
 """This part of the engine's batch may be in use by callers, of this process, while a shadow runs."""
-MAX_COMPARED_TOKENS = 512
-"""Of each choice: the comparison takes time that grows with the square."""
 SHADOW = "shadow"
-Event = TextDelta | GenerationEnd
 
 
 class Alike(NamedTuple):
@@ -46,7 +44,7 @@ class Alike(NamedTuple):
 
     same: bool
     similarity: float
-    """Mean over choices of 2 M / T, where M of T tokens of both match in order (difflib): 1 is the same."""
+    """Mean over choices of `differences.similarity`: 1 is the same."""
     shown_tokens: int
     shadow_tokens: int
 
@@ -91,11 +89,22 @@ class Shadows:
         self.running: set[asyncio.Task[None]] = set()
         """Those that give way to callers."""
 
-    def plan(self, job: ModelJob, settings: Settings, record: RequestRecord) -> Shadow | None:
-        """One with its place and memory taken; None for most requests, and where there is no room (which is counted).
+    @contextmanager
+    def planned(self, job: ModelJob, context: RequestContext) -> Iterator[Shadow | None]:
+        """One with its place and memory taken, which starts when the block has answered its request; None for most
+        requests, and where there is no room (which is counted)."""
+        settings = context.settings
+        shadow = self._plan(job, settings, context.record)
+        del job  # its pixels
+        try:
+            yield shadow
+            if shadow and not self._ending() and self._quiet(settings):
+                self._start(shadow, settings.request_timeout_s)
+        finally:
+            if shadow and not shadow.started:
+                self._end(shadow)
 
-        Whatever it returns must come to `start` or to `drop`.
-        """
+    def _plan(self, job: ModelJob, settings: Settings, record: RequestRecord) -> Shadow | None:
         asked = settings.experiment and settings.experiment.shadow
         own = record.assignment is None or record.assignment.reason == "own"
         if not asked or own or random.random() >= asked.share:
@@ -110,26 +119,17 @@ class Shadows:
             share.give_back()
             self._count("dropped")
             return None
-        default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
-        steering = over_default(asked.steering, default, arm=SHADOW)
+        steering = over_default(asked.steering, settings.default_steering, arm=SHADOW)
         changes = {"steering": steering, "artifact": asked.artifact or settings.default_artifact}
         shadow = Shadow(replace(job, request_id=f"{SHADOW}-{uuid.uuid4().hex}", **changes), record, share)
         self._planned.add(shadow)
         return shadow
 
-    def start(self, shadow: Shadow, settings: Settings) -> None:
-        """Its request has been answered. Returns at once."""
-        if self._ending() or not self._quiet(settings):
-            return
+    def _start(self, shadow: Shadow, timeout_s: float) -> None:
         shadow.started = True
-        task = asyncio.create_task(self._run(shadow, settings.request_timeout_s))
+        task = asyncio.create_task(self._run(shadow, timeout_s))
         self.running.add(task)
         task.add_done_callback(lambda ended: self._ended(ended, shadow))  # one that never began ends here, too
-
-    def drop(self, shadow: Shadow) -> None:
-        """Gives everything back, unless it was started."""
-        if not shadow.started:
-            self._end(shadow)
 
     def make_way(self, settings: Settings) -> None:
         """A caller's request has come: those that run end where it is one too many."""
@@ -203,13 +203,9 @@ def compare(shown: dict[int, list[int]], shadow: dict[int, list[int]]) -> Alike:
     """By choice: which tokens of the one stand, in order, in the other."""
     choices = sorted({*shown, *shadow}) or [0]
     pairs = [(shown.get(choice, []), shadow.get(choice, [])) for choice in choices]
-    ratios = [
-        SequenceMatcher(None, one[:MAX_COMPARED_TOKENS], other[:MAX_COMPARED_TOKENS], autojunk=False).ratio()
-        for one, other in pairs
-    ]
     return Alike(
         same=all(one == other for one, other in pairs),
-        similarity=round(sum(ratios) / len(ratios), 6),
+        similarity=round(sum(similarity(one, other) for one, other in pairs) / len(pairs), 6),
         shown_tokens=sum(len(one) for one, _ in pairs),
         shadow_tokens=sum(len(other) for _, other in pairs),
     )

@@ -69,7 +69,7 @@ def merge_steering(
             "steering.control: controls are for evaluation; this server was not started with --allow-controls on",
             param="steering.control",
         )
-    default = SteeringRequest(preset=settings.default_preset, strength=settings.default_strength)
+    default = settings.default_steering
     if assignment is not None and assignment.arm is not None:
         asked = over_default(assignment.arm.steering, default, arm=assignment.shown)
         return replace(asked, settings=asked.settings.model_copy(update={"explain": body.explain}))

@@ -28,9 +28,6 @@ DONE = b"data: [DONE]\n\n"
 LOGPROB_BYTES = 256
 """One logprob in JSON is 60 to 150 bytes with common tokens; it is kept, and stands once more in the answer."""
 EXPLAINED_TOKEN_BYTES = 2048
-"""Three concepts with their labels, in memory and in JSON; kept until the answer is whole."""
-
-EXPLAINED_TOKEN_BYTES = 2048
 """Three concepts with their labels, in memory and in JSON; kept until the answer's end, in a stream, too."""
 
 

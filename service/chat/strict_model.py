@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Discriminator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -19,6 +20,21 @@ def uncallable(field: str, choice: str, instead: str) -> PydanticCustomError:
     """Tools that the model would be free to call; `instead`: what else there is."""
     reason = 'this model calls none; send {choice}: "none", or leave {field} out; {instead}'
     return PydanticCustomError("unsupported", reason, {"field": field, "choice": choice, "instead": instead})
+
+
+def by(field: str, tags: Mapping[str, str], supported: str) -> Discriminator:
+    """Which branch of a union an object belongs to: that with the tag of what stands in the field. `supported` is said
+    where it is no such thing."""
+
+    def tag(given: Any) -> str | None:
+        kind = given.get(field) if isinstance(given, dict) else getattr(given, field, None)
+        return tags.get(kind) if isinstance(kind, str) else None
+
+    return Discriminator(
+        tag,
+        custom_error_type=f"unsupported_{field}",
+        custom_error_message=f"must be {supported}",
+    )
 
 
 class Neutral:

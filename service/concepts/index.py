@@ -18,11 +18,10 @@ import logging
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
-from functools import wraps
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 from service.concepts.build import MAX_ID, cache_folder, fold, index_file, line_digest
 from service.errors import ApiError
@@ -31,8 +30,6 @@ from steering.concepts import CONCEPTS_FILE, Concept, parse_concept
 from steering.errors import BadArtifact
 
 log = logging.getLogger(__name__)
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 MAX_WORDS = 16
 """Of a search; the rest is not looked at."""
 NEAR_LABELS, NEAR_CANDIDATES = 5, 100
@@ -68,20 +65,14 @@ class Found(NamedTuple):
     """Above 0; larger is better. Only to be compared within one search."""
 
 
-def _for_clients(
-    method: Callable[Concatenate[ConceptIndex, Parameters], Result],
-) -> Callable[Concatenate[ConceptIndex, Parameters], Result]:
+@contextmanager
+def _for_clients() -> Iterator[None]:
     """What is wrong with which file stands in the log; a client is told that something is."""
-
-    @wraps(method)
-    def told(self: ConceptIndex, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
-        try:
-            return method(self, *args, **options)
-        except BadArtifact as error:
-            log.error("the concepts cannot be shown: %s", error.message)
-            raise ApiError("bad_artifact", "the artifact's concepts cannot be read; tell the operator") from None
-
-    return told
+    try:
+        yield
+    except BadArtifact as error:
+        log.error("the concepts cannot be shown: %s", error.message)
+        raise ApiError("bad_artifact", "the artifact's concepts cannot be read; tell the operator") from None
 
 
 class ConceptIndex:
@@ -95,18 +86,18 @@ class ConceptIndex:
         self._file: Path | None = None
         self._num_concepts, self._fingerprint = 0, ""
 
-    @_for_clients
+    @_for_clients()
     def prepare(self) -> None:
         """Make the index, if no process of this machine has; else the first question does."""
         self._indexed()
 
-    @_for_clients
+    @_for_clients()
     def fingerprint(self) -> str:
         """Of the artifact: other artifacts' ids mean other concepts."""
         self._indexed()
         return self._fingerprint
 
-    @_for_clients
+    @_for_clients()
     def labels(self, ids: Iterable[int]) -> dict[int, str]:
         """Id to label; "" for a concept that has none, or of which nothing is said."""
         wanted = list(ids)
@@ -114,7 +105,7 @@ class ConceptIndex:
         found = dict(self._ask(f"SELECT id, label FROM concepts WHERE id IN ({holes})", wanted))
         return {concept_id: found.get(concept_id, "") for concept_id in wanted}
 
-    @_for_clients
+    @_for_clients()
     def find(self, label_or_id: str, *, field: str = "steering.concepts") -> int:
         """The id of a concept that a client named: by id ("17"), or by label, in which case and white space may differ.
 
@@ -137,7 +128,7 @@ class ConceptIndex:
             message = f"{shown} is the label of no concept; {f'near ones: {near}' if near else 'see GET /v1/concepts'}"
         raise ApiError("invalid_steering", message, param=field)
 
-    @_for_clients
+    @_for_clients()
     def near(self, label: str) -> list[tuple[int, str]]:
         """(id, label) of those most like a label, the most alike first; `difflib` judges, among those that share most
         pieces of three characters with it, or words."""
@@ -151,7 +142,7 @@ class ConceptIndex:
                 rows.setdefault(known_folded, (concept_id, known))
         return [rows[like] for like in difflib.get_close_matches(folded, rows, NEAR_LABELS, cutoff=0.2)]
 
-    @_for_clients
+    @_for_clients()
     def page(self, *, after: int, limit: int, words: str = "") -> tuple[list[Concept], bool]:
         """At most `limit` concepts with an id above `after`, in order, and whether there are more; with `words`, those
         whose label and texts have words beginning with each of them."""
@@ -168,13 +159,13 @@ class ConceptIndex:
             rows = self._ask(f"SELECT id, {PLACE} FROM concepts WHERE id > ? ORDER BY id LIMIT ?", [after, limit + 1])
         return [self._read(*row) for row in rows[:limit]], len(rows) > limit
 
-    @_for_clients
+    @_for_clients()
     def one(self, concept_id: int) -> Concept | None:
         """With thumbnails as data URLs; None where nothing is said of it."""
         rows = self._ask(f"SELECT id, {PLACE} FROM concepts WHERE id = ?", [concept_id])
         return self._read(*rows[0]) if rows else None
 
-    @_for_clients
+    @_for_clients()
     def thumbnail(self, concept_id: int, image: int) -> Thumbnail | None:
         """Of the concept's image with this place among its images; None where there is none."""
         concept = self.one(concept_id)
@@ -189,7 +180,7 @@ class ConceptIndex:
         except (ValueError, binascii.Error) as error:
             raise BadArtifact(f"thumbnail {image} of concept {concept_id}: {error}", field="artifact") from error
 
-    @_for_clients
+    @_for_clients()
     def search(self, words: str, *, limit: int) -> list[Found]:
         """Concepts with any of the words in label or texts, the best first: by BM25, of labels and texts apart."""
         query = _any_of(_words(words), prefix=True)

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from steering.request import RequestedSteering, SteeringRequest, merge_sources
 
@@ -25,6 +25,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def _for_everybody(steering: SteeringRequest) -> SteeringRequest:
+    for name in NOT_FOR_ARMS:
+        if getattr(steering, name) is not None:
+            raise ValueError(f"{name}: is not for arms; leave it out")
+    return steering
+
+
+ArmSteering = Annotated[SteeringRequest, AfterValidator(_for_everybody)]
+
+
 class Part(BaseModel):
     """Frozen, and strict about names."""
 
@@ -37,7 +47,7 @@ class Arm(Part):
     name: Name
     weight: Share
     """Share of the covered units, 0 to 1; those of all arms sum to 1."""
-    steering: SteeringRequest = SteeringRequest()
+    steering: ArmSteering = SteeringRequest()
     """Fields that this arm sets; the others are the server's defaults."""
     artifact: Name | None = None
     """Candidate whose artifact answers, `main` for the service's own (default: the server's default)."""
@@ -49,26 +59,16 @@ class Arm(Part):
             raise ValueError(f"{name!r} means something else in metrics; take another name")
         return name
 
-    @field_validator("steering")
-    @classmethod
-    def _for_everybody(cls, steering: SteeringRequest) -> SteeringRequest:
-        return _checked(steering)
-
 
 class Shadow(Part):
     """A second answer that nobody sees, to some of the requests that were answered."""
 
-    steering: SteeringRequest = SteeringRequest()
+    steering: ArmSteering = SteeringRequest()
     """How it differs from what was shown: these fields over the server's defaults."""
     artifact: Name | None = None
     """As an arm's."""
     share: Share
     """Share of the answered requests, 0 to 1. Under load fewer have one."""
-
-    @field_validator("steering")
-    @classmethod
-    def _for_everybody(cls, steering: SteeringRequest) -> SteeringRequest:
-        return _checked(steering)
 
 
 class Experiment(Part):
@@ -102,12 +102,10 @@ class Experiment(Part):
         return self
 
     @property
-    def artifacts(self) -> dict[str, str]:
-        """Part to the artifact that it names, where it does."""
-        parts = {f"arms: {arm.name}": arm.artifact for arm in self.arms} | {
-            "shadow": self.shadow and self.shadow.artifact
-        }
-        return {part: artifact for part, artifact in parts.items() if artifact is not None}
+    def parts(self) -> dict[str, Arm | Shadow]:
+        """By the name that a complaint has for each."""
+        arms: dict[str, Arm | Shadow] = {f"arms: {arm.name}": arm for arm in self.arms}
+        return arms | ({"shadow": self.shadow} if self.shadow else {})
 
     @property
     def seed(self) -> str:
@@ -133,10 +131,3 @@ def over_default(steering: SteeringRequest, default: SteeringRequest, *, arm: st
     """An arm's steering over the server's default; a default strength belongs to the default preset."""
     below = SteeringRequest() if steering.preset is not None else default
     return merge_sources(server=(steering, below), arm=arm)
-
-
-def _checked(steering: SteeringRequest) -> SteeringRequest:
-    for name in NOT_FOR_ARMS:
-        if getattr(steering, name) is not None:
-            raise ValueError(f"{name}: is not for arms; leave it out")
-    return steering

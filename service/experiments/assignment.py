@@ -47,25 +47,25 @@ class Assignment:
 
 def assign(experiment: Experiment, *, unit: str | None, own_steering: bool) -> Assignment:
     """`unit`: who asks, in the operator's view; `own_steering`: whether the caller asked for any."""
+    reason, arm = _choice(experiment, unit, own_steering)
+    return Assignment(
+        experiment=experiment.name,
+        seed=experiment.seed,
+        default=experiment.arms[0].name,
+        reason=reason,
+        arm=arm,
+        unit=None if unit is None else unit_digest(experiment.seed, unit),
+    )
 
-    def assigned(reason: Reason, arm: Arm | None) -> Assignment:
-        digest = unit_digest(experiment.seed, unit) if unit is not None else None
-        return Assignment(
-            experiment=experiment.name,
-            seed=experiment.seed,
-            default=experiment.arms[0].name,
-            reason=reason,
-            arm=arm,
-            unit=digest,
-        )
 
+def _choice(experiment: Experiment, unit: str | None, own_steering: bool) -> tuple[Reason, Arm | None]:
     if own_steering:
-        return assigned(OWN, None)
+        return OWN, None
     if unit is None:
-        return assigned(NO_UNIT, experiment.arms[0])
+        return NO_UNIT, experiment.arms[0]
     open_to = ranges([arm.weight for arm in experiment.arms], experiment.coverage)
     index = chosen(bucket(experiment.seed, unit), open_to)
-    return assigned(NOT_COVERED, None) if index is None else assigned("unit", experiment.arms[index])
+    return (NOT_COVERED, None) if index is None else ("unit", experiment.arms[index])
 
 
 def bucket(seed: str, value: str) -> float:

@@ -69,16 +69,20 @@ def read_exposures(lines: Iterable[str]) -> list[Exposures]:
         if line.get("message") == "feedback":
             scores[line.get("completion_id", "")] = line["score"]
         elif line.get("message") == "shadow":
-            shadows[line["experiment"]["name"], line["experiment"]["salt"]].append(line)
+            shadows[_key(line)].append(line)
         elif line.get("message") == "request" and isinstance(line.get("experiment"), dict):
             asked.append(line)
     found: dict[tuple[str, str], list[Exposure]] = defaultdict(list)
     for line in asked:
         if line.get("completion_id") in scores:
             line["feedback"] = scores[line["completion_id"]]
-        found[line["experiment"]["name"], line["experiment"]["salt"]].append(_exposure(line))
-    defaults = {(one["experiment"]["name"], one["experiment"]["salt"]): one["experiment"]["default"] for one in asked}
+        found[_key(line)].append(_exposure(line))
+    defaults = {_key(one): one["experiment"]["default"] for one in asked}
     return [Exposures(*key, defaults[key], requests, shadows[key]) for key, requests in found.items()]
+
+
+def _key(line: Line) -> tuple[str, str]:
+    return line["experiment"]["name"], line["experiment"]["salt"]
 
 
 def _exposure(line: Line) -> Exposure:

@@ -132,18 +132,6 @@ def _rho2(alpha: float, tuned_for: int) -> float:
     return (log + math.log(log + 1)) / tuned_for
 
 
-def units_for(points: float, rate: float, *, power: float = 0.8, alpha: float = ALPHA) -> int:
-    """Units of both arms together, one request each and halves, at which a difference of `points` from a `rate` is
-    shown with this power at a look there, anytime-valid. `points` and `rate` are shares, 0 to 1."""
-    from scipy.stats import norm
-
-    spread = 2 * (rate * (1 - rate) + (rate + points) * (1 - rate - points))
-    units = 2 * MIN_UNITS
-    while abs(points) * math.sqrt(units / spread) < anytime_multiple(units, alpha) + norm.ppf(power):
-        units = math.ceil(units * 1.01)
-    return units
-
-
 def _clustered(samples: Sequence[Sample]) -> tuple[list[float], np.ndarray]:
     """Means of the samples, and their covariance; a unit in two of them is one cluster."""
     from statsmodels.regression.linear_model import OLS

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from openai.types import Model
 from starlette.exceptions import HTTPException
 
-from service import VERSION
+from service import APPLICATION, VERSION
 from service.callers.keys import load_keys
 from service.callers.ledger import Ledger, RayLedger
 from service.chat.admission import Admission
@@ -30,12 +30,12 @@ from service.concepts.index import ConceptIndex
 from service.concepts.names import ConceptNames
 from service.draining import Drain, shutting_down
 from service.errors import ApiError
-from service.http.chat_route import ChatRoute
+from service.http.chat_route import chat
 from service.http.compare_route import compare
 from service.http.concepts.route import ConceptsRoute
 from service.http.feedback_route import FeedbackDesk
 from service.http.middleware import Middleware
-from service.http.model_answer import ModelAnswer
+from service.http.model_answer import ModelAnswer, ModelRequests
 from service.http.openapi import build_openapi
 from service.http.pages.playground import Playground
 from service.http.routes import ROUTES
@@ -49,7 +49,6 @@ from service.model.readiness import Readiness
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
-OWNER = "vl-sae-steering"
 LOOK_EVERY_S = 1.0
 CANDIDATES_EVERY_S = 5.0
 """A look asks Serve's controller; a change that names a candidate may wait for one."""
@@ -96,11 +95,11 @@ def build_api(
         running=lambda: admission.running,
         ending=lambda: drain.begun,
     )
-    chat = ChatRoute(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows)
+    shared = ModelRequests(live=live, runner=runner, admission=admission, drain=drain, metrics=metrics, shadows=shadows)
     handlers = Handlers(
         live=live,
-        chat=chat,
-        concepts=ConceptsRoute(chat, index),
+        shared=shared,
+        concepts=ConceptsRoute(shared, index),
         desk=FeedbackDesk(ledger, metrics, body_timeout_s=settings.body_timeout_s),
         readiness=Readiness(model, lambda: live.current.default_artifact, may_sleep=settings.model_may_sleep),
         pages=Playground(),
@@ -110,7 +109,7 @@ def build_api(
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
-        await know_candidates(model, live)
+        await _know_candidates(model, live)
         aside = (_keep_looking(handlers), _keep_knowing(model, live), _prepare(index))
         working = [asyncio.create_task(one) for one in aside]
         yield
@@ -128,8 +127,7 @@ def build_api(
         tracing=tracing,
         keys=keys,
         ledger=ledger,
-        only_local_names=settings.only_local_names,
-        behind_gateway=settings.behind_gateway,
+        settings=settings,
         proxied=proxied,
     )
     api.add_exception_handler(HTTPException, _answer_http_error)
@@ -143,7 +141,7 @@ class Handlers:
     """What each route does, by the name that it has in ROUTES."""
 
     live: LiveSettings
-    chat: ChatRoute
+    shared: ModelRequests
     concepts: ConceptsRoute
     desk: FeedbackDesk
     readiness: Readiness
@@ -153,11 +151,14 @@ class Handlers:
     started: int
     """Seconds since 1970."""
 
+    async def chat(self, request: Request) -> Response:
+        return ModelAnswer(self.shared, request, chat)
+
     async def compare(self, request: Request) -> Response:
-        return ModelAnswer(self.chat, request, compare)
+        return ModelAnswer(self.shared, request, compare)
 
     async def feedback(self, request: Request) -> Response:
-        async with self.chat.drain.request():
+        async with self.shared.drain.request():
             return await self.desk.answer(request)
 
     async def models(self) -> Response:
@@ -202,23 +203,23 @@ class Handlers:
     async def metrics(self) -> Response:
         with suppress(ApiError):
             await self.look()
-        text = await asyncio.to_thread(self.chat.metrics.exposition)
+        text = await asyncio.to_thread(self.shared.metrics.exposition)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def look(self) -> dict:
         """What /readyz says; raises ApiError where it is not ready. The gauge says the same."""
         is_ready = False
         try:
-            if self.chat.drain.begun:
+            if self.shared.drain.begun:
                 raise shutting_down()
             answer = await self.readiness.check()
             is_ready = True
             return answer
         finally:
-            self.chat.metrics.ready.set(is_ready)
+            self.shared.metrics.ready.set(is_ready)
 
     def _model(self, model_id: str) -> dict:
-        return Model(id=model_id, created=self.started, object="model", owned_by=OWNER).model_dump()
+        return Model(id=model_id, created=self.started, object="model", owned_by=APPLICATION).model_dump()
 
 
 def _remote_images(settings: Settings) -> RemoteImages | None:
@@ -232,15 +233,14 @@ async def _keep_looking(handlers: Handlers) -> None:
     """The gauge is true though nobody asks: a scrape may go to `metrics/machine.py`, a probe to Serve."""
     while True:
         try:
-            await handlers.look()
-        except ApiError:
-            pass  # not ready, as the gauge says
+            with suppress(ApiError):  # not ready, as the gauge says
+                await handlers.look()
         except Exception:
             log.exception("whether the model is ready cannot be found out")
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-async def know_candidates(model: ModelClient, live: LiveSettings) -> None:
+async def _know_candidates(model: ModelClient, live: LiveSettings) -> None:
     """One look at what is loaded beside the service's own artifact."""
     try:
         live.know(await model.candidates())
@@ -251,7 +251,7 @@ async def know_candidates(model: ModelClient, live: LiveSettings) -> None:
 async def _keep_knowing(model: ModelClient, live: LiveSettings) -> None:
     while True:
         await asyncio.sleep(CANDIDATES_EVERY_S)
-        await know_candidates(model, live)
+        await _know_candidates(model, live)
 
 
 async def _prepare(index: ConceptIndex | None) -> None:

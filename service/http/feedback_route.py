@@ -8,10 +8,11 @@ from typing import Annotated
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from service.callers.keys import Caller
 from service.callers.ledger import Ledger, RayLedger
+from service.chat.strict_model import Strict
 from service.errors import ApiError
 from service.http.body import parse, read_json_body
 from service.metrics.meter import Metrics
@@ -22,10 +23,8 @@ MAX_AT_ONCE = 32
 """Requests; so many slow senders must not take the places of health checks."""
 
 
-class FeedbackRequest(BaseModel):
+class FeedbackRequest(Strict):
     """The body of `POST /v1/feedback`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     request_id: str = Field(min_length=1, max_length=128)
     """The `id` of a chat completion."""

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,11 +24,13 @@ from service.experiments.assignment import Assignment
 from service.http.routes import BY_PATH, Route
 from service.metrics.meter import Metrics
 from service.metrics.request_record import RequestRecord, Tracing, log_request
+from service.settings import Settings
 
 log = logging.getLogger(__name__)
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+REQUEST_IDS = (REQUEST_ID_HEADER, REQUEST_ID, "128 letters, digits and . _ : -")
 ARM_HEADER, ASSIGNMENT_HEADER = "x-vlsae-arm", "x-vlsae-assignment"
 PORT = re.compile(r":\d{1,5}$")
 LONGEST_LENGTH = 20
@@ -49,15 +52,12 @@ class Middleware:
         tracing: Tracing,
         keys: KeyRing | None,
         ledger: Ledger | RayLedger,
-        only_local_names: bool,
-        behind_gateway: bool,
+        settings: Settings,
         proxied: bool,
     ) -> None:
-        """Without `keys` everybody may do everything. `behind_gateway`: all but probes and scrapes must come through
-        one; `proxied`: behind Serve's proxy.
-        """
+        """Without `keys` everybody may do everything. `proxied`: behind Serve's proxy."""
         self._app, self._metrics, self._tracing, self._keys, self._ledger = app, metrics, tracing, keys, ledger
-        self._only_local_names, self._behind_gateway, self._proxied = only_local_names, behind_gateway, proxied
+        self._settings, self._proxied = settings, proxied
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,7 +91,7 @@ class Middleware:
             route = find_route(scope)
             record.route = route.path if route else "unknown"
             check_headers(headers)
-            if self._only_local_names:
+            if self._settings.only_local_names:
                 check_host(headers)
             scope["state"]["caller"] = caller = await self._admit(route, headers)
             record.key = caller.name or None
@@ -111,7 +111,7 @@ class Middleware:
         """Raises ApiError. Who has no key is not told which paths there are."""
         if route is not None and route.scope is None:
             return ANYBODY
-        if self._behind_gateway and (route is None or route.scope != "metrics"):
+        if self._settings.behind_gateway and (route is None or route.scope != "metrics"):  # scrapes need none
             check_gateway(headers)
         caller = ANYBODY
         if self._keys is not None:
@@ -134,24 +134,22 @@ def find_route(scope: Scope) -> Route | None:
 
 def request_id_of(headers: Headers) -> str:
     """The caller's, where it sent one and we accept it; else a new one."""
-    given = headers.getlist(REQUEST_ID_HEADER)
-    return given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else uuid.uuid4().hex
+    with suppress(ApiError):
+        return only(headers, *REQUEST_IDS) or uuid.uuid4().hex
+    return uuid.uuid4().hex
 
 
-def check_request_id(headers: Headers) -> None:
-    """Raises ApiError for more than one, and for what does not belong in a log."""
-    given = headers.getlist(REQUEST_ID_HEADER)
-    if len(given) > 1 or not all(REQUEST_ID.fullmatch(one) for one in given):
-        raise ApiError(
-            "invalid_header",
-            f"{REQUEST_ID_HEADER}: send one of at most 128 letters, digits and . _ : -, or none",
-            param=REQUEST_ID_HEADER,
-        )
+def only(headers: Headers, name: str, form: re.Pattern[str], of: str) -> str | None:
+    """The one header of this name, if any. Raises ApiError for more, and for what is not in its form."""
+    given = headers.getlist(name)
+    if len(given) > 1 or not all(form.fullmatch(one) for one in given):
+        raise ApiError("invalid_header", f"{name}: send one of at most {of}, or none", param=name)
+    return given[0] if given else None
 
 
 def check_headers(headers: Headers) -> None:
     """Raises ApiError for what a client may not send."""
-    check_request_id(headers)
+    only(headers, *REQUEST_IDS)
     if len(headers.get("content-length", "")) > LONGEST_LENGTH:
         raise ApiError("invalid_header", "content-length: this is not the length of any body", param="content-length")
     for name in PROXY_HEADERS:

@@ -1,7 +1,7 @@
 """The contract as an OpenAPI document: every route with its statuses, headers, errors and examples. Serves nothing.
 
-Types come from `schemas.py`, `answers.py` and the openai package, limits from the settings, errors from `errors.py`,
-routes from `routes.py`: nothing is said twice.
+Types come from `contract.py`, limits from the settings, errors from `errors.py`, routes from `routes.py`: nothing is
+said twice.
 """
 
 from __future__ import annotations
@@ -9,39 +9,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from openai.types import Model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue, models_json_schema
 from pydantic_core import core_schema
 
 from service import VERSION
 from service.chat.request import MAX_TEXT_BYTES
-from service.chat.schemas import ChatCompletionRequest
-from service.chat.steering_sources import ALIASES
 from service.errors import ERROR_KINDS, ApiError
-from service.example import EXAMPLE_RECEIPT, example_answer, example_body
-from service.http.answers import (
-    CACHE_CONTROL,
-    ETAG,
-    HEADERS,
-    IF_NONE_MATCH_PARAMETER,
-    NOT_ALWAYS,
-    REQUEST_ID_PARAMETER,
-    STRENGTH_PARAMETER,
-    UNIT_PARAMETER,
-    Alive,
-    ErrorAnswer,
-    FeedbackTaken,
-    ModelList,
-    Ready,
-    SteeredChunk,
-    SteeredCompletion,
-    Version,
-)
-from service.http.bodies import EVENTS, JSON, TEXT, Bodies, json_of, ref_to
-from service.http.concepts.contract import ANSWERS, REQUESTS, concept_bodies
-from service.http.feedback_route import FeedbackRequest
-from service.http.middleware import ARM_HEADER, ASSIGNMENT_HEADER, REQUEST_ID_HEADER
-from service.http.pages.playground import MEDIA_TYPES, Playground
+from service.http.answers import HEADERS, NOT_ALWAYS, REQUEST_ID_PARAMETER, ErrorAnswer, SteeredChunk
+from service.http.concepts.contract import concept_bodies
+from service.http.contract import JSON, Bodies, bodies_of, json_of, model_names, ref_to
+from service.http.middleware import REQUEST_ID_HEADER
 from service.http.routes import ROUTES, Route
 from service.settings import Settings
 
@@ -63,6 +40,7 @@ class Schemas(GenerateJsonSchema):
 
 def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
     """The document of a service with these settings, that asks for keys or does not."""
+    bodies = bodies_of(settings) | concept_bodies(settings.model_name)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -72,9 +50,9 @@ def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
             "`steering` in a request is the dial, `steering` in an answer the receipt.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "paths": _paths(settings, with_keys),
+        "paths": _paths(bodies, with_keys),
         "components": {
-            "schemas": _schemas(settings),
+            "schemas": _schemas(settings, bodies),
             "headers": {name: {**header, "required": name not in NOT_ALWAYS} for name, header in HEADERS.items()},
             "parameters": {"RequestId": REQUEST_ID_PARAMETER},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": KEYS}},
@@ -85,9 +63,8 @@ def build_openapi(settings: Settings, *, with_keys: bool) -> dict[str, Any]:
 KEYS = "An API key, where the service has keys; without keys every route is open."
 
 
-def _paths(settings: Settings, with_keys: bool) -> dict[str, Any]:
+def _paths(bodies: dict[str, Bodies], with_keys: bool) -> dict[str, Any]:
     paths: dict[str, Any] = {}
-    bodies = _bodies(settings)
     for route in ROUTES:
         operation = _operation(route, bodies[route.path], route.scope if with_keys else None)
         paths.setdefault(written(route.path), {})[route.method.lower()] = operation
@@ -109,7 +86,11 @@ def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]
         "security": [{"key": [scope]}] if scope else [],
         "parameters": [{"$ref": "#/components/parameters/RequestId"}, *given.parameters],
         "responses": {
-            "200": {"description": route.answer, "headers": _headers(200, given.headers), "content": given.content},
+            "200": {
+                "description": route.answer,
+                "headers": _headers(200, given.headers),
+                "content": {**json_of(given.gives, given.shown), **given.others},
+            },
             **_error_responses(codes),
         },
     }
@@ -118,8 +99,8 @@ def _operation(route: Route, given: Bodies, scope: str | None) -> dict[str, Any]
         operation["responses"]["304"] = known
     if given.links is not None:
         operation["responses"]["200"]["links"] = given.links
-    if given.body is not None:
-        operation["requestBody"] = {"required": True, "content": {JSON: given.body}}
+    if given.takes is not None:
+        operation["requestBody"] = {"required": True, "content": json_of(given.takes, given.asked)}
     return operation
 
 
@@ -151,130 +132,19 @@ def _headers(status: int, more: tuple[str, ...] = ()) -> dict[str, Any]:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
-def _bodies(settings: Settings) -> dict[str, Bodies]:
-    """By the route's path."""
-    name = settings.model_name
-    one_model = {"name": "model_id", "in": "path", "required": True, "schema": {"enum": _model_names(settings)}}
-    feedback = {"request_id": example_answer(name)["id"], "score": 1}
-    return {
-        "/v1/chat/completions": Bodies(
-            _chat_content(name),
-            body={"schema": ref_to(ChatCompletionRequest), "examples": _chat_examples(name)},
-            links=FEEDBACK_LINK,
-            parameters=(STRENGTH_PARAMETER, UNIT_PARAMETER),
-            headers=(ARM_HEADER, ASSIGNMENT_HEADER),
-        ),
-        **concept_bodies(name),
-        "/v1/feedback": Bodies(json_of(FeedbackTaken), body={"schema": ref_to(FeedbackRequest), "example": feedback}),
-        "/v1/models": Bodies(json_of(ModelList)),
-        "/v1/models/{model_id:path}": Bodies(json_of(Model), parameters=(one_model,)),
-        "/version": Bodies(json_of(Version)),
-        "/healthz": Bodies(json_of(Alive)),
-        "/readyz": Bodies(json_of(Ready)),
-        "/metrics": Bodies({TEXT: {"schema": {"type": "string"}}}),
-        "/": Bodies(_files(".html"), parameters=(IF_NONE_MATCH_PARAMETER,), **PAGES),
-        "/playground/{file:path}": Bodies(
-            _files(".css", ".js", ".json", ".png", ".svg"),
-            parameters=(PLAYGROUND_FILE, IF_NONE_MATCH_PARAMETER),
-            **PAGES,
-        ),
-        "/openapi.json": Bodies({JSON: {"schema": {"type": "object"}}}),
-    }
-
-
-PAGES: dict[str, Any] = {"headers": (ETAG, CACHE_CONTROL), "may_be_known": True}
-PLAYGROUND_FILE = {"name": "file", "in": "path", "required": True, "schema": {"enum": Playground().names}}
-
-
-def _files(*endings: str) -> dict[str, Any]:
-    """What a route of files gives: its own to read, no contract."""
-    kinds = [MEDIA_TYPES[ending].partition(";")[0] for ending in endings]
-    return {kind: {"schema": {} if kind == JSON else {"type": "string"}} for kind in kinds}
-
-
-EVENT = {
-    "type": "object",
-    "description": "One server-sent event.",
-    "properties": {
-        "data": {
-            "type": "string",
-            "anyOf": [
-                {"const": "[DONE]"},
-                {
-                    "contentMediaType": JSON,
-                    "contentSchema": {
-                        "anyOf": [
-                            {"$ref": "#/components/schemas/SteeredChunk"},
-                            {"$ref": "#/components/schemas/ErrorAnswer"},
-                        ]
-                    },
-                },
-            ],
-        }
-    },
-    "required": ["data"],
-}
-FEEDBACK_LINK = {
-    "feedback": {
-        "operationId": "postV1Feedback",
-        "description": "The answer's `id` is what feedback on it names.",
-        "requestBody": {"request_id": "$response.body#/id", "score": 1},
-    }
-}
-
-
-def _chat_content(name: str) -> dict[str, Any]:
-    whole = json_of(SteeredCompletion, example=example_answer(name))
-    return {**whole, EVENTS: {"schema": EVENT, "example": _stream(name)}}
-
-
-def _stream(name: str) -> str:
-    """The example's answer as it is streamed, its middle left out."""
-    answer = example_answer(name)
-    head = {key: answer[key] for key in ("id", "created", "model", "system_fingerprint")}
-
-    def event(delta: dict[str, Any], finish: Any = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        chunk = {**head, "object": "chat.completion.chunk", "choices": [choice], **more}
-        return f"data: {SteeredChunk.model_validate(chunk).model_dump_json(exclude_unset=True)}\n\n"
-
-    last = event({}, "stop", steering=EXAMPLE_RECEIPT)
-    return event({"role": "assistant", "content": ""}) + event({"content": " There"}) + last + "data: [DONE]\n\n"
-
-
-def _chat_examples(name: str) -> dict[str, Any]:
-    body = example_body(name)
-    return {
-        "picture": {"summary": "A question about a picture", "value": body},
-        "half": {"summary": "Half as strong", "value": {**body, "steering": {"strength": 0.5}}},
-        "plain": {"summary": "The plain model", "value": {**body, "model": f"{name}:off"}},
-        "stream": {
-            "summary": "As it is written, with usage",
-            "value": {**body, "stream": True, "stream_options": {"include_usage": True}},
-        },
-    }
-
-
-def _model_names(settings: Settings) -> list[str]:
-    return [settings.model_name + alias for alias in ALIASES]
-
-
-def _schemas(settings: Settings) -> dict[str, Any]:
-    """All types, with the limits that this service's settings add."""
-    models = (
-        ChatCompletionRequest, FeedbackRequest, SteeredCompletion, SteeredChunk, FeedbackTaken, Model, ModelList, Alive,
-        Ready, Version, ErrorAnswer, *REQUESTS, *ANSWERS,
-    )  # fmt: skip
+def _schemas(settings: Settings, bodies: dict[str, Bodies]) -> dict[str, Any]:
+    """All types that bodies have, with the limits that this service's settings add."""
+    models = dict.fromkeys(model for given in bodies.values() for model in (given.takes, given.gives) if model)
     mode: JsonSchemaMode = "validation"
     _, found = models_json_schema(
-        [(model, mode) for model in models],
+        [(model, mode) for model in (*models, SteeredChunk, ErrorAnswer)],
         ref_template="#/components/schemas/{model}",
         schema_generator=Schemas,
     )
     schemas = found["$defs"]
     for kind in ("ChatCompletionRequest", "CompareRequest"):
         chat = schemas[kind]["properties"]
-        chat["model"]["enum"] = _model_names(settings)
+        chat["model"]["enum"] = model_names(settings)
         for field in ("max_tokens", "max_completion_tokens"):
             chat[field]["anyOf"][0]["maximum"] = settings.max_tokens_limit
         chat["messages"]["description"] = f"Their texts have at most {MAX_TEXT_BYTES} bytes of UTF-8 together."

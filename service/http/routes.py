@@ -59,7 +59,7 @@ class Route(NamedTuple):
 
 
 ROUTES = (
-    Route("POST", "/v1/chat/completions", "chat", "chat.answer", "Ask about images and texts", CHAT_ANSWER, CHAT),
+    Route("POST", "/v1/chat/completions", "chat", "chat", "Ask about images and texts", CHAT_ANSWER, CHAT),
     Route("POST", "/v1/compare", "chat", "compare", "Ask at several settings of steering",
           "The answers, and by token where they differ.", CHAT),
     Route("GET", "/v1/concepts", "explain", "concepts.page", "The artifact's concepts",

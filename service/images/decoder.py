@@ -9,13 +9,12 @@ nothing of models or Ray.
 from __future__ import annotations
 
 import asyncio
-import binascii
-import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from service.errors import ApiError
 from service.fair_threads import FairThreads
 from service.images import worker
+from service.images.data_url import decode_data_url
 from service.images.remote import RemoteImages, RemoteUrl
 from service.settings import Settings
 
@@ -31,16 +31,6 @@ AdmitImages = Callable[[int, int], Awaitable[None]]
 """Called twice per request with images: with their number and no pixels before anything is done for them, with no
 images and all their pixels once these are measured. Raises ApiError where the caller's quota refuses them."""
 
-DATA_URL = re.compile(
-    r"data: *image/(?:p?jpe?g|(?:x-)?png|webp|gif) *(?:;[^,;]{0,200}){0,8}; *base64 *,", re.IGNORECASE | re.ASCII
-)
-"""With parameters, which say nothing of a picture. What the image really is, the decoder finds out."""
-WHITE_SPACE = b" \t\r\n\v\f"
-"""Anywhere in base64: the command `base64` breaks its lines."""
-TO_STANDARD = bytes.maketrans(b"-_", b"+/")
-"""From the alphabet of URLs (RFC 4648, section 5), which some encoders write; the two never disagree."""
-PIECE_CHARACTERS = 4 * 256 * 1024
-"""Of base64 that is decoded in one step."""
 CLOCK_PER_CPU = 3
 """An image may take this many times its CPU time on the clock; then the machine is to blame, not the image."""
 WORKER_SCRIPT = Path(worker.__file__)
@@ -57,6 +47,9 @@ class RgbImage(NamedTuple):
     """Pixels."""
     rows: bytes
     """`height` rows of `width` RGB triples."""
+
+
+NOTHING = RgbImage(0, 0, b"")
 
 
 async def take_images(
@@ -124,49 +117,6 @@ async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def decode_data_url(url: str, *, field: str, max_bytes: int) -> bytes:
-    """The encoded image inside a `data:` URL; `field` names it in errors. Others are served between the pieces."""
-    prefix = DATA_URL.match(url)
-    if prefix is None:
-        raise ApiError(
-            "invalid_image",
-            f"{field}: only data: URLs are accepted, as in data:image/png;base64,... (JPEG, PNG, WebP or GIF)",
-            param=field,
-        )
-    encoded, rest = bytearray(), b""
-    try:
-        for start in range(prefix.end(), len(url), PIECE_CHARACTERS):
-            if start > prefix.end():
-                await asyncio.sleep(0)
-            rest += url[start : start + PIECE_CHARACTERS].encode("ascii").translate(TO_STANDARD, WHITE_SPACE)
-            whole = max(len(rest) - 1, 0) // 4 * 4  # the last group may be the padded one
-            encoded += decode_groups(rest[:whole])
-            rest = rest[whole:]
-            if len(encoded) > max_bytes:
-                break
-        encoded += decode_last_group(rest)
-    except ValueError:
-        raise ApiError("invalid_image", f"{field}: the data: URL is not valid base64", param=field) from None
-    if len(encoded) > max_bytes:
-        raise ApiError("request_too_large", f"{field}: an image may have at most {max_bytes} bytes", param=field)
-    return bytes(encoded)
-
-
-def decode_groups(text: bytes) -> bytes:
-    """Whole groups of four base64 characters, none of them padded. Raises ValueError."""
-    if b"=" in text:
-        raise ValueError("padding stands at the end")
-    return binascii.a2b_base64(text, strict_mode=True)
-
-
-def decode_last_group(text: bytes) -> bytes:
-    """Two to four characters, whether padded or not; nothing where nothing is left. Raises ValueError."""
-    letters = text.rstrip(b"=")
-    if len(text) > 4 or (text and not letters):
-        raise ValueError("too much padding")
-    return binascii.a2b_base64(letters + b"=" * (-len(letters) % 4), strict_mode=True)
-
-
 class DecoderDied(Exception):
     """A worker ended in the middle of a job."""
 
@@ -227,14 +177,10 @@ class ImageDecoder:
 
     def _ask(self, operation: int, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
         """Runs in a thread. A worker that somebody else killed is replaced once; a second death is the image's."""
-        try:
-            return self._ask_worker(operation, encoded, max_pixels)
-        except DecoderDied:
-            pass
-        try:
-            return self._ask_worker(operation, encoded, max_pixels)
-        except DecoderDied:
-            return worker.NOT_AN_IMAGE, RgbImage(0, 0, b"")
+        for _ in range(2):
+            with suppress(DecoderDied):
+                return self._ask_worker(operation, encoded, max_pixels)
+        return worker.NOT_AN_IMAGE, NOTHING
 
     def _ask_worker(self, operation: int, encoded: bytes, max_pixels: int) -> tuple[int, RgbImage]:
         process = self._worker()
@@ -262,9 +208,9 @@ class ImageDecoder:
         except (OSError, DecoderDied):
             self._discard(process)
             if timed_out.is_set():
-                return OUT_OF_TIME, RgbImage(0, 0, b"")
+                return OUT_OF_TIME, NOTHING
             if process.returncode == -signal.SIGPROF:
-                return worker.TOO_SLOW, RgbImage(0, 0, b"")
+                return worker.TOO_SLOW, NOTHING
             raise DecoderDied from None
         except BaseException:  # what it still has to say would be taken for the answer to the next job
             self._discard(process)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -42,6 +42,7 @@ class Metrics:
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        of_all = partial(gauge, multiprocess_mode="livesum")
         histogram = partial(Histogram, registry=registry)
         self.requests = counter(
             "vlsae_requests_total", "Requests a model replica began.", ["arm", "applied", "finish", "artifact"]
@@ -57,20 +58,14 @@ class Metrics:
         self.rejections = counter(
             "vlsae_rejections_total", "Requests answered with an error, by error code.", ["reason", "arm"]
         )
-        self.in_progress = gauge(
-            "vlsae_requests_in_progress",
-            "Chat requests being worked on, bodies being read included.",
-            multiprocess_mode="livesum",
+        self.in_progress = of_all(
+            "vlsae_requests_in_progress", "Chat requests being worked on, bodies being read included."
         )
-        self.waiting = gauge(
-            "vlsae_requests_waiting",
-            "Chat requests that were handed to the model and have no token yet.",
-            multiprocess_mode="livesum",
+        self.waiting = of_all(
+            "vlsae_requests_waiting", "Chat requests that were handed to the model and have no token yet."
         )
-        self.at_model = gauge(
-            "vlsae_requests_at_model",
-            "Chat requests that were handed to the model and have not ended.",
-            multiprocess_mode="livesum",
+        self.at_model = of_all(
+            "vlsae_requests_at_model", "Chat requests that were handed to the model and have not ended."
         )
         self.ready = gauge(
             "vlsae_ready",
@@ -170,7 +165,8 @@ class Meter:
     def __init__(self, metrics: Metrics, record: RequestRecord) -> None:
         """What is measured is also written to `record`."""
         self._metrics, self._record = metrics, record
-        self._submitted = self._started = self._waits = False
+        self._started = False
+        self._waiting, self._at_model = ExitStack(), ExitStack()
         self._last_token: dict[int, float] = {}
         self._with_text: set[int] = set()
         self._finish: set[str] = set()
@@ -178,6 +174,10 @@ class Meter:
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._gaps, self._gaps_s = 0, 0.0
+
+    def of(self, record: RequestRecord) -> Meter:
+        """One for an answer of its own beside this one's."""
+        return Meter(self._metrics, record)
 
     def assigned(self, assignment: Assignment) -> None:
         """From here on all that is counted of it is its arm's."""
@@ -187,9 +187,8 @@ class Meter:
 
     def submitted(self) -> None:
         """The request is handed to the model."""
-        self._submitted = self._waits = True
-        self._metrics.waiting.inc()
-        self._metrics.at_model.inc()
+        self._waiting.enter_context(self._metrics.waiting.track_inprogress())
+        self._at_model.enter_context(self._metrics.at_model.track_inprogress())
 
     def started(self, prompt_tokens: int) -> None:
         """The model has the request; `prompt_tokens` are its prompt's, images included."""
@@ -220,7 +219,7 @@ class Meter:
         if not self._last_token:
             self._record.time_to_first_token_s = now - self._record.arrived
             metrics.time_to_first_token.labels(arm=self._record.arm).observe(now - self._record.arrived)
-            self._waits_no_longer()
+            self._waiting.close()
         elif choice in self._last_token:
             gap_s, latency = now - self._last_token[choice], metrics.inter_token_latency.labels(arm=self._record.arm)
             for _ in range(tokens):
@@ -228,11 +227,6 @@ class Meter:
             self._gaps, self._gaps_s = self._gaps + tokens, self._gaps_s + gap_s
         self._last_token[choice] = now
         self._completion_tokens += tokens
-
-    def _waits_no_longer(self) -> None:
-        if self._waits:
-            self._waits = False
-            self._metrics.waiting.dec()
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -249,9 +243,8 @@ class Meter:
 
     def finished(self, failure: str | None) -> None:
         """`failure` is None, 'cancelled', or the error code that the client saw."""
-        self._waits_no_longer()
-        if self._submitted:
-            self._metrics.at_model.dec()
+        self._waiting.close()
+        self._at_model.close()
         if failure not in (None, "cancelled"):
             self._record.error_code = failure
         refused = failure in ERROR_KINDS and ERROR_KINDS[failure].status < 500

@@ -25,7 +25,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from service import VERSION
+from service import APPLICATION, VERSION
 from service.artifacts import MAIN
 from service.errors import ERROR_KINDS
 from service.experiments.arms import NO_ARM
@@ -35,7 +35,12 @@ from steering.engines.base import Receipt
 requests = logging.getLogger("service.requests")
 QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))
 """Asked by machines every few seconds; logged only when refused."""
-SERVICE_NAME = "vl-sae-steering"
+LOGGED = (
+    "request_id", "completion_id", "method", "route", "status", "error_code", "key", "duration_s",
+    "time_to_first_token_s", "inter_token_s", "stream", "finish", "prompt_tokens", "completion_tokens", "choices",
+    "empty_choices", "images", "image_pixels", "artifact",
+)  # fmt: skip
+LOGGED_OF_RECEIPT = ("artifact", "applied", "reason", "preset", "strength", "arm")
 EXPORT_EVERY_MS = 1000
 EXPORT_TIMEOUT_S = 5
 W3C = TraceContextTextMapPropagator()
@@ -94,39 +99,16 @@ class RequestRecord:
 
     def facts(self) -> dict[str, object]:
         """What the log says, flat, without what is not known."""
-        steering = self.receipt and {
-            "artifact": self.receipt.artifact,
-            "applied": self.receipt.applied,
-            "reason": self.receipt.reason,
-            "preset": self.receipt.preset,
-            "strength": self.receipt.strength,
-            "arm": self.receipt.arm,
-            "relative_shift": _mean(self.receipt.relative_shift),
-            "mismatch": _mean([one.before for one in self.receipt.mismatch or () if one is not None]),
-        }
-        facts = {
-            "request_id": self.request_id,
-            "completion_id": self.completion_id,
-            "method": self.method,
-            "route": self.route,
-            "status": self.status,
-            "error_code": self.error_code,
-            "key": self.key,
-            "duration_s": round(self.duration_s, 6),
-            "time_to_first_token_s": self.time_to_first_token_s and round(self.time_to_first_token_s, 6),
-            "inter_token_s": self.inter_token_s and round(self.inter_token_s, 6),
-            "stream": self.stream,
-            "finish": self.finish,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "choices": self.choices,
-            "empty_choices": self.empty_choices,
-            "images": self.images or None,
-            "image_pixels": self.image_pixels or None,
-            "artifact": self.artifact if self.completion_id else None,
-            "steering": steering,
-            "experiment": self.assignment and assignment_facts(self.assignment),
-        }
+        facts: dict[str, object] = {name: _rounded(getattr(self, name)) for name in LOGGED}
+        facts["images"], facts["image_pixels"] = self.images or None, self.image_pixels or None
+        facts["artifact"] = self.artifact if self.completion_id else None
+        if self.receipt:
+            facts["steering"] = {
+                **{name: getattr(self.receipt, name) for name in LOGGED_OF_RECEIPT},
+                "relative_shift": _mean(self.receipt.relative_shift),
+                "mismatch": _mean([one.before for one in self.receipt.mismatch or () if one is not None]),
+            }
+        facts["experiment"] = self.assignment and assignment_facts(self.assignment)
         return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -141,6 +123,10 @@ def assignment_facts(assignment: Assignment) -> dict[str, object]:
         "unit": assignment.unit,
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _rounded(value: object) -> object:
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _mean(numbers: list[float]) -> float | None:
@@ -170,7 +156,7 @@ class Tracing:
     def __init__(self, endpoint: str | None) -> None:
         """`endpoint`: a collector's base URL (OTLP over HTTP); None: nothing is traced."""
         self._provider = _provider(endpoint) if endpoint else None
-        self._tracer: Tracer = self._provider.get_tracer(SERVICE_NAME, VERSION) if self._provider else NoOpTracer()
+        self._tracer: Tracer = self._provider.get_tracer(APPLICATION, VERSION) if self._provider else NoOpTracer()
 
     @contextmanager
     def request(self, record: RequestRecord, headers: Headers) -> Iterator[None]:
@@ -214,7 +200,7 @@ def _provider(endpoint: str):
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_TIMEOUT_S)
-    provider = TracerProvider(resource=Resource.create({"service.name": SERVICE_NAME, "service.version": VERSION}))
+    provider = TracerProvider(resource=Resource.create({"service.name": APPLICATION, "service.version": VERSION}))
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_EVERY_MS))
     return provider
 

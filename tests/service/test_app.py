@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -86,7 +87,6 @@ def test_ray_is_told_how_many_cores_a_model_computes_with() -> None:
 
 def test_a_cluster_s_user_config_is_a_live_change() -> None:
     ingress = build_application(Settings(allow_anonymous=True, gateway="off"))._bound_deployment.func_or_class
-    made: Any = object.__new__(cast(type, ingress))
-    made._live = LiveSettings(Settings(allow_anonymous=True))
-    made.reconfigure({"default_strength": 0.5})
-    assert made._live.current.default_strength == 0.5
+    live = LiveSettings(Settings(allow_anonymous=True))
+    cast(Any, ingress).reconfigure(SimpleNamespace(_live=live), {"default_strength": 0.5})
+    assert live.current.default_strength == 0.5

@@ -16,7 +16,6 @@ from service.errors import (
     ApiError,
     field_path,
     from_steering_error,
-    markdown_table,
 )
 from steering.errors import BadArtifact, EngineUnavailable, InvalidSteering
 from tests.pages import read, sections
@@ -92,4 +91,8 @@ def test_whether_to_wait_is_what_the_header_says(code: str) -> None:
 
 
 def test_the_service_s_page_has_the_table() -> None:
-    assert markdown_table() in sections(read("service/README.md"))["Errors"]
+    """By status."""
+    rows = ["| status | `code` | when | what to do | again? |", "|---|---|---|---|---|"]
+    for code, kind in sorted(ERROR_KINDS.items(), key=lambda item: item[1].status):
+        rows.append(f"| {kind.status} | `{code}` | {kind.when} | {kind.remedy} | {kind.retry} |")
+    assert "\n".join(rows) in sections(read("service/README.md"))["Errors"]

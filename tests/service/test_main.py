@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from service import __main__ as command
-from service.__main__ import check_drain_file, check_port, own_url, startup_failure
+from service.__main__ import own_url, startup_failure
+from service.command_line import check_drain_file, check_port
 from service.model.replica import ModelStatus
 from service.settings import LaunchSettings, SettingsError
 from steering.engines.base import Health

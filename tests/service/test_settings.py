@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import service.settings
-from service.command_line import parse_settings
+import service.command_line
+from service.command_line import check_installation, parse_settings
 from service.settings import (
     BUNDLED_ARTIFACT,
     EngineSettings,
     LaunchSettings,
     Settings,
     SettingsError,
-    check_installation,
 )
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -120,7 +119,7 @@ def test_a_model_without_an_artifact_needs_steering_off(tiny_llava: Path) -> Non
 
 def test_a_missing_vllm_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = parse_settings(["--engine", "vllm"], {})
-    monkeypatch.setattr(service.settings, "find_spec", lambda name: None)
+    monkeypatch.setattr(service.command_line, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"--engine: .*'vl-sae-steering\[vllm\]'.*make serve ENGINE=vllm") as caught:
         check_installation(settings)
     extra = str(caught.value).partition("[")[2].partition("]")[0]

@@ -17,7 +17,7 @@ from service.chat.strict_model import Strict
 from service.concepts.build import MAX_ID
 from service.example import EXAMPLE_RECEIPT, example_answer, example_body
 from service.http.answers import CACHE_CONTROL, ETAG, IF_NONE_MATCH_PARAMETER, STRENGTH_PARAMETER, Answer
-from service.http.bodies import Bodies, json_of, ref_to
+from service.http.contract import Bodies
 from steering.engines.base import Receipt
 
 DEFAULT_PAGE, MAX_PAGE = 20, 100
@@ -121,8 +121,6 @@ class ComparisonAnswer(Answer):
     """As the settings stand."""
 
 
-REQUESTS = (CompareRequest, SearchBody)
-ANSWERS = (ConceptPage, ConceptAnswer, FoundConcepts, ComparisonAnswer)
 EXAMPLE_CONCEPT = {
     "id": 17,
     "object": "concept",
@@ -144,12 +142,15 @@ def concept_bodies(model: str) -> dict[str, Bodies]:
     place = _number("image", "path", "Its place among the concept's images.", required=True, example=0)
     return {
         "/v1/compare": Bodies(
-            json_of(ComparisonAnswer, example=_example_comparison(model)),
-            body={"schema": ref_to(CompareRequest), "example": _example_question(model)},
+            ComparisonAnswer,
+            {"example": _example_comparison(model)},
+            CompareRequest,
+            {"example": {**example_body(model), "settings": [{"strength": 0}, {"strength": 1}]}},
             parameters=(STRENGTH_PARAMETER,),
         ),
         "/v1/concepts": Bodies(
-            json_of(ConceptPage, example=page),
+            ConceptPage,
+            {"example": page},
             parameters=(
                 IF_NONE_MATCH_PARAMETER,
                 _number("limit", "query", f"Concepts of a page [{DEFAULT_PAGE}].", low=1, high=MAX_PAGE),
@@ -158,14 +159,12 @@ def concept_bodies(model: str) -> dict[str, Bodies]:
             ),
             **cached,
         ),
-        "/v1/concepts/search": Bodies(
-            json_of(FoundConcepts, example=found), body={"schema": ref_to(SearchBody), "example": {"text": "red star"}}
-        ),
+        "/v1/concepts/search": Bodies(FoundConcepts, {"example": found}, SearchBody, {"example": {"text": "red star"}}),
         "/v1/concepts/{concept_id:concept}": Bodies(
-            json_of(ConceptAnswer, example=EXAMPLE_CONCEPT), parameters=one, **cached
+            ConceptAnswer, {"example": EXAMPLE_CONCEPT}, parameters=one, **cached
         ),
         "/v1/concepts/{concept_id:concept}/thumbnails/{image:concept}": Bodies(
-            {"image/jpeg": picture, "image/png": picture, "image/webp": picture},
+            others={"image/jpeg": picture, "image/png": picture, "image/webp": picture},
             parameters=(*one, place, version),
             **cached,
         ),
@@ -181,10 +180,6 @@ def _number(
 
 def _text(name: str, most: int) -> dict[str, Any]:
     return {"name": name, "in": "query", "schema": {"type": "string", "maxLength": most}}
-
-
-def _example_question(model: str) -> dict[str, Any]:
-    return {**example_body(model), "settings": [{"strength": 0}, {"strength": 1}]}
 
 
 def _example_comparison(model: str) -> dict[str, Any]:

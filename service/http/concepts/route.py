@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -18,11 +17,10 @@ from fastapi import Request, Response
 from service.callers.keys import require
 from service.chat.picture_search import concepts_in
 from service.concepts.build import MAX_ID
-from service.concepts.index import ConceptIndex
+from service.concepts.index import ConceptIndex, Found
 from service.errors import ApiError
-from service.http.chat_route import ChatRoute
 from service.http.concepts.contract import DEFAULT_PAGE, MAX_PAGE, MAX_QUERY, SearchBody, TextSearch
-from service.http.model_answer import Admitted, ModelAnswer
+from service.http.model_answer import Admitted, ModelAnswer, ModelRequests
 from service.http.pages.tagged import ASK_AGAIN, FOR_A_YEAR, tagged
 from steering.concepts import Concept
 
@@ -33,9 +31,9 @@ VERSION_DIGITS = 16
 class ConceptsRoute:
     """The routes below `/v1/concepts`."""
 
-    def __init__(self, chat: ChatRoute, index: ConceptIndex | None) -> None:
+    def __init__(self, shared: ModelRequests, index: ConceptIndex | None) -> None:
         """Without an artifact there is no index, and every route a 404."""
-        self._chat, self._index = chat, index
+        self._shared, self._index = shared, index
 
     async def page(self, request: Request) -> Response:
         """Raises ApiError."""
@@ -71,27 +69,21 @@ class ConceptsRoute:
     async def search(self, request: Request) -> Response:
         """Raises ApiError."""
         self._there()
-        return ModelAnswer(self._chat, request, self._search)
+        return ModelAnswer(self._shared, request, self._search)
 
-    async def _search(self, asked: Admitted) -> Response:
+    async def _search(self, asked: Admitted) -> None:
+        found = [{**shown(concept), "score": score} for concept, score in await self._found(asked)]
+        await asked.reply.whole(as_json({"object": "list", "data": found}))
+
+    async def _found(self, asked: Admitted) -> list[Found]:
         index = self._there()
-        async with asked.body(SearchBody) as (body, shares):
+        async with asked.body(SearchBody) as body:
             given = body.root
             if isinstance(given, TextSearch):
-                found = await asyncio.to_thread(index.search, given.text, limit=given.limit)
-                return found_answer([(one.concept, one.score) for one in found])
-            require(asked.caller, "chat")
-            active = await concepts_in(
-                self._chat.runner,
-                given.image_url.url,
-                asked.settings,
-                field="image_url.url",
-                caller=asked.caller,
-                record=asked.record,
-                metrics=self._chat.metrics,
-                shares=shares,
-            )
-        return found_answer([(await self._named(one.id), one.image) for one in active[: given.limit]])
+                return await asyncio.to_thread(index.search, given.text, limit=given.limit)
+            require(asked.context.caller, "chat")
+            active = await concepts_in(self._shared.runner, given.image_url.url, asked.context, field="image_url.url")
+        return [Found(await self._named(one.id), one.image) for one in active[: given.limit]]
 
     async def _named(self, concept_id: int) -> Concept:
         """One of which nothing is said has an id all the same."""
@@ -164,12 +156,6 @@ def path_of(concept_id: int, place: int, thumbnail: str | None) -> str | None:
 
 def version_of(thumbnail: str) -> str:
     return hashlib.sha256(thumbnail.encode()).hexdigest()[:VERSION_DIGITS]
-
-
-def found_answer(found: Sequence[tuple[Concept, float]]) -> Response:
-    """What a search answers."""
-    data = [{**shown(concept), "score": score} for concept, score in found]
-    return Response(as_json({"object": "list", "data": data}), media_type="application/json")
 
 
 def as_json(value: dict[str, Any]) -> bytes:

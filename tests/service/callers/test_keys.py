@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from service.callers import keys
+from service.callers import key_file, keys
 from service.callers.keys import ANYBODY, KeyFileError, KeyRing, Quota, load_keys, parse_keys, without_keys_on_loopback
 from service.settings import LaunchSettings, Settings, SettingsError
 from tests.service.running_server import REPOSITORY, free_port, run_command
@@ -191,7 +191,7 @@ def test_no_keys_is_a_decision(tmp_path: Path) -> None:
     assert load_keys(Settings(allow_anonymous=True), {}) is None
     with pytest.raises(SettingsError, match=r"--keys-file: .*nowhere: cannot be read"):
         load_keys(Settings(keys_file=str(tmp_path / "nowhere"), allow_anonymous=True), {})
-    (tmp_path / "large").write_bytes(b" " * (keys.MAX_FILE_BYTES + 1))
+    (tmp_path / "large").write_bytes(b" " * (key_file.MAX_FILE_BYTES + 1))
     with pytest.raises(SettingsError, match=r"--keys-file: .*larger than"):
         load_keys(Settings(keys_file=str(tmp_path / "large")), {})
 

@@ -10,7 +10,7 @@ import pytest
 from service.callers.keys import ANYBODY
 from service.callers.ledger import Ledger
 from service.chat.admission import MemoryBudget
-from service.chat.request import ChatRunner, check_limits, sampling_of, turns_of
+from service.chat.request import ChatRunner, RequestContext, check_limits, sampling_of, turns_of
 from service.chat.schemas import ChatCompletionRequest
 from service.chat.steering_sources import find_alias, merge_steering
 from service.concepts.names import ConceptNames
@@ -48,17 +48,15 @@ async def job_of(decoder: ImageDecoder, content: dict, settings: Settings = SETT
     )
     record, memory = RequestRecord(request_id="r", method="POST"), MemoryBudget(settings.max_memory_bytes)
     with memory.share("") as body_share, memory.share("") as held:
-        return await runner.take_in(
-            parsed(content),
-            settings,
-            strength_header=None,
-            unit_header=None,
+        context = RequestContext(
+            settings=settings,
             caller=ANYBODY,
-            meter=Meter(Metrics(), record),
             record=record,
-            body_share=body_share,
+            meter=Meter(Metrics(), record),
+            body=body_share,
             held=held,
         )
+        return await runner.take_in(parsed(content), context)
 
 
 @pytest.mark.parametrize(

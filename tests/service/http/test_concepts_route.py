@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.callers.keys import Key, KeyFile, Quota, Scope
+from service.callers.key_file import Key, KeyFile, Quota, Scope
 from service.http.api import build_api
 from service.http.concepts.contract import ConceptAnswer, ConceptPage, FoundConcepts
 from service.images.decoder import DecoderLimits, ImageDecoder
