@@ -14,6 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("service", "steering", "training", "deploy")
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
+ANNEXES = ("deploy/scaling.md", "service/limits.md")
+"""What would make a page too long; the tutorial is run whole."""
 MAX_LINE = 120
 """Characters; a row of a table may be longer."""
 TREE = re.compile(r"(?<=\n## Where things are\n\n)```\n((?:.*\n)*?)```\n")

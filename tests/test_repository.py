@@ -15,6 +15,7 @@ from service.settings import EngineSettings
 from steering.artifact import load_artifact, save_artifact
 from steering.request import SteeringRequest
 from tests.pages import (
+    ANNEXES,
     FOLDERS,
     MAX_LINE,
     PAGES,
@@ -31,7 +32,7 @@ from training.alignment import FAITHFULNESS, alignment_gate
 
 BUNDLE = ROOT / "training/miniature/bundle"
 each_page = pytest.mark.parametrize("page", PAGES)
-each_text = pytest.mark.parametrize("page", [*PAGES, "service/limits.md"])
+each_text = pytest.mark.parametrize("page", [*PAGES, *ANNEXES])
 COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:make|python -m|python|pytest|serve deploy|pip install|kubectl|docker build) "
     r"|training/pipeline\.sh "
