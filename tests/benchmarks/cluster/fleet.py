@@ -1,8 +1,8 @@
 """A fleet of model replicas as discrete events: arrivals, the queue, batches, Serve's autoscaler, cold starts.
 
-A replica decodes all its sequences together: with n of them a step takes `base_s + each_s * n`, and a request takes
-`prefill_steps` steps before its first token and one for each token. Only what is measured of one replica goes in;
-nothing here knows how it was measured, or what serves it.
+A replica decodes all its sequences together: with n of them a step takes `base_s + each_s * n`, a request as many as it
+has tokens. A prompt comes first and alone: it takes `prefill_s`, in which the sequences that are there stand still.
+Only what is measured of one replica goes in; nothing here knows how it was measured, or what serves it.
 """
 
 from __future__ import annotations
@@ -37,21 +37,24 @@ class Server:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet, self.kind = fleet, fleet.kind
         self.active: list[Job] = []
-        self.firsts: list[tuple[float, float]] = []
+        self.prompt: Request | None = None
+        """Which one is read now."""
         self.waiting: deque[Request] = deque()
-        self.steps, self.at = 0.0, fleet.world.now
+        self.steps = 0.0
         self.leaving = False
         self.changed = fleet.world.event()
         self.process = fleet.world.process(self.work())
 
     @property
     def ongoing(self) -> int:
-        return len(self.active) + len(self.waiting)
+        return len(self.active) + len(self.waiting) + (self.prompt is not None)
 
     @property
     def requests(self) -> Iterator[Request]:
         yield from self.waiting
         yield from (job.request for job in self.active)
+        if self.prompt is not None:
+            yield self.prompt
 
     def _cached(self) -> float:
         return sum(self._size(job.request) for job in self.active)
@@ -72,36 +75,36 @@ class Server:
         if not self.changed.triggered:
             self.changed.succeed()
 
-    def _pace_s(self) -> float:
-        """Of a step now, slower where replicas share cores."""
-        return self.kind.step_s(len(self.active)) * self.fleet.slowness()
-
-    def _advance(self, pace_s: float) -> None:
-        if self.active:
-            self.steps += (self.fleet.world.now - self.at) / pace_s
-        self.at = self.fleet.world.now
-
     def work(self) -> Generator[simpy.Event, Any, None]:
-        world = self.fleet.world
         while not (self.leaving and not self.ongoing):
-            while self.waiting and self._fits(self.waiting[0]):
-                request = self.waiting.popleft()
-                decoded_at = self.steps + self.kind.prefill_steps * request.pictures
-                heapq.heappush(self.active, Job(decoded_at + request.steps, self.fleet.next_number(), request))
-                heapq.heappush(self.firsts, (decoded_at + 1, request.arrived_s))
-            self.changed, pace_s = world.event(), self._pace_s()
-            events: list[simpy.Event] = [self.changed]
-            if self.active:
-                nearest = min(self.active[0].ends_at, self.firsts[0][0] if self.firsts else math.inf)
-                events.append(world.timeout(max(0.0, nearest - self.steps) * pace_s))
-            yield world.any_of(events)
-            self._advance(pace_s)
+            if self.waiting and self._fits(self.waiting[0]):
+                yield from self._read(self.waiting.popleft())
+            else:
+                yield from self._decode()
             self._finish()
+
+    def _read(self, request: Request) -> Generator[simpy.Event, Any, None]:
+        """A prompt, up to its first token."""
+        world, self.prompt = self.fleet.world, request
+        yield world.timeout(self.kind.prefill_s * request.pictures * self.fleet.slowness())
+        self.prompt = None
+        self.fleet.seen.first_token_s.append(world.now - request.arrived_s + self.kind.outside_s)
+        heapq.heappush(self.active, Job(self.steps + request.steps, self.fleet.next_number(), request))
+
+    def _decode(self) -> Generator[simpy.Event, Any, None]:
+        """Until an answer ends, or somebody comes; slower where replicas share cores."""
+        world, began = self.fleet.world, self.fleet.world.now
+        pace_s = self.kind.step_s(len(self.active)) * self.fleet.slowness()
+        self.changed = world.event()
+        events: list[simpy.Event] = [self.changed]
+        if self.active:
+            events.append(world.timeout(max(0.0, self.active[0].ends_at - self.steps) * pace_s))
+        yield world.any_of(events)
+        if self.active:
+            self.steps += (world.now - began) / pace_s
 
     def _finish(self) -> None:
         seen, now = self.fleet.seen, self.fleet.world.now
-        while self.firsts and self.firsts[0][0] <= self.steps + 1e-6:
-            seen.first_token_s.append(now - heapq.heappop(self.firsts)[1] + self.kind.outside_s)
         while self.active and self.active[0].ends_at <= self.steps + 1e-6:
             seen.whole_s.append(now - heapq.heappop(self.active).request.arrived_s + self.kind.outside_s)
             self.fleet.refill(self)
@@ -149,7 +152,7 @@ class Fleet:
     def slowness(self) -> float:
         if math.isinf(self.plan.cores):
             return 1.0
-        return max(1.0, sum(bool(one.active) for one in self.servers) / self.plan.cores)
+        return max(1.0, sum(bool(one.active or one.prompt) for one in self.servers) / self.plan.cores)
 
     def run(self) -> Seen:
         self.world.process(self._arrivals())

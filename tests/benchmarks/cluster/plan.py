@@ -19,8 +19,8 @@ class Replica:
     """Of a decoding step, whatever the batch."""
     each_s: float
     """More of it for each sequence."""
-    prefill_steps: float
-    """Work before the first token, in steps."""
+    prefill_s: float
+    """Of a prompt with a picture, up to its first token: the others' sequences stand still meanwhile."""
     lengths: tuple[float, ...]
     """Tokens of answers, each as likely as another."""
     batch: int
@@ -28,11 +28,11 @@ class Replica:
     holds: int = 128
     """`max_ongoing_requests`: further requests wait at the ingress."""
     outside_s: float = 0.0
-    """Of HTTP, pictures and the way there: before the first token, and no place in a batch."""
+    """Of HTTP, decoding a picture and the way there: before the prompt, and no place in a batch."""
     start_s: float = 0.0
     """From the decision to the first request."""
     pictures: tuple[int, ...] = (1,)
-    """Of a request, each number as likely as another: a prompt takes so many times `prefill_steps`."""
+    """Of a request, each number as likely as another: a prompt takes so many times `prefill_s`."""
     picture_tokens: float = 0.0
     """Place in the cache that a picture takes; each token of the answer takes one."""
     cache_tokens: float = math.inf
@@ -43,9 +43,9 @@ class Replica:
 
     @property
     def capacity(self) -> float:
-        """Answers a second with a full batch."""
+        """Answers a second with a full batch, to requests of one picture."""
         mean = sum(self.lengths) / len(self.lengths)
-        return self.batch / (self.step_s(self.batch) * (self.prefill_steps + mean))
+        return 1 / (self.prefill_s + mean * self.step_s(self.batch) / self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,5 +89,5 @@ class Request(NamedTuple):
 
     arrived_s: float
     steps: float
-    """Of its answer."""
+    """Of its answer: tokens after the first."""
     pictures: int

@@ -2,13 +2,13 @@
 
     python -m tests.benchmarks.cluster.sizing --json FILE
 
-First one replica of the bundled miniature is measured through HTTP, with 1, 2 and 4 clients that each ask again as soon
-as they are answered: a decoding step of n sequences takes `base_s + each_s * n`. With three times as many as a batch
-holds, the batch is always full: what the answers' own steps do not explain of that capacity are the prompts, and what
-those do not explain of a lonely client's first token is outside the batch. Then the same service is run with one, two
-and three replicas under requests at random times, and the fleet (`fleet.py`) says what those runs should give: the
-error is what is printed. Replicas, HTTP and clients share this machine's cores, so how much two replicas do at once
-(`cores`) is measured, too, as the ratio of their capacities; three are then a prediction.
+First one replica of the bundled miniature is measured through HTTP: with 1, 2 and 4 clients that each ask again as soon
+as they are answered, and with three times as many as a batch holds, its capacity. From these come, by least squares,
+what `fleet.py` wants to know: a decoding step of n sequences takes `base_s + each_s * n`, a prompt `prefill_s`, and
+what is left of a lonely client's first token is outside the batch. Then the same service is run with one, two and three
+replicas under requests at random times, and the fleet says what those runs should give: the error is what is printed.
+Replicas, HTTP and clients share this machine's cores, so how much two replicas do at once (`cores`) is measured, too,
+as the ratio of their capacities; three are then a prediction.
 
 The table is for a replica of one's own: `--base-s`, `--each-s` and so on replace what is assumed for one (two GPUs,
 LLaVA-1.5-7B) that nobody has measured. `--only table` makes it without a run, `--only runs` leaves it out.
@@ -22,9 +22,11 @@ import json
 import math
 import os
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
 
 from service.scaling import FULL_SHARE
 from tests.benchmarks.cluster.cluster_load import BATCH, Clients
@@ -37,7 +39,7 @@ from training.miniature.paths import ARTIFACT, LLAVA
 
 ENGINE = ("--model", str(LLAVA), "--artifact", str(ARTIFACT), "--engine.max-batch-size", str(BATCH))
 CLIENTS = (1, 2, 4)
-SHARES = (0.4, 0.8)
+SHARES = (0.4, 0.7)
 """Of the capacity: what arrives in the runs that the fleet predicts."""
 FIGURES = (("first_token_s", 0.5), ("first_token_s", 0.9), ("whole_s", 0.5), ("whole_s", 0.9))
 RATES = (10, 100, 1_000, 10_000)
@@ -56,22 +58,29 @@ async def closed(port: int, asked: Asked, clients: int, seconds: float) -> list[
 
 
 def fitted(by_clients: dict[int, list[Outcome]], most: float, lengths: tuple[float, ...]) -> Replica:
-    """A line through the time of a step, over how many shared it; the rest from `most` answers a second."""
-    tokens = statistics.mean(lengths)
-    firsts, steps = {}, {}
+    """What explains the answers of so many clients, and `most` answers a second from a full batch: least squares.
+
+    `lengths` are those of the answers after their first tokens. While a sequence is decoded, each other client's prompt
+    comes once in that client's own round, and stops it.
+    """
+    steps = statistics.mean(lengths)
+    rows = [(steps / BATCH, steps, 1.0, 1 / most)]
     for number, outcomes in by_clients.items():
-        firsts[number] = statistics.mean(one.first_token_s or 0.0 for one in outcomes)
-        steps[number] = (statistics.mean(one.whole_s for one in outcomes) - firsts[number]) / (tokens - 1)
-    slope, intercept = statistics.linear_regression(list(steps), list(steps.values()))
-    kind = Replica(base_s=max(intercept, 1e-4), each_s=max(slope, 0.0), prefill_steps=0.0, lengths=lengths, batch=BATCH)
-    prefill = max(0.0, BATCH / (most * kind.step_s(BATCH)) - tokens)
-    outside = max(0.0, firsts[1] - (prefill + 1) * kind.step_s(1))
-    return replace(kind, prefill_steps=prefill, outside_s=outside)
+        whole = statistics.mean(one.whole_s for one in outcomes)
+        decoding = whole - statistics.mean(one.first_token_s or 0.0 for one in outcomes)
+        others = (number - 1) * decoding / whole
+        rows.append((steps, steps * (1 + others), others, decoding))
+    scaled = np.array(rows) / np.array(rows)[:, -1:]  # so that each counts alike
+    (base, each, prefill), _ = nnls(scaled[:, :-1], scaled[:, -1])
+    outside = statistics.mean(one.first_token_s or 0.0 for one in by_clients[1]) - prefill
+    return Replica(
+        base_s=base, each_s=each, prefill_s=prefill, outside_s=max(0.0, outside), lengths=lengths, batch=BATCH
+    )
 
 
 async def one_replica(port: int, asked: Asked, most: float, seconds: float) -> Replica:
     by_clients = {number: await closed(port, asked, number, seconds) for number in CLIENTS}
-    return fitted(by_clients, most, tuple(float(len(solo.tokens)) for solo in asked.solos))
+    return fitted(by_clients, most, tuple(len(solo.tokens) - 1.0 for solo in asked.solos))
 
 
 async def capacity(port: int, asked: Asked, replicas: int, seconds: float) -> float:
@@ -154,7 +163,7 @@ def assumed(settings: argparse.Namespace) -> Replica:
     return Replica(
         base_s=settings.base_s,
         each_s=settings.each_s,
-        prefill_steps=settings.prefill_steps,
+        prefill_s=settings.prefill_s,
         lengths=tuple(mean * share for share in (0.2, 0.5, 0.8, 1.0, 1.2, 1.5, 1.8)),
         batch=settings.batch,
         start_s=settings.start_s,
@@ -170,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=40, help="largest number of tokens of an answer")
     parser.add_argument("--base-s", type=float, default=0.012, help="assumed: a decoding step, in seconds")
     parser.add_argument("--each-s", type=float, default=0.0002, help="assumed: more of it for each sequence")
-    parser.add_argument("--prefill-steps", type=float, default=8, help="assumed: a prompt and its picture, in steps")
+    parser.add_argument("--prefill-s", type=float, default=0.04, help="assumed: a prompt and its picture, in seconds")
     parser.add_argument("--mean-tokens", type=float, default=100, help="assumed: mean length of an answer")
     parser.add_argument("--batch", type=int, default=32, help="engine.max_batch_size")
     parser.add_argument("--start-s", type=float, default=180, help="assumed: a machine, and the model loaded on it")

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from tests.benchmarks.cluster.fleet import Fleet
-from tests.benchmarks.cluster.plan import Plan, Replica
+from tests.benchmarks.cluster.plan import Plan, Replica, Request
 
-ALONE = Replica(base_s=0.01, each_s=0.0, prefill_steps=0.0, lengths=(10.0,), batch=1, holds=10**9)
+ALONE = Replica(base_s=0.01, each_s=0.0, prefill_s=0.0, lengths=(10.0,), batch=1, holds=10**9)
 """A request takes a tenth of a second, and nobody shares."""
 
 
@@ -38,16 +38,16 @@ def test_random_lengths_wait_longer() -> None:
     """Exponential service times: rho s / (1 - rho), twice as long."""
     dice = random.Random(0)
     lengths = tuple(dice.expovariate(0.1) for _ in range(5000))
-    kind = Replica(base_s=0.01, each_s=0.0, prefill_steps=0.0, lengths=lengths, batch=1, holds=10**9)
+    kind = Replica(base_s=0.01, each_s=0.0, prefill_s=0.0, lengths=lengths, batch=1, holds=10**9)
     seen = Fleet(kind, one(kind), rate=0.5 * kind.capacity, seconds=6_000).run()
     assert sum(seen.whole_s) / len(seen.whole_s) == pytest.approx(0.2, rel=0.15)
 
 
 def test_a_request_alone_takes_its_steps_and_a_full_batch_its_capacity() -> None:
-    kind = Replica(base_s=0.02, each_s=0.01, prefill_steps=3.0, lengths=(10.0,), batch=4)
+    kind = Replica(base_s=0.02, each_s=0.01, prefill_s=0.09, lengths=(10.0,), batch=4)
     alone = Fleet(kind, one(kind), rate=0.01, seconds=2_000).run()
-    assert alone.quantile(alone.first_token_s, 0.5) == pytest.approx(4 * 0.03)
-    assert alone.quantile(alone.whole_s, 0.5) == pytest.approx(13 * 0.03)
+    assert alone.quantile(alone.first_token_s, 0.5) == pytest.approx(0.09)
+    assert alone.quantile(alone.whole_s, 0.5) == pytest.approx(0.09 + 10 * 0.03)
     full = Fleet(kind, one(kind, queue=50), rate=3 * kind.capacity, seconds=1_000).run()
     assert len(full.whole_s) / 1_000 == pytest.approx(kind.capacity, rel=0.02)
     held = kind.holds + 50
@@ -55,7 +55,7 @@ def test_a_request_alone_takes_its_steps_and_a_full_batch_its_capacity() -> None
 
 
 def test_replicas_follow_a_surge_after_delay_and_start_and_go_again() -> None:
-    kind = Replica(base_s=0.02, each_s=0.01, prefill_steps=3.0, lengths=(10.0,), batch=4, start_s=30.0)
+    kind = Replica(base_s=0.02, each_s=0.01, prefill_s=0.03, lengths=(10.0,), batch=4, start_s=30.0)
     plan = Plan(least=1, most=3, target=3.0, look_back_s=10, up_delay_s=5, down_delay_s=20)
     surge = Fleet(kind, plan, rate=0.5 * kind.capacity, seconds=600, surge=4.0)
     seen = surge.run()
@@ -76,7 +76,7 @@ def test_replicas_that_share_a_core_are_no_faster_together() -> None:
 
 def test_what_does_not_fit_into_the_cache_waits_and_a_signal_may_count_it() -> None:
     kind = Replica(
-        base_s=0.02, each_s=0.0, prefill_steps=0.0, lengths=(10.0,), batch=4, picture_tokens=90.0, cache_tokens=200.0
+        base_s=0.02, each_s=0.0, prefill_s=0.0, lengths=(10.0,), batch=4, picture_tokens=90.0, cache_tokens=200.0
     )
     full = Fleet(kind, one(kind, queue=50), rate=3 * kind.capacity, seconds=1_000).run()
     assert len(full.whole_s) / 1_000 == pytest.approx(kind.capacity / 2, rel=0.02), "two at a time, not four"
@@ -86,7 +86,17 @@ def test_what_does_not_fit_into_the_cache_waits_and_a_signal_may_count_it() -> N
 
 
 def test_larger_requests_take_longer_before_their_first_token() -> None:
-    kind = Replica(base_s=0.02, each_s=0.0, prefill_steps=3.0, lengths=(10.0,), batch=4)
+    kind = Replica(base_s=0.02, each_s=0.0, prefill_s=0.03, lengths=(10.0,), batch=4)
     turned = Fleet(kind, one(kind), rate=0.01, seconds=3_000, later_pictures=(4,)).run()
-    assert min(turned.first_token_s) == pytest.approx(4 * 0.02)
-    assert max(turned.first_token_s) == pytest.approx(13 * 0.02)
+    assert min(turned.first_token_s) == pytest.approx(0.03)
+    assert max(turned.first_token_s) == pytest.approx(4 * 0.03)
+
+
+def test_a_prompt_stops_the_others() -> None:
+    kind = Replica(base_s=0.02, each_s=0.0, prefill_s=0.1, lengths=(10.0,), batch=2)
+    two = Fleet(kind, one(kind), rate=1.0, seconds=10.0)
+    for _ in range(2):
+        two.servers[0].take(Request(0.0, 10.0, 1))
+    two.world.run(until=1.0)
+    assert two.seen.first_token_s == pytest.approx([0.1, 0.2])
+    assert two.seen.whole_s == pytest.approx([0.4, 0.4]), "both decode from the second prompt's end"

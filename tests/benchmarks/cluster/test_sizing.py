@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.cluster import events, sizing
+from tests.benchmarks.cluster.plan import Replica
 from tests.benchmarks.serving.open_loop import Outcome
 from tests.pages import ROOT
 
@@ -48,7 +49,7 @@ def test_its_assumptions_are_the_script_s(settings: argparse.Namespace) -> None:
     told = (
         f"take {settings.base_s * 1000:g} ms and {settings.each_s * 1000:g}".replace("0.", "."),
         f"at most {settings.batch} sequences",
-        f"its picture {settings.prefill_steps} steps",
+        f"its picture {settings.prefill_s * 1000:g} ms",
         f"{settings.mean_tokens:g} tokens on average",
         f"{settings.start_s:g} s until it answers",
     )
@@ -56,16 +57,21 @@ def test_its_assumptions_are_the_script_s(settings: argparse.Namespace) -> None:
 
 
 def test_a_replica_is_fitted_from_what_clients_saw() -> None:
-    """Exact times give exact numbers: steps of 20 ms and 5 ms a sequence, a prompt of 3 steps, .1 s of HTTP."""
+    """The fleet's own answers, and one more tenth of a second for HTTP, give back what the fleet was told."""
+    told = Replica(base_s=0.02, each_s=0.005, prefill_s=0.03, outside_s=0.1, lengths=(10.0,), batch=sizing.BATCH)
 
-    def outcome(clients: int) -> Outcome:
-        step = 0.02 + 0.005 * clients
-        return Outcome(item=0, sent=0.0, ending="complete", first_token_s=0.1 + 4 * step, whole_s=0.1 + 14 * step)
+    def outcomes(clients: int) -> list[Outcome]:
+        """Each round of a client: HTTP, its prompt, ten steps; the others' prompts stop it for their share of it."""
+        first = told.outside_s + told.prefill_s
+        decoding = 0.0
+        for _ in range(100):
+            others = (clients - 1) * decoding / (first + decoding)
+            decoding = 10 * (told.base_s + told.each_s * (1 + others)) + others * told.prefill_s
+        return [Outcome(item=0, sent=0.0, ending="complete", first_token_s=first, whole_s=first + decoding)]
 
-    most = sizing.BATCH / ((0.02 + 0.005 * sizing.BATCH) * (3 + 11))
-    kind = sizing.fitted({number: [outcome(number)] * 3 for number in (1, 2, 4)}, most, (11.0, 11.0))
-    assert (kind.base_s, kind.each_s, kind.prefill_steps) == pytest.approx((0.02, 0.005, 3.0))
-    assert (kind.outside_s, kind.capacity) == pytest.approx((0.1, most))
+    kind = sizing.fitted({number: outcomes(number) for number in sizing.CLIENTS}, told.capacity, told.lengths)
+    for name in ("base_s", "each_s", "prefill_s", "outside_s", "capacity"):
+        assert getattr(kind, name) == pytest.approx(getattr(told, name)), name
 
 
 def test_every_command_of_the_page_is_a_script_with_these_options() -> None:
