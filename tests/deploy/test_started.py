@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -76,30 +78,19 @@ def with_here(args: dict[str, Any], home: Path) -> dict[str, Any]:
 
 
 def ask(url: str, model: str, key: str = "unused") -> dict[str, Any]:
-    """The receipt of an answer about a picture."""
+    """The receipt of an answer about a picture, and how long the prompt was."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
     answer = client.chat.completions.create(model=model, **GREEDY)
     assert answer.usage is not None
     assert answer.usage.completion_tokens > 0
-    return receipt(answer)
+    return {**receipt(answer), "prompt_tokens": answer.usage.prompt_tokens}
 
 
 @pytest.mark.service
 @pytest.mark.slow
-def test_development_serves_the_miniature_behind_its_gateway(tmp_path: Path):
-    config = written("kuberay/dev")
-    [application] = config["applications"]
-    application["args"] = with_here(application["args"], tmp_path)
-    with started(config, tmp_path) as url:
-        assert ask(url, "llava")["applied"]
-        past_the_gateway = httpx.get(f"http://127.0.0.1:{config['http_options']['port']}/v1/models")
-        assert past_the_gateway.status_code >= 400
-
-
-@pytest.mark.service
-@pytest.mark.slow
-def test_a_candidate_answers_where_the_live_settings_say_so(tmp_path: Path):
-    """It loads beside, and comes into force when it has; one of another model is reported by name and harms nobody."""
+def test_development_serves_the_miniature_behind_its_gateway_and_a_candidate(tmp_path: Path):
+    """A candidate loads beside, and comes into force when it has; one of another model is reported by name and harms
+    nobody."""
     config = written("kuberay/dev")
     [application] = config["applications"]
     args = application["args"] = with_here(application["args"], tmp_path)
@@ -124,16 +115,29 @@ def test_a_candidate_answers_where_the_live_settings_say_so(tmp_path: Path):
             time.sleep(1)
             told = httpx.get(f"{url}/version", timeout=10).json()
         assert ask(url, "llava")["artifact"] == read_config(folders["next"]).fingerprint == told["artifact"]
+        past_the_gateway = httpx.get(f"http://127.0.0.1:{config['http_options']['port']}/v1/models")
+        assert past_the_gateway.status_code >= 400
+
+
+@pytest.fixture
+def published(published_llava: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint in llava-1.5-7b-hf's layout, and its artifact. Its one head of 32 is the smallest vLLM takes on a
+    CPU."""
+    model = Path(shutil.copytree(published_llava, tmp_path / "llava-1.5-7b-hf"))
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"] |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
+    (model / "config.json").write_text(json.dumps(config))
+    return model, save_tiny_artifact(tmp_path / "llava-1.5-7b-vlsae", model)
 
 
 @pytest.mark.service
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
-def test_production_serves_a_tiny_llava_on_vllm(tmp_path: Path):
-    """Swapped: model and artifact, the device, files of Secrets, the number of replicas."""
-    model = save_tiny_llava(tmp_path / "llava-1.5-7b-hf", hidden_size=128)
-    artifact = save_tiny_artifact(tmp_path / "llava-1.5-7b-vlsae", model)
+def test_production_serves_a_tiny_llava_on_vllm(published: tuple[Path, Path], tmp_path: Path):
+    """Swapped: model and artifact (in the published layout, with 576 tokens of an image), the device, files of Secrets,
+    the number of replicas."""
+    model, artifact = published
     keys = tmp_path / "keys.json"
     made = [sys.executable, "-m", "service.callers.keys", "--file", str(keys), "--name", "alice", "--scopes", "chat"]
     key = subprocess.run(made, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -145,6 +149,9 @@ def test_production_serves_a_tiny_llava_on_vllm(tmp_path: Path):
     application["args"] = {**args, **here, "engine": {**args["engine"], **ON_A_CPU}}
     one_replica_each(application)
     with started(config, tmp_path) as url:
-        assert ask(url, model.name, key)["applied"]
+        steered = ask(url, model.name, key)
+        assert (steered["applied"], steered["layer"]) == (True, 2)
+        assert steered["prompt_tokens"] > 576
+        assert httpx.get(f"{url}/version", headers={"authorization": f"Bearer {key}"}).json()["context_tokens"] == 4096
         with pytest.raises(openai.AuthenticationError):
             ask(url, model.name, "another")

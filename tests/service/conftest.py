@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,17 +48,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """What the real server serves: the bundled miniature, and an artifact whose presets no tuning changes."""
     folder = tmp_path_factory.mktemp("service") / "artifact"
     return BUNDLED_MODEL, save_tiny_artifact(folder, BUNDLED_MODEL)
-
-
-@pytest.fixture(scope="session")
-def published(published_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint in a published layout, and its artifact. Its one head of 32 is the smallest vLLM takes on a CPU."""
-    folder = tmp_path_factory.mktemp("published_service")
-    model = Path(shutil.copytree(published_llava, folder / published_llava.name))
-    config = json.loads((model / "config.json").read_text())
-    config["text_config"] |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
-    (model / "config.json").write_text(json.dumps(config))
-    return model, save_tiny_artifact(folder / "artifact", model)
 
 
 @pytest.fixture(scope="session", params=ENGINES)

@@ -30,8 +30,8 @@ CHECKS = (
 )
 """All that apply, but `positive_data_acceptance`: a prompt may be too long, a picture may be none."""
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
-
-
+UNLINKED = ("--phases", "examples,coverage,fuzzing")
+"""No links are followed."""
 LINKED = ("--phases", "stateful", "--include-path-regex", "^/v1/(chat/completions|feedback)$")
 """Only what a link of the document leads to, and where it comes from."""
 

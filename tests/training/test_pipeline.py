@@ -1,6 +1,6 @@
-"""`training/pipeline.sh --miniature` as a user runs it: every stage, up to an artifact that steers the committed LLaVA.
+"""`training/pipeline.sh --miniature`: every stage, up to an artifact that steers the committed LLaVA.
 
-One run for all tests here; it takes minutes.
+One run for all tests here; it takes minutes. It tunes and evaluates on fewer captions and questions than a user's does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ import pytest
 from steering.artifact import load_artifact
 from steering.artifact_config import read_config
 from training.alignment import alignment_gate
+from training.evaluation.conditions import FORMS, TASKS, form_preset_key
 from training.miniature.label_quality import label_quality
 
 REPOSITORY = Path(__file__).parents[2]
 PIPELINE = REPOSITORY / "training" / "pipeline.sh"
+
+SHORTER = {
+    "TUNE": "--alphas 2.5 --search-captions 40 --search-questions 30 --refined 0 --finalists 1 --final-captions 100"
+    " --final-questions 100",
+    "EVALUATE": "--captions 200 --questions 60 --conditions steered default other_image",
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -31,7 +38,7 @@ def run_pipeline(*options: str, **variables: str) -> subprocess.CompletedProcess
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline") / "run"
-    finished = run_pipeline("--miniature", "--output", str(folder))
+    finished = run_pipeline("--miniature", "--output", str(folder), **SHORTER)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return folder
 
@@ -43,6 +50,12 @@ def test_the_artifact_is_whole_aligned_and_faithful(output: Path) -> None:
     assert artifact.config.faithfulness["cross_entropy_recovered"] > 0.9
     assert len(artifact.canary.images) == 4
     assert sum(bool(concept["label"]) for concept in artifact.concepts) > 100
+
+
+def test_it_has_a_preset_for_each_task_and_form_and_those_of_the_paper(output: Path) -> None:
+    config = read_config(output / "artifact")
+    assert set(config.presets) == {"captions", "questions", "off", "paper_pope", "paper_chair"}
+    assert set(config.form_presets) == {form_preset_key(task, form) for task in TASKS for form in FORMS}
 
 
 def test_it_steers_this_miniature_away_from_inventions_and_leaves_answers_alone(output: Path) -> None:

@@ -13,7 +13,6 @@ from steering.settings import Preset
 from tests.training.witness import Invents, Witness
 from training.alignment import FAITHFULNESS
 from training.evaluation.asking import Question
-from training.evaluation.conditions import FORMS, TASKS, form_preset_key
 from training.evaluation.miniature_benchmark import miniature_benchmark
 from training.evaluation.tuner import SEEDS, Tuner
 from training.tune_presets import TuningSettings, choose_default, tune
@@ -81,20 +80,3 @@ async def test_without_alignment_every_preset_is_off(tiny_artifact: Path, tiny_l
     }
     assert (written.default_preset, trials) == ("off", [])
     assert load_artifact(folder).config == written
-
-
-@pytest.mark.slow
-async def test_a_real_tiny_model_is_tuned_and_its_artifact_still_loads(
-    tiny_artifact: Path, tiny_llava: Path, tmp_path: Path
-):
-    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    settings = TuningSettings(
-        model=tiny_llava, artifact=folder, alphas=(1.0,), refined=0, finalists=1,
-        search_captions=2, search_questions=2, final_captions=3, final_questions=2,
-    )  # fmt: skip
-    written, trials = await tune(settings, report=lambda line: None)
-    assert load_artifact(folder).config == written
-    assert set(written.presets) == {"captions", "questions", "off", "paper_pope", "paper_chair"}
-    assert set(written.form_presets) == {form_preset_key(task, form) for task in TASKS for form in FORMS}
-    assert written.presets["captions"].strength == 0  # random weights invent no shapes: there is nothing to lower
-    assert sum(trial["stage"] == "final" for trial in trials) == len(TASKS) * len(FORMS)

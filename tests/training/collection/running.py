@@ -15,10 +15,10 @@ from steering.cluster.local_ray import descendants
 from training.miniature.paths import LLAVA
 
 REPOSITORY = Path(__file__).parents[3]
-PAIRS = 480
+PAIRS, PORTION = 320, 16
 SETTINGS = [
-    "--model", str(LLAVA), "--pairs", f"miniature:vl_sae_pairs:{PAIRS}", "--layers", "2", "3", "--portion-size", "16",
-    "--batch-size", "4", "--threads", "1",
+    "--model", str(LLAVA), "--pairs", f"miniature:vl_sae_pairs:{PAIRS}", "--layers", "2", "3",
+    "--portion-size", str(PORTION), "--batch-size", "4", "--threads", "1",
 ]  # fmt: skip
 WAIT_S = 180
 

@@ -10,14 +10,25 @@ from pathlib import Path
 import pytest
 
 from steering.cluster.local_ray import descendants
-from tests.training.collection.running import actors, all_bytes, command_line, finish, kill, shards, start, wait_for
+from tests.training.collection.running import (
+    PAIRS,
+    PORTION,
+    actors,
+    all_bytes,
+    command_line,
+    finish,
+    kill,
+    shards,
+    start,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> dict[str, bytes]:
     """By one process without Ray."""
     output = tmp_path_factory.mktemp("unbroken") / "store"
-    assert "480 pairs of layer_2, layer_3, 0 skipped" in finish(start(output, "--workers", "0"))
+    assert f"{PAIRS} pairs of layer_2, layer_3, 0 skipped" in finish(start(output, "--workers", "0"))
     return all_bytes(output)
 
 
@@ -27,25 +38,25 @@ def test_an_actor_that_is_killed_is_replaced(unbroken, tmp_path):
     wait_for(lambda: shards(tmp_path / "store") >= 3 and len(actors(run)) == 2, run)
     kill(actors(run)[0])
     said = finish(run)
-    assert "480 pairs" in said
+    assert f"{PAIRS} pairs" in said
     assert said.count("\n") <= 14, f"Ray says next to nothing:\n{said}"
     assert all_bytes(tmp_path / "store") == unbroken
 
 
 @pytest.mark.slow
-def test_killed_at_three_random_moments_it_goes_on(unbroken, tmp_path):
+def test_killed_at_random_moments_it_goes_on(unbroken, tmp_path):
     seed = random.SystemRandom().randrange(2**32)
     print(f"kill points from seed {seed}")
     draw, output = random.Random(seed), tmp_path / "store"
     started: list[int] = []
-    for workers in ("2", "0", "0"):
+    for workers in ("2", "0"):
         before = shards(output)
         run = start(output, "--workers", workers)
         wait_for(lambda wanted=before + draw.randint(1, 6): shards(output) >= wanted, run)
         time.sleep(draw.random() / 20)
         started += kill_run(run.pid, ray_too=draw.random() < 0.5)
         run.communicate()
-        assert before < shards(output) < 30
+        assert before < shards(output) < PAIRS // PORTION
     finish(start(output, "--workers", "0"))
     assert all_bytes(output) == unbroken
     wait_until_gone(started, within_s=90)

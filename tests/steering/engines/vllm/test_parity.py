@@ -47,6 +47,8 @@ class Configuration:
     caches: bool = True
     letters: int = 7
     """By which each request is longer than the one before it; fewer where kernels are interpreted, row by row."""
+    step: int = 1
+    """Each so many of `MIXED` is asked for alone; in one batch all are."""
     max_tokens: int = 30
     """Of the requests in one batch; the blocks of one that preempts must not hold them all."""
 
@@ -82,6 +84,7 @@ CONFIGURATIONS = {
         },
         preempts=True,
         letters=3,
+        step=3,
         max_tokens=12,
     ),
     "default": Configuration(model="mha"),
@@ -117,7 +120,7 @@ async def test_the_runner_is_the_one_meant(pair):
 
 async def test_alone(pair):
     configuration, engine, reference = pair
-    requests = requests_with(engine, "x" * configuration.letters)
+    requests = requests_with(engine, "x" * configuration.letters)[:: configuration.step]
     answers, expected = await in_turn(engine, requests), await in_turn(reference, requests)
     assert_agree(answers, expected)
     for ours, theirs in zip(answers, expected, strict=True):
