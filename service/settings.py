@@ -71,13 +71,6 @@ class EngineSettings(Group):
     compile: bool = False
     """vLLM on a CPU: compile the model at start, for faster steps (on CUDA it always is)."""
 
-    @property
-    def can_do(self) -> tuple[tuple[str, ...], int]:
-        """Modes of steering, and the most branches of a request."""
-        if self.name == "huggingface":
-            return ("causal", "exact"), 2
-        return ("causal",), self.branches or (2 if self.settled().device == "cpu" else 1)
-
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, values: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from service.metrics.meter import Metrics
+from service.metrics.exposition import Metrics
 from service.settings import Settings
 from tests.pages import read, sections
 

@@ -23,7 +23,7 @@ from service.chat.request import RequestContext
 from service.chat.streaming import Event
 from service.errors import ApiError
 from service.experiments.arms import over_default
-from service.metrics.meter import Metrics
+from service.metrics.exposition import Metrics
 from service.metrics.request_record import RequestRecord
 from service.model.client import ModelClient
 from service.model.job import ModelJob

@@ -42,7 +42,7 @@ from service.http.routes import ROUTES
 from service.images.decoder import ImageDecoder
 from service.images.remote import RemoteImages
 from service.live_settings import LiveSettings
-from service.metrics.meter import Metrics
+from service.metrics.exposition import Metrics
 from service.metrics.request_record import Tracing, record_of
 from service.model.client import ModelClient
 from service.model.readiness import Readiness

@@ -15,7 +15,7 @@ from service.callers.ledger import Ledger, RayLedger
 from service.chat.strict_model import Strict
 from service.errors import ApiError
 from service.http.body import parse, read_json_body
-from service.metrics.meter import Metrics
+from service.metrics.exposition import Metrics
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * 1024

@@ -22,7 +22,7 @@ from service.callers.ledger import Ledger, RayLedger, charge
 from service.errors import ApiError
 from service.experiments.assignment import Assignment
 from service.http.routes import BY_PATH, Route
-from service.metrics.meter import Metrics
+from service.metrics.exposition import Metrics
 from service.metrics.request_record import RequestRecord, Tracing, log_request
 from service.settings import Settings
 

@@ -24,7 +24,8 @@ from service.draining import Drain
 from service.errors import ApiError
 from service.http.body import Fields, read_fields
 from service.live_settings import LiveSettings
-from service.metrics.meter import Meter, Metrics
+from service.metrics.exposition import Metrics
+from service.metrics.meter import Meter
 from service.metrics.request_record import record_of
 
 log = logging.getLogger(__name__)

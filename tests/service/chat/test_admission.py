@@ -11,7 +11,7 @@ import pytest
 
 from service.chat.admission import WINDOW_S, Admission, LoadEstimate, MemoryBudget
 from service.errors import ApiError
-from service.metrics.meter import Metrics
+from service.metrics.exposition import Metrics
 from tests.service.callers.test_ledger import Clock
 
 

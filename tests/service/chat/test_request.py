@@ -16,7 +16,8 @@ from service.chat.steering_sources import find_alias, merge_steering
 from service.concepts.names import ConceptNames
 from service.errors import ApiError
 from service.images.decoder import DecoderLimits, ImageDecoder
-from service.metrics.meter import Meter, Metrics
+from service.metrics.exposition import Metrics
+from service.metrics.meter import Meter
 from service.metrics.request_record import RequestRecord, Tracing
 from service.settings import Settings
 from steering.engines.base import ResponseFormat

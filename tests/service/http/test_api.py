@@ -16,7 +16,7 @@ from service.errors import ApiError
 from service.http.api import build_api
 from service.http.openapi import build_openapi
 from service.images.decoder import DecoderLimits, ImageDecoder
-from service.metrics.meter import Metrics
+from service.metrics.exposition import Metrics
 from service.settings import Settings
 from steering.engines.base import Health
 from tests.service.examples import ScriptedModel, body, delta, end, image_part, user

@@ -20,7 +20,8 @@ from tests.service.running_server import REPOSITORY, free_port
 COUNTING = """
 import sys
 from prometheus_client import Counter
-from service.metrics.meter import Meter, Metrics
+from service.metrics.exposition import Metrics
+from service.metrics.meter import Meter
 from service.metrics.request_record import RequestRecord
 from tests.service.examples import delta, end
 metrics = Metrics()

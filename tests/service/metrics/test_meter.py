@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.experiments.arms import Arm
 from service.experiments.assignment import Assignment
-from service.metrics.meter import Meter, Metrics
+from service.metrics.exposition import Metrics
+from service.metrics.meter import Meter
 from service.metrics.request_record import RequestRecord
 from tests.service.examples import delta, end
 
