@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -32,7 +33,7 @@ class RunningService:
         try:
             with DIRECT.open(f"http://127.0.0.1:{self.port}/readyz", timeout=10) as answer:
                 return answer.status == 200
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError):
             return False
 
     def wait_until_ready(self) -> None:
