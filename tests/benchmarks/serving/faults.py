@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from service.images import worker
 from tests.benchmarks.serving.open_loop import (
     Asked,
     Outcome,
@@ -35,10 +36,11 @@ from tests.benchmarks.serving.open_loop import (
     percentiles,
     scenes,
 )
-from tests.benchmarks.serving.running_service import RunningService, running_service
+from tests.benchmarks.serving.running_service import REPOSITORY, RunningService, running_service
 from training.evaluation.manifest import describe_run
 from training.miniature.paths import ARTIFACT, LLAVA
 
+WORKER = str(Path(worker.__file__).relative_to(REPOSITORY))
 POLL_S = 0.1
 CANCELLED = ("vlsae_requests_total", 'finish="cancelled"')
 SETTLE_S = 1.0
@@ -47,21 +49,28 @@ Fault = Callable[[RunningService, Asked, argparse.Namespace], Awaitable[str]]
 """Does the harm; returns what was done."""
 
 
+def killed(service: RunningService, part: str, number: signal.Signals = signal.SIGKILL) -> int:
+    """How many; a fault that hits nobody shows nothing."""
+    if not (hit := service.kill(part, number)):
+        raise RuntimeError(f"no process of {part} is there")
+    return hit
+
+
 async def kill_model(service: RunningService, _asked: Asked, _settings: argparse.Namespace) -> str:
-    return f"kill -9 of {service.kill(':Model')} model replica"
+    return f"kill -9 of {killed(service, ':Model')} model replica"
 
 
 async def kill_ingress(service: RunningService, _asked: Asked, _settings: argparse.Namespace) -> str:
-    return f"kill -9 of {service.kill(':Ingress')} ingress replica"
+    return f"kill -9 of {killed(service, ':Ingress')} ingress replica"
 
 
 async def kill_decoders(service: RunningService, _asked: Asked, settings: argparse.Namespace) -> str:
     """Again and again, so that some are hit at work."""
-    killed, ends = 0, time.monotonic() + settings.seconds / 5
+    number, ends = killed(service, WORKER), time.monotonic() + settings.seconds / 5
     while time.monotonic() < ends:
-        killed += service.kill("image_worker.py")
+        number += service.kill(WORKER)
         await asyncio.sleep(POLL_S)
-    return f"kill -9 of {killed} image decoders"
+    return f"kill -9 of {number} image decoders"
 
 
 async def cut_clients(service: RunningService, asked: Asked, _settings: argparse.Namespace) -> str:
@@ -76,7 +85,7 @@ async def cut_clients(service: RunningService, asked: Asked, _settings: argparse
 
 async def stall_engine(service: RunningService, _asked: Asked, settings: argparse.Namespace) -> str:
     pause_s = settings.stall_seconds or settings.seconds / 4
-    service.kill(":Model", signal.SIGSTOP)
+    killed(service, ":Model", signal.SIGSTOP)
     await asyncio.sleep(pause_s)
     service.kill(":Model", signal.SIGCONT)
     return f"the model's process stopped for {pause_s:g} s"
