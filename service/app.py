@@ -39,9 +39,9 @@ LEDGER_CHECK_PERIOD_S = 1
 MODEL_STARTS = 3
 """So often a model replica is started before a rollout counts as failed: a GPU may fail once, a damaged artifact always
 does, and `python -m service` does not wait for the other times."""
-INGRESS_CPUS, LEDGER_CPUS = 0.99, 0.01
-"""Together one: wherever an ingress replica is, there is room for the ledger. With none it could be put on a cluster's
-head, which has none, and be lost with it.
+LEDGER_CPUS = 0.01
+"""With none it could be put on a cluster's head, which has none, and be lost with it. Every replica leaves as much of
+its own, so that there is room for the ledger wherever one is, and for any of them beside it.
 """
 LEDGER_REQUESTS = 10_000
 """May wait for it, of all ingress replicas together."""
@@ -134,7 +134,7 @@ def assemble(
     engine = settings.engine.settled()
     settings = settings.model_copy(update={"engine": engine})
     ingresses = {
-        "ray_actor_options": {"num_cpus": INGRESS_CPUS},
+        "ray_actor_options": {"num_cpus": 1 - LEDGER_CPUS},
         # Above our own limit, so that it is our 503 a client sees, and health and metrics always get through.
         "max_ongoing_requests": settings.max_concurrent_requests + 64,
         "max_queued_requests": settings.max_concurrent_requests,  # in Serve's proxy, while a replica is being replaced
@@ -164,7 +164,7 @@ def _model_options(settings: Settings) -> dict[str, Any]:
     gpus = engine.tensor_parallel_size if engine.device == "cuda" else 0
     return {
         **_health_options(settings),
-        "ray_actor_options": {"num_cpus": engine.cpu_threads, "num_gpus": gpus},
+        "ray_actor_options": {"num_cpus": engine.cpu_threads - LEDGER_CPUS, "num_gpus": gpus},
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "max_queued_requests": MAX_QUEUED_REQUESTS,
         "max_constructor_retry_count": MODEL_STARTS,

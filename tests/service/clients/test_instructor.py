@@ -13,9 +13,9 @@ from instructor.core.exceptions import IncompleteOutputException, InstructorRetr
 
 from tests.service.asking import QUESTION, joined, text
 from tests.service.clients.seen import ENOUGH_TOKENS, ITS_ERROR, NO_TOOLS, PICTURE_URL, TOO_STRONG, Seen, options, page
-from tests.service.running_server import RunningServer, any_engine_will_do
+from tests.service.running_server import RunningServer
 
-pytestmark = [pytest.mark.service, pytest.mark.slow, any_engine_will_do]
+pytestmark = [pytest.mark.service, pytest.mark.slow]
 STEERING, SCHEMA, RECEIPT = page("instructor")
 
 

@@ -13,9 +13,9 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from tests.service.clients.seen import ENOUGH_TOKENS, ITS_ERROR, NO_TOOLS, PICTURE_PNG, TOO_STRONG, Seen, options, page
-from tests.service.running_server import RunningServer, any_engine_will_do
+from tests.service.running_server import RunningServer
 
-pytestmark = [pytest.mark.service, pytest.mark.slow, any_engine_will_do]
+pytestmark = [pytest.mark.service, pytest.mark.slow]
 STEERING, SCHEMA, RECEIPT = page("LangChain")
 PICTURE_PART = {"type": "image", "base64": base64.b64encode(PICTURE_PNG).decode(), "mime_type": "image/png"}
 QUESTION = HumanMessage([PICTURE_PART, {"type": "text", "text": "Describe the picture ."}])

@@ -9,12 +9,11 @@ import pytest
 
 from tests.service.asking import QUESTION
 from tests.service.clients.seen import ENOUGH_TOKENS, ITS_ERROR, NO_TOOLS, TOO_STRONG, Seen, options, page
-from tests.service.running_server import RunningServer, any_engine_will_do
+from tests.service.running_server import RunningServer
 
 pytestmark = [
     pytest.mark.service,
     pytest.mark.slow,
-    any_engine_will_do,
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince211"),  # its own
 ]
 STEERING, SCHEMA, RECEIPT = page("LiteLLM")

@@ -13,9 +13,9 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.service.clients.seen import ENOUGH_TOKENS, ITS_ERROR, NO_TOOLS, PICTURE_PNG, TOO_STRONG, Seen, options, page
-from tests.service.running_server import RunningServer, any_engine_will_do
+from tests.service.running_server import RunningServer
 
-pytestmark = [pytest.mark.service, pytest.mark.slow, any_engine_will_do]
+pytestmark = [pytest.mark.service, pytest.mark.slow]
 STEERING, SCHEMA, RECEIPT = page("pydantic-ai")
 QUESTION = [BinaryContent(PICTURE_PNG, media_type="image/png"), "Describe the picture ."]
 

@@ -16,7 +16,6 @@ FOLDER = Path(__file__).parents[1] / "javascript"
 pytestmark = [
     pytest.mark.service,
     pytest.mark.slow,
-    any_engine_will_do,
     pytest.mark.skipif(
         not all((FOLDER / "node_modules" / package).is_dir() for package in ("openai", "ai")),
         reason="needs the clients that make setup-dev installs with npm",
@@ -35,6 +34,7 @@ def run_tests(file: str, server: RunningServer, **more: str) -> str:
     return finished.stdout
 
 
+@any_engine_will_do
 def test_the_official_client(server: RunningServer) -> None:
     assert "# pass 7" in run_tests("contract.test.mjs", server, API_KEY="unused")
 
