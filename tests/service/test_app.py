@@ -72,7 +72,7 @@ def test_all_ingress_replicas_share_a_ledger() -> None:
     assert application._bound_deployment.num_replicas == 3
     _settings, _model, ledger = cast(tuple[Any, ...], application._bound_deployment.init_args)
     assert ledger._bound_deployment.num_replicas == 1
-    cpus = [one._bound_deployment.ray_actor_options["num_cpus"] for one in (application, ledger)]
+    cpus = [cast(Any, one._bound_deployment.ray_actor_options)["num_cpus"] for one in (application, ledger)]
     assert cpus[1] > 0, "never on a head without CPUs"
     assert sum(cpus) == 1, "room for it wherever a replica is, and for a replica beside it"
 
