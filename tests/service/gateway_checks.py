@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
-from tests.service.gateways import Backend
+from tests.service.gateways import TOKEN, TOKENS, Backend
 
 PATIENCE_S = 20.0
 SOON_S = 1.5
@@ -88,6 +88,20 @@ async def idle_time(port: int, backend: Backend) -> bool:
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         gone = await until(lambda: "/endless" in backend.left, SOON_S)
     return half == 400 and gone
+
+
+async def token_delay(port: int, backend: Backend) -> bool:
+    """Ten tokens, each sent when the one before is there: held for 200 ms each, they take two seconds. A busy machine
+    may be slow, too, but not three times."""
+    for _ in range(3):
+        async with connected(port, head("/tokens", "content-length: 0")) as (reader, _writer):
+            began = time.monotonic()
+            for _ in range(TOKENS):
+                backend.wanted.release()
+                await reader.readuntil(TOKEN)
+            if time.monotonic() - began < SOON_S:
+                return True
+    return False
 
 
 async def source_connections(port: int, _backend: Backend) -> bool:
@@ -193,6 +207,7 @@ CHECKS: dict[str, tuple[Check, dict[str, Any]]] = {
     "head-size": (head_size, {}),
     "head-time": (head_time, {"HEAD_TIMEOUT": "300ms"}),
     "idle-time": (idle_time, {"IDLE_TIMEOUT": "300ms"}),
+    "token-delay": (token_delay, {}),
     "source-connections": (source_connections, {"SOURCE_CONNECTIONS": 4}),
     "source-rate": (source_rate, {"SOURCE_REQUESTS": 30}),
     "connections": (connections, {"MAX_CONNECTIONS": 32}),

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from service.gateway import CONFIGURATION, Gateway
 from tests.service.running_server import free_port
 
+TOKEN, TOKENS = b"data: {}\n\n", 10
 LIMIT = re.compile(r"    # limit: ([a-z-]+)(?:: .*)?\n((?:    .+\n)+)")
 """A paragraph of the configuration: its name and its lines."""
 
@@ -54,6 +55,8 @@ class Backend:
         self.port = 0
         self.taken_bytes = 0
         """Of bodies."""
+        self.wanted = asyncio.Semaphore(0)
+        """Tokens that may be sent."""
         self.left: list[str] = []
         """Paths whose clients have gone."""
 
@@ -68,6 +71,11 @@ class Backend:
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
             if path == "paused":
                 await self._until_left(scope, receive)
+        elif path == "tokens":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(TOKENS):
+                await self.wanted.acquire()
+                await send({"type": "http.response.body", "body": TOKEN, "more_body": True})
         elif path == "endless":
             leaving = asyncio.ensure_future(self._until_left(scope, receive))
             await send({"type": "http.response.start", "status": 200, "headers": []})

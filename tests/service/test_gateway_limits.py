@@ -24,7 +24,8 @@ from tests.service.gateway_checks import CHECKS, PATIENCE_S, SOON_S, ask, connec
 from tests.service.gateways import Backend, limits, running_backend, running_gateway, without
 
 SHORT: dict[str, Any] = {"HEAD_TIMEOUT": "300ms", "IDLE_TIMEOUT": "300ms", "LOOKUP_TIMEOUT": "300ms"}
-WAITED_FOR = ("idle-time", "idle-body", "head-time", "lookup-time", "body-size", "chunked-body-size")
+WAITED_FOR = ("idle-time", "idle-body", "head-time", "lookup-time", "body-size", "chunked-body-size",
+              "token-delay")  # fmt: skip
 PLAIN_CODES = {404: "engine_unavailable", 408: "request_timeout", 429: "overloaded", 503: "overloaded",
                500: "engine_unavailable"}  # fmt: skip
 """Serve's own status to the code that clients see."""
