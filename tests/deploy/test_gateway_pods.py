@@ -93,5 +93,5 @@ def test_it_waits_for_its_streams_when_it_goes(cluster: str):
 
 
 def test_limits_count_the_client_s_own_address():
-    service = only(rendered("kuberay/production"), "Service")["spec"]
+    service = only(rendered("kuberay/production"), "Service", "vl-sae-gateway")["spec"]
     assert (service["type"], service["externalTrafficPolicy"]) == ("LoadBalancer", "Local")
