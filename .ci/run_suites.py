@@ -21,10 +21,10 @@ from pathlib import Path
 
 LINT = "lint"
 BUDGETS_S = {
-    "tests/service": 900,
+    "tests/service": 1200,
     "tests/training": 600,
     "tests/training/test_pipeline.py": 480,
-    "tests/steering/engines/vllm": 440,
+    "tests/steering/engines/vllm": 500,
     "tests/steering": 240,
     "tests/deploy": 240,
     LINT: 120,
