@@ -204,6 +204,7 @@ def test_the_bundled_artifact_passes_its_gate_and_names_its_presets():
     assert set(config["presets"]) == {"captions", "questions", "off", "paper_pope", "paper_chair"}
 
 
+@pytest.mark.slow
 def test_the_library_s_example_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     [example] = [code for language, code in code_blocks(read("steering/README.md")) if language == "python"]

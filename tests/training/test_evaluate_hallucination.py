@@ -138,6 +138,7 @@ async def test_the_first_failure_is_not_swallowed():
         await ask_all(Broken(), [question, question, question], total=3, concurrency=1)
 
 
+@pytest.mark.slow
 async def test_a_real_tiny_model_gives_a_whole_report(tiny_llava: Path, tiny_artifact: Path):
     settings = EvaluationSettings(model=tiny_llava, artifact=tiny_artifact, captions=4, questions=4, resamples=100)
     report = json.loads(json.dumps(await evaluate(settings)))

@@ -158,6 +158,7 @@ async def steered_shift(made: Made) -> float:
         await engine.stop()
 
 
+@pytest.mark.slow
 async def test_an_artifact_of_llava_steers_it(made: Made) -> None:
     check_it_is_whole(made)
     assert await steered_shift(made) > 0

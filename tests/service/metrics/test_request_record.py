@@ -101,6 +101,7 @@ async def test_a_caller_that_does_not_sample_is_obeyed(collector: TraceCollector
     assert collector.received == b""
 
 
+@pytest.mark.slow
 async def test_without_a_collector_the_request_is_answered() -> None:
     with collecting_traces() as gone:
         pass

@@ -125,6 +125,7 @@ def ending_at_its_image(engine, settings) -> GenerationRequest:
     return replace(request, request_id=f"cut {settings}", prompt_token_ids=request.prompt_token_ids[:-behind])
 
 
+@pytest.mark.slow
 async def test_steered_requests_of_all_kinds_in_one_batch_follow_the_equations(engine, plain, tiny_family_artifact):
     """All forms, modes and branch counts with one to three images; more than a batch of prompts holds."""
     requests = [

@@ -66,6 +66,7 @@ async def test_what_cannot_be_followed_is_refused_with_the_reason(
     assert "/project" not in caught.value.message
 
 
+@pytest.mark.slow
 async def test_an_endless_one_ends_and_others_go_on_meanwhile(
     trials: GrammarTrials, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def assert_same(answer: Answer, expected: Answer) -> None:
     assert got.relative_shift == pytest.approx(wanted.relative_shift, rel=1e-5)
 
 
+@pytest.mark.slow
 async def test_a_prompt_that_cannot_be_run_costs_nobody_else_anything(engine, break_prompts, monkeypatch):
     streams = [make_request(engine, "running", steering=one, max_tokens=150, logit_bias=NO_END) for one in NEIGHBOURS]
     new = [make_request(engine, "new", steering=one, max_tokens=20) for one in NEIGHBOURS]
