@@ -51,8 +51,7 @@ class Run:
     async def redeploy(self, config: dict[str, Any]) -> None:
         """Returns when Serve is about it."""
         self.deploy(config)
-        changing = lambda sample: sample["status"] != "RUNNING"  # noqa: E731
-        await asyncio.to_thread(self.watch.wait_for, changing, self.settings.patience)
+        await asyncio.to_thread(self.watch.wait_for, is_changing, self.settings.patience)
 
     async def watch_anew(self) -> None:
         """The process that watched may have talked to a node that was killed. Returns when what is left is known."""
@@ -88,6 +87,10 @@ class Run:
         }
         print(json.dumps(row), flush=True)
         return row
+
+
+def is_changing(sample: dict[str, Any]) -> bool:
+    return sample["status"] != "RUNNING"
 
 
 def two_of_each(config: dict[str, Any]) -> dict[str, Any]:

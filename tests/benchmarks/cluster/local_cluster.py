@@ -41,6 +41,7 @@ SOON = {
 not ended: all share one port, and no client could avoid it, as a balancer does that asks whether it is ready.
 """
 STARTING_S = 600.0
+STARTED = "Ray runtime started"
 
 
 @dataclass
@@ -112,9 +113,12 @@ class LocalCluster:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=os.environ | environment, stdout=sink, stderr=sink, start_new_session=True
             )
-        started = lambda: "Ray runtime started" in log.read_text()  # noqa: E731
-        wait_until(lambda: started() or process.poll() is not None, STARTING_S, lambda: log.read_text()[-2000:])
-        if not started():
+        wait_until(
+            lambda: STARTED in log.read_text() or process.poll() is not None,
+            STARTING_S,
+            lambda: log.read_text()[-2000:],
+        )
+        if STARTED not in log.read_text():
             raise RuntimeError(f"a node ended as it started: {log.read_text()[-2000:]}")
         return Node(process)
 
