@@ -107,6 +107,15 @@ def test_the_cluster_has_room_for_every_replica(cluster: str):
         assert int(gpus) % engine.tensor_parallel_size == 0, "a replica's GPUs are those of one pod"
 
 
+def test_no_two_replicas_of_a_deployment_are_on_the_machine_that_dies():
+    groups = ray_cluster(only(rendered("kuberay/production"), "RayService"))["workerGroupSpecs"]
+    machines = {group["groupName"]: group["maxReplicas"] for group in groups}
+    most = most_replicas("kuberay/production")
+    assert [one.max_replicas_per_node for one in application("kuberay/production").deployments] == [1, 1]
+    assert most[Ingress.name] <= machines["cpu"]
+    assert most[Model.name] <= machines["gpu"]
+
+
 def test_production_shares_a_model_among_gpus():
     engine = settings("kuberay/production").engine
     assert (engine.name, engine.device) == ("vllm", "cuda")
